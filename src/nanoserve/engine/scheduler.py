@@ -1,0 +1,451 @@
+"""Decides what each step computes, and books what came out.
+
+There is no prefill and no decode phase. A sequence has `num_computed_tokens`, which chase its `num_tokens`:
+
+    |## from the cache ##|=== computed ===|--- this step ---|.... later ....|
+    0                                     ^ num_computed_tokens             ^ num_tokens
+
+A new prompt, a chunk of one, a prefix-cache hit, a preempted sequence that comes back and a sequence that generates
+differ only in the size of that gap. When a step closes it, the step samples the next token, and the gap is 1 again.
+"""
+
+import bisect
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nanoserve.config import SchedulerConfig
+from nanoserve.kv_cache.block_pool import BlockPool, hash_block, hash_root
+from nanoserve.request import (
+    Admission,
+    Event,
+    FailureReason,
+    FinishReason,
+    Request,
+    RequestFailed,
+    RequestStarted,
+    ScheduledSequence,
+    SequenceOutput,
+    SequenceResult,
+    StepPlan,
+    StepResult,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One of a request's n completions. Only the scheduler changes it."""
+
+    request: Request
+    index: int
+    # Order of service, the smallest first: priority, then arrival, then index.
+    rank: tuple[int, int, int]
+    # Prompt, then completion.
+    token_ids: list[int]
+    # Keys and values of the first ones are in the blocks of block_ids.
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    # Of the full blocks, as far as they were needed.
+    block_hashes: list[bytes] = field(default_factory=list)
+    # The place on the model side; None = not running.
+    row: int | None = None
+    # The model side has not been told yet of the sequence in this row.
+    is_new_in_row: bool = False
+    # Whether it ever ran.
+    has_started: bool = False
+    num_preemptions: int = 0
+    # Of the prompt's tokens, the first included, which has none.
+    num_prompt_logprobs: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def gap(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """A snapshot between two steps."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_owned_blocks: int
+    num_cached_blocks: int
+    block_size: int
+    num_preemptions: int
+
+
+class Scheduler:
+    """Owns every live sequence and the block pool. Engine thread only.
+
+    Each step is one `schedule`, then one `commit` or `fail` of its plan. Invariants: the scheduled tokens fit the
+    budget, each has its place in a block that its sequence owns, and a row belongs to one sequence.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_context_tokens: int,
+        cache_identity: str,
+        enable_prefix_cache: bool = True,
+    ) -> None:
+        """A sequence of max_context_tokens must fit the pool; cache_identity names model and weights."""
+        assert max_context_tokens <= pool.num_blocks * block_size
+        assert config.max_num_seqs <= config.max_num_batched_tokens
+        self.pool = pool
+        self._config = config
+        self._block_size = block_size
+        self._max_context_tokens = max_context_tokens
+        self._cache_identity = cache_identity
+        self._enable_prefix_cache = enable_prefix_cache
+        # Live sequences of each request. Those of index > 0 wait outside of `_waiting` until the first has computed
+        # the prompt, and then take its blocks from the pool.
+        self._requests: dict[str, list[Sequence]] = {}
+        # In order of rank.
+        self._waiting: list[Sequence] = []
+        self._rows: list[Sequence | None] = [None] * config.max_num_seqs
+        self._arrivals = itertools.count()
+        # What is left of the current step's tokens.
+        self._budget = 0
+        self._events: list[Event] = []
+        self._num_preemptions = 0
+
+    # ------------------------------------------------------------------------------------- from outside
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its prompt must leave room for a token in the context."""
+        assert 0 < len(request.prompt_token_ids) < self._max_context_tokens
+        arrival = next(self._arrivals)
+        sequences = [
+            Sequence(
+                request=request,
+                index=index,
+                rank=(-request.priority, arrival, index),
+                token_ids=list(request.prompt_token_ids),
+            )
+            for index in range(request.params.n)
+        ]
+        self._requests[request.id] = sequences
+        self._enqueue(sequences[0])
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one of its sequences, without an event. Unknown ids are ignored: it may just have ended."""
+        for sequence in list(self._requests.get(request_id, ())):
+            if index is None or sequence.index == index:
+                self._remove(sequence)
+
+    def reset_cache(self) -> int:
+        """Forget all prefixes; returns the blocks this freed."""
+        return self.pool.reset_cache()
+
+    def fail_all(self) -> list[Event]:
+        """Give up every request."""
+        return [self._fail(request_id, FailureReason.ENGINE_FAILURE) for request_id in list(self._requests)]
+
+    def stats(self) -> SchedulerStats:
+        """Current counts."""
+        num_live = sum(map(len, self._requests.values()))
+        num_running = sum(1 for _ in self._running())
+        return SchedulerStats(
+            num_running=num_running,
+            num_waiting=num_live - num_running,
+            num_blocks=self.pool.num_blocks,
+            num_owned_blocks=self.pool.num_owned,
+            num_cached_blocks=self.pool.num_cached,
+            block_size=self._block_size,
+            num_preemptions=self._num_preemptions,
+        )
+
+    # --------------------------------------------------------------------------------------- schedule
+
+    def schedule(self, now: float) -> StepPlan:
+        """Choose the tokens of the next step: first of running sequences, then of waiting ones, by rank."""
+        self._expire(now)
+        self._budget = self._config.max_num_batched_tokens
+        step: dict[Sequence, int] = {}
+        batch_is_closed = self._config.batching == "static" and any(self._running())
+        # Sequences that generate go first, so that a long prompt takes what they leave and never stalls them.
+        for sequence in sorted(self._running(), key=lambda s: (s.gap > 1, s.rank)):
+            # An earlier one of this loop may have taken its row.
+            if sequence.row is not None and self._budget:
+                self._schedule_running(sequence, step)
+        if not batch_is_closed:
+            self._admit_waiting(step, now)
+        return StepPlan([self._plan_sequence(*item) for item in sorted(step.items(), key=lambda item: item[1] > 1)])
+
+    def _schedule_running(self, sequence: Sequence, step: dict[Sequence, int]) -> None:
+        count = min(sequence.gap, self._budget)
+        while not self._grow(sequence, count):
+            victim = max(self._running(), key=lambda s: s.rank)
+            self._preempt(victim, step)
+            if victim is sequence:
+                return
+        step[sequence] = count
+        self._budget -= count
+
+    def _admit_waiting(self, step: dict[Sequence, int], now: float) -> None:
+        while self._waiting and self._budget:
+            sequence = self._waiting[0]
+            if not self._admit(sequence):
+                # Only a higher priority, never an earlier arrival, takes a running sequence's place.
+                victim = max(self._running(), key=lambda s: s.rank, default=None)
+                if victim is None or victim.rank[0] <= sequence.rank[0]:
+                    return
+                self._preempt(victim, step)
+                continue
+            self._waiting.pop(0)
+            if not sequence.has_started:
+                sequence.has_started = True
+                if sequence.index == 0:
+                    self._events.append(RequestStarted(sequence.request.id, now, sequence.num_computed_tokens))
+            self._schedule_running(sequence, step)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence a row, and the blocks that the cache has of its tokens."""
+        if None not in self._rows:
+            return False
+        prefix = self.pool.match(self._hashes_to_match(sequence))
+        # Admitted only if there is room for all its known tokens: else it would soon preempt, or be preempted.
+        if self._num_blocks_for(sequence.num_tokens) - len(prefix) > self.pool.num_available:
+            self.pool.release(prefix)
+            return False
+        sequence.block_ids = prefix
+        sequence.num_computed_tokens = len(prefix) * self._block_size
+        sequence.row = self._rows.index(None)
+        sequence.is_new_in_row = True
+        self._rows[sequence.row] = sequence
+        return True
+
+    def _hashes_to_match(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the full blocks that may be read from the cache: never the last token, whose logits are needed."""
+        request = sequence.request
+        if sequence.index == 0:
+            if request.skip_cache_read and not sequence.num_preemptions:
+                return []
+            if request.params.prompt_logprobs is not None and not sequence.num_completion_tokens:
+                return []
+        self._hash_blocks(sequence, (sequence.num_tokens - 1) // self._block_size)
+        return sequence.block_hashes[: (sequence.num_tokens - 1) // self._block_size]
+
+    def _hash_blocks(self, sequence: Sequence, count: int) -> None:
+        size, hashes = self._block_size, sequence.block_hashes
+        while len(hashes) < count:
+            parent = hashes[-1] if hashes else self._root(sequence.request)
+            hashes.append(hash_block(parent, sequence.token_ids[len(hashes) * size : (len(hashes) + 1) * size]))
+
+    def _root(self, request: Request) -> bytes:
+        # Without a prefix cache the sequences of one request still share the blocks that one of them owns.
+        own = "" if self._enable_prefix_cache else request.id
+        return hash_root(self._cache_identity, request.cache_salt, own)
+
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        """Own the blocks for `count` more tokens; False if the pool has too few."""
+        missing = self._num_blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_ids)
+        new_block_ids = self.pool.allocate(max(0, missing))
+        if new_block_ids is None:
+            return False
+        sequence.block_ids.extend(new_block_ids)
+        return True
+
+    def _preempt(self, sequence: Sequence, step: dict[Sequence, int]) -> None:
+        """Take row and blocks away; the tokens stay, and are computed again when it is this sequence's turn."""
+        self._budget += step.pop(sequence, 0)
+        self._release(sequence)
+        sequence.num_preemptions += 1
+        self._num_preemptions += 1
+        self._enqueue(sequence)
+
+    def _plan_sequence(self, sequence: Sequence, count: int) -> ScheduledSequence:
+        request, start = sequence.request, sequence.num_computed_tokens
+        admission, num_known_blocks = None, self._num_blocks_for(start)
+        if sequence.is_new_in_row:
+            sequence.is_new_in_row = False
+            num_known_blocks = 0
+            admission = Admission(
+                params=request.params,
+                seed=((request.params.seed or 0) + sequence.index) % 2**64,
+                token_ids=list(sequence.token_ids),
+                num_prompt_tokens=len(request.prompt_token_ids),
+                end_token_ids=request.eos_token_ids | request.params.stop_token_ids,
+            )
+        targets: list[int] = []
+        if request.params.prompt_logprobs is not None and sequence.index == 0:
+            targets = request.prompt_token_ids[start + 1 : start + count + 1]
+        assert sequence.row is not None
+        return ScheduledSequence(
+            row=sequence.row,
+            start=start,
+            token_ids=sequence.token_ids[start : start + count],
+            new_block_ids=sequence.block_ids[num_known_blocks:],
+            samples=count == sequence.gap,
+            admission=admission,
+            prompt_targets=targets,
+        )
+
+    def _expire(self, now: float) -> None:
+        for request_id, sequences in list(self._requests.items()):
+            request = sequences[0].request
+            if request.deadline_s is not None and now >= request.deadline_s:
+                self._events.append(self._fail(request_id, FailureReason.DEADLINE))
+            elif request.time_limit_s is not None and now >= request.time_limit_s:
+                if not any(s.has_started for s in sequences):
+                    self._events.append(RequestStarted(request_id, now, num_cached_tokens=0))
+                for sequence in list(sequences):
+                    self._events.append(self._output(sequence, now, SequenceResult(), FinishReason.TIME_LIMIT))
+                    self._remove(sequence)
+
+    # ----------------------------------------------------------------------------------------- commit
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
+        """Book a computed step. Returns all that happened since the last commit."""
+        for scheduled, outcome in zip(plan.sequences, result.sequences, strict=True):
+            sequence = self._rows[scheduled.row]
+            # A sibling may have been corrupt, and taken the whole request with it.
+            if sequence is not None:
+                self._commit_sequence(sequence, scheduled, outcome, now)
+        return self._take_events()
+
+    def fail(self, plan: StepPlan) -> list[Event]:
+        """Give up the requests of a step that raised."""
+        for scheduled in plan.sequences:
+            sequence = self._rows[scheduled.row]
+            if sequence is not None:
+                self._events.append(self._fail(sequence.request.id, FailureReason.ENGINE_FAILURE))
+        return self._take_events()
+
+    def _take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _commit_sequence(
+        self, sequence: Sequence, scheduled: ScheduledSequence, outcome: SequenceResult, now: float
+    ) -> None:
+        if outcome.is_corrupt:
+            self.pool.forget(sequence.block_ids)
+            self._events.append(self._fail(sequence.request.id, FailureReason.ENGINE_FAILURE))
+            return
+        sequence.num_computed_tokens += len(scheduled.token_ids)
+        self._register_full_blocks(sequence, scheduled.start)
+        if outcome.token_ids and sequence.index == 0 and not sequence.num_completion_tokens:
+            # The prompt's blocks are computed and named: the siblings find them.
+            for sibling in self._requests[sequence.request.id]:
+                if sibling is not sequence:
+                    self._enqueue(sibling)
+        kept, reason = self._append(sequence, outcome.token_ids)
+        if kept or reason or outcome.prompt_logprobs:
+            event = self._output(sequence, now, outcome, reason, kept, scheduled.start)
+            self._events.append(event)
+        if reason:
+            self._remove(sequence)
+
+    def _register_full_blocks(self, sequence: Sequence, start: int) -> None:
+        num_full = sequence.num_computed_tokens // self._block_size
+        self._hash_blocks(sequence, num_full)
+        for i in range(start // self._block_size, num_full):
+            self.pool.register(sequence.block_ids[i], sequence.block_hashes[i])
+
+    def _append(self, sequence: Sequence, token_ids: list[int]) -> tuple[int, FinishReason | None]:
+        """Add sampled tokens up to the one that ends the sequence; returns how many, and why it ended."""
+        request = sequence.request
+        for kept, token_id in enumerate(token_ids, start=1):
+            sequence.token_ids.append(token_id)
+            if token_id in request.eos_token_ids:
+                return kept, FinishReason.EOS
+            if token_id in request.params.stop_token_ids:
+                return kept, FinishReason.STOP
+            if sequence.num_completion_tokens == request.params.max_tokens:
+                return kept, FinishReason.LENGTH
+            if sequence.num_tokens == self._max_context_tokens:
+                return kept, FinishReason.CONTEXT
+        return len(token_ids), None
+
+    def _output(
+        self,
+        sequence: Sequence,
+        now: float,
+        outcome: SequenceResult,
+        reason: FinishReason | None,
+        kept: int = 0,
+        start: int = 0,
+    ) -> SequenceOutput:
+        # A prompt that was preempted is computed again; what was reported of it is not reported again.
+        num_known = max(0, sequence.num_prompt_logprobs - (start + 1))
+        prompt_logprobs = outcome.prompt_logprobs[num_known:]
+        sequence.num_prompt_logprobs += len(prompt_logprobs)
+        ended_by_token = reason in (FinishReason.EOS, FinishReason.STOP)
+        return SequenceOutput(
+            request_id=sequence.request.id,
+            index=sequence.index,
+            time_s=now,
+            token_ids=outcome.token_ids[:kept],
+            logprobs=outcome.logprobs[:kept],
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_token_id=sequence.token_ids[-1] if ended_by_token else None,
+            num_preemptions=sequence.num_preemptions,
+        )
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _running(self) -> Iterator[Sequence]:
+        return (sequence for sequence in self._rows if sequence is not None)
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        bisect.insort(self._waiting, sequence, key=lambda s: s.rank)
+
+    def _fail(self, request_id: str, reason: FailureReason) -> RequestFailed:
+        for sequence in list(self._requests[request_id]):
+            self._remove(sequence)
+        return RequestFailed(request_id, reason)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Forget a live sequence, wherever it is, and its request with the last one."""
+        if sequence.row is not None:
+            self._release(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        siblings = self._requests[sequence.request.id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.id]
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.row is not None
+        self.pool.release(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.num_computed_tokens = 0
+        self._rows[sequence.row] = None
+        sequence.row = None
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if blocks, rows and sequences do not agree. For tests, between steps."""
+        self.pool.check_invariants()
+        live = [sequence for sequences in self._requests.values() for sequence in sequences]
+        running = list(self._running())
+        assert all(self._rows[s.row] is s for s in running if s.row is not None)
+        assert {id(s) for s in running} | {id(s) for s in self._waiting} <= {id(s) for s in live}
+        assert self._waiting == sorted(self._waiting, key=lambda s: s.rank)
+        owned = {block_id for s in running for block_id in s.block_ids}
+        assert len(owned) == self.pool.num_owned, "a block is owned by no sequence"
+        for s in running:
+            assert s.num_computed_tokens < s.num_tokens <= self._max_context_tokens
+            assert len(s.block_ids) >= self._num_blocks_for(s.num_computed_tokens)
+        assert all(not s.block_ids and not s.num_computed_tokens for s in self._waiting)

@@ -1,0 +1,346 @@
+"""The vocabulary that the parts of the engine share: plain picklable data, no behaviour, no torch.
+
+    caller ── Request ──▶ scheduler ── StepPlan ──▶ model side ── StepResult ──▶ scheduler ── events ──▶ caller
+
+`StepPlan` (what to compute) and `StepResult` (what came out) are all that the engine and the model know of each
+other. The protocols at the end are the seams that `build.py` fills.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended."""
+
+    EOS = "eos"  # the model ended it
+    STOP = "stop"  # a stop string or stop token
+    LENGTH = "length"  # max_tokens
+    CONTEXT = "context"  # the context window is full
+    TIME_LIMIT = "time_limit"  # the soft time limit
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What the tokens of a request depend on besides its prompt, and what is reported of them."""
+
+    # Sequences to generate.
+    n: int = 1
+    # 0 = greedy.
+    temperature: float = 1.0
+    # (0, 1]; 1 = off.
+    top_p: float = 1.0
+    # 0 = off.
+    top_k: int = 0
+    # [0, 1]; 0 = off.
+    min_p: float = 0.0
+    # [-2, 2]; of generated tokens, by count.
+    frequency_penalty: float = 0.0
+    # [-2, 2]; of generated tokens, once.
+    presence_penalty: float = 0.0
+    # > 0; of prompt and generated tokens; 1 = off.
+    repetition_penalty: float = 1.0
+    # Sequence i draws with seed + i (mod 2**64). None = the engine picks one at admission.
+    seed: int | None = None
+    # Token id -> what is added to its logit.
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    # Of each sequence. None = what the context leaves, filled in at admission.
+    max_tokens: int | None = None
+    # No EOS, stop token or stop string ends the sequence before.
+    min_tokens: int = 0
+    # Stop strings; they may span tokens.
+    stop: tuple[str, ...] = ()
+    # Stop tokens besides EOS.
+    stop_token_ids: frozenset[int] = frozenset()
+    # EOS is a token like any other.
+    ignore_eos: bool = False
+    # The text keeps the stop string or stop token.
+    include_stop: bool = False
+    # Soft limit in seconds from arrival.
+    time_limit_s: float | None = None
+    # Report log-probabilities with this many alternatives. None = off.
+    logprobs: int | None = None
+    # The same for the prompt's tokens.
+    prompt_logprobs: int | None = None
+    # False = token ids only.
+    detokenize: bool = True
+    # Special tokens are left out of the text.
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as the scheduler takes it: tokenized, every default filled in."""
+
+    # The engine's own, unique.
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    # The model's EOS ids; empty if the caller ignores EOS.
+    eos_token_ids: frozenset[int] = frozenset()
+    # Higher runs first.
+    priority: int = 0
+    # time.monotonic() at arrival, at the hard deadline, and at the soft time limit.
+    arrival_s: float = 0.0
+    deadline_s: float | None = None
+    time_limit_s: float | None = None
+    # Prefixes are shared only within one salt.
+    cache_salt: str = ""
+    skip_cache_read: bool = False
+
+
+# ---------------------------------------------------------------------------------------- what to compute
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What the model side must know of a sequence that takes a row, told once."""
+
+    params: SamplingParams
+    # Of this sequence: the request's seed + its index.
+    seed: int
+    # Prompt and, after a preemption, the completion so far.
+    token_ids: list[int]
+    num_prompt_tokens: int
+    # EOS and stop tokens, not drawn before min_tokens.
+    end_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """The part of one sequence that a step computes: positions start to start + len(token_ids) - 1."""
+
+    # The sequence's place in the model side's state, 0 to max_num_seqs - 1, kept while it runs.
+    row: int
+    # num_computed_tokens before this step.
+    start: int
+    # The tokens to compute, at least one.
+    token_ids: list[int]
+    # Appended to the row's block table; the whole table if `admission` is set.
+    new_block_ids: list[int]
+    # The step reaches the last known token, so its logits give the next one.
+    samples: bool
+    # Set in the first step after the row changed hands.
+    admission: Admission | None = None
+    # Prompt tokens whose log-probabilities are wanted: those after positions start, start + 1, ... Empty = none.
+    prompt_targets: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step's work. Sequences that compute a single token come first."""
+
+    sequences: list[ScheduledSequence]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.token_ids) for s in self.sequences)
+
+
+# ------------------------------------------------------------------------------------------ what came out
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """log-softmax of the raw logits at one token."""
+
+    token_id: int
+    # None for the prompt's first token, which nothing predicts.
+    logprob: float | None
+    # 1 = most likely.
+    rank: int
+    # Alternatives, most likely first; their own `top` is empty.
+    top: tuple["TokenLogprob", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceResult:
+    """What a step made of one sequence."""
+
+    # Sampled tokens: empty unless `samples`; more than one when drafts were accepted.
+    token_ids: list[int] = field(default_factory=list)
+    # Aligned with token_ids if the request asked for them, else empty.
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    # Aligned with `prompt_targets`.
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    # The model made a NaN or infinity: nothing of this sequence can be used.
+    is_corrupt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Aligned with StepPlan.sequences."""
+
+    sequences: list[SequenceResult]
+
+
+# ------------------------------------------------------------------------------ what the scheduler reports
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStarted:
+    """The request is scheduled for the first time."""
+
+    request_id: str
+    time_s: float
+    # Prompt tokens read from the prefix cache.
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """New tokens of one sequence, and its end."""
+
+    request_id: str
+    index: int
+    time_s: float
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    # The EOS or stop token that ended it.
+    stop_token_id: int | None = None
+    # Of the sequence so far; set with finish_reason.
+    num_preemptions: int = 0
+
+
+class FailureReason(enum.Enum):
+    """Why the engine gave a request up."""
+
+    DEADLINE = "deadline"
+    ENGINE_FAILURE = "engine failure"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """The request ended without a result."""
+
+    request_id: str
+    reason: FailureReason
+
+
+@dataclass(frozen=True, slots=True)
+class CacheWasReset:
+    """Answers one ResetCache."""
+
+    num_freed_blocks: int
+
+
+Event = RequestStarted | SequenceOutput | RequestFailed | CacheWasReset
+
+
+# ------------------------------------------------------------------- what the scheduler is told besides requests
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a request, or one of its sequences. Idempotent; no event answers it."""
+
+    request_id: str
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResetCache:
+    """Forget every cached prefix."""
+
+
+Message = Request | Abort | ResetCache
+
+
+# -------------------------------------------------------------------------------------- what a caller sees
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing wrong with a request."""
+
+    # Path of the field in the contract, such as "sampling.top_p" or "chat.messages[0].role".
+    field: str
+    # What is wrong and what is allowed.
+    description: str
+
+
+class RequestError(Exception):
+    """A request cannot be served. rpc/errors.py holds the one table that makes these a status."""
+
+
+class InvalidRequest(RequestError):
+    """One or more fields break the contract."""
+
+    def __init__(self, violations: list[Violation]) -> None:
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = violations
+
+
+class ContextLengthExceeded(RequestError):
+    """The prompt leaves no room for a single new token."""
+
+    def __init__(self, num_prompt_tokens: int, max_context_tokens: int) -> None:
+        super().__init__(
+            f"the prompt has {num_prompt_tokens} tokens; with at least one new token "
+            f"it must fit the context of {max_context_tokens}"
+        )
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_context_tokens = max_context_tokens
+
+
+class ModelNotFound(RequestError):
+    """No served model has this name."""
+
+    def __init__(self, name: str, served: list[str]) -> None:
+        super().__init__(f"model {name!r} is not served; served: {', '.join(served)}")
+        self.name = name
+
+
+class Overloaded(RequestError):
+    """The queue is full."""
+
+    def __init__(self, max_waiting: int, retry_after_s: float) -> None:
+        super().__init__(f"the queue is full ({max_waiting} requests wait); retry later")
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(RequestError):
+    """The engine is starting, draining, or dead."""
+
+    def __init__(self, why: str, retry_after_s: float) -> None:
+        super().__init__(f"the server is not ready: {why}")
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(RequestError):
+    """The caller's deadline passed."""
+
+    def __init__(self, phase: str, num_completion_tokens: int) -> None:
+        super().__init__(f"the deadline passed while {phase}")
+        # "waiting" or "running".
+        self.phase = phase
+        self.num_completion_tokens = num_completion_tokens
+
+
+class CancelledByOperator(RequestError):
+    """AdminService.Cancel ended the request."""
+
+    def __init__(self) -> None:
+        super().__init__("the operator cancelled the request")
+
+
+class EngineFailure(RequestError):
+    """A step failed or gave NaN. The details are in the server's log."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine failed to compute this request")
+
+
+# ----------------------------------------------------------------------------------------------- the seams
+
+
+class Executor(Protocol):
+    """The model side: one model on one device, or one rank of many. Engine thread only."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute a step. Raises only if the whole step failed."""
+        ...

@@ -1,0 +1,77 @@
+"""A model side without a model: it keeps what each KV slot holds, and refuses to compute over a wrong one.
+
+The "logits" of a position are a hash of all tokens up to it, so any mistake of the scheduler (a stale block, a skipped
+token, a block shared by accident) either raises here or changes the tokens.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from nanoserve.request import Admission, SequenceResult, StepPlan, StepResult, TokenLogprob
+
+
+def next_token(token_ids: Sequence[int], seed: int, vocab_size: int) -> int:
+    """What the fake model says after these tokens."""
+    digest = hashlib.sha256(repr((list(token_ids), seed)).encode()).digest()
+    return int.from_bytes(digest[:4], "little") % vocab_size
+
+
+def expected_completion(prompt: Sequence[int], seed: int, count: int, vocab_size: int) -> list[int]:
+    """The completion that any correct schedule gives."""
+    token_ids = list(prompt)
+    for _ in range(count):
+        token_ids.append(next_token(token_ids, seed, vocab_size))
+    return token_ids[len(prompt) :]
+
+
+class FakeExecutor:
+    """Implements Executor over simulated KV memory."""
+
+    def __init__(self, block_size: int, vocab_size: int = 1000, max_num_batched_tokens: int = 10**9) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.max_num_batched_tokens = max_num_batched_tokens
+        # (block, offset) -> (token, position).
+        self.slots: dict[tuple[int, int], tuple[int, int]] = {}
+        self.block_tables: dict[int, list[int]] = {}
+        self.admissions: dict[int, Admission] = {}
+        # Computed tokens over all steps.
+        self.num_computed_tokens = 0
+        self.plans: list[StepPlan] = []
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        assert plan.sequences
+        assert plan.num_tokens <= self.max_num_batched_tokens
+        assert len({s.row for s in plan.sequences}) == len(plan.sequences)
+        counts = [len(s.token_ids) for s in plan.sequences]
+        assert counts == sorted(counts, key=lambda count: count > 1), "single tokens come first"
+        self.plans.append(plan)
+        self.num_computed_tokens += plan.num_tokens
+        for s in plan.sequences:
+            if s.admission is not None:
+                self.admissions[s.row] = s.admission
+                self.block_tables[s.row] = []
+            self.block_tables[s.row].extend(s.new_block_ids)
+            for position, token in enumerate(s.token_ids, start=s.start):
+                self.slots[self._slot(s.row, position)] = (token, position)
+        return StepResult([self._result(s.row, s.start + len(s.token_ids), s) for s in plan.sequences])
+
+    def _slot(self, row: int, position: int) -> tuple[int, int]:
+        return self.block_tables[row][position // self.block_size], position % self.block_size
+
+    def _result(self, row: int, num_tokens: int, s) -> SequenceResult:  # noqa: ANN001
+        assert len(self.block_tables[row]) == -(-num_tokens // self.block_size)
+        context = []
+        for position in range(num_tokens):
+            token, written_at = self.slots[self._slot(row, position)]
+            assert written_at == position, f"row {row} reads position {written_at} as {position}"
+            context.append(token)
+        admission = self.admissions[row]
+        known = admission.token_ids[:num_tokens]
+        assert context[: len(known)] == known, f"row {row} reads the KV of other tokens"
+        prompt_logprobs = [TokenLogprob(t, -float(s.start + 1 + i), 1) for i, t in enumerate(s.prompt_targets)]
+        if not s.samples:
+            return SequenceResult(prompt_logprobs=prompt_logprobs)
+        token_id = next_token(context, admission.seed, self.vocab_size)
+        logprobs = [TokenLogprob(token_id, -0.5, 1)] if admission.params.logprobs is not None else []
+        return SequenceResult([token_id], logprobs, prompt_logprobs)
