@@ -7,7 +7,7 @@ token, a block shared by accident) either raises here or changes the tokens.
 import hashlib
 from collections.abc import Sequence
 
-from nanoserve.request import Admission, SequenceResult, StepPlan, StepResult, TokenLogprob
+from nanoserve.request import Admission, ScheduledSequence, SequenceResult, StepPlan, StepResult, TokenLogprob
 
 
 def next_token(token_ids: Sequence[int], seed: int, vocab_size: int) -> int:
@@ -59,7 +59,7 @@ class FakeExecutor:
     def _slot(self, row: int, position: int) -> tuple[int, int]:
         return self.block_tables[row][position // self.block_size], position % self.block_size
 
-    def _result(self, row: int, num_tokens: int, s) -> SequenceResult:  # noqa: ANN001
+    def _result(self, row: int, num_tokens: int, s: ScheduledSequence) -> SequenceResult:
         assert len(self.block_tables[row]) == -(-num_tokens // self.block_size)
         context = []
         for position in range(num_tokens):

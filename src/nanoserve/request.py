@@ -236,7 +236,7 @@ Event = RequestStarted | SequenceOutput | RequestFailed | CacheWasReset
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """End a request, or one of its sequences. Idempotent; no event answers it."""
+    """End a request, or one of its sequences that has begun to generate. Idempotent; no event answers it."""
 
     request_id: str
     index: int | None = None

@@ -144,7 +144,10 @@ class Scheduler:
         self._enqueue(sequences[0])
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """End a request, or one of its sequences, without an event. Unknown ids are ignored: it may just have ended."""
+        """End a request, or one of its sequences that has begun to generate, without an event.
+
+        What is not there is ignored: it may just have ended.
+        """
         for sequence in list(self._requests.get(request_id, ())):
             if index is None or sequence.index == index:
                 self._remove(sequence)

@@ -1,0 +1,461 @@
+"""The scheduler over simulated KV memory: every completion must be the one that an undisturbed run gives."""
+
+import hypothesis.strategies as st
+import pytest
+from fake_executor import FakeExecutor, expected_completion
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from nanoserve.config import SchedulerConfig
+from nanoserve.engine.scheduler import Scheduler
+from nanoserve.kv_cache.block_pool import BlockPool
+from nanoserve.request import (
+    FailureReason,
+    FinishReason,
+    Request,
+    RequestFailed,
+    RequestStarted,
+    SamplingParams,
+    SequenceOutput,
+    SequenceResult,
+    StepResult,
+)
+
+BLOCK = 4
+
+
+class Bench:
+    """A scheduler, a fake executor, and what came out of them."""
+
+    def __init__(self, *, num_blocks=64, max_num_seqs=8, budget=32, max_context=128, cache=True, batching="continuous"):
+        self.pool = BlockPool(num_blocks, keep_cached=cache)
+        self.scheduler = Scheduler(
+            SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, batching=batching),
+            self.pool,
+            block_size=BLOCK,
+            max_context_tokens=min(max_context, num_blocks * BLOCK),
+            cache_identity="model",
+            enable_prefix_cache=cache,
+        )
+        self.executor = FakeExecutor(BLOCK, max_num_batched_tokens=budget)
+        self.now = 0.0
+        self.events = []
+
+    def add(self, request_id, prompt, *, eos=frozenset(), **options):
+        names = {"priority", "deadline_s", "time_limit_s", "cache_salt", "skip_cache_read"}
+        request_options = {name: options.pop(name) for name in names & options.keys()}
+        params = SamplingParams(**{"seed": 7, "max_tokens": 5, **options})
+        request = Request(request_id, list(prompt), params, eos_token_ids=eos, **request_options)
+        self.scheduler.add(request)
+        return request
+
+    def step(self):
+        plan = self.scheduler.schedule(self.now)
+        result = self.executor.execute(plan) if plan.sequences else StepResult([])
+        events = self.scheduler.commit(plan, result, self.now)
+        self.scheduler.check_invariants()
+        self.events += events
+        self.now += 1
+        return plan
+
+    def run(self, max_steps=1000):
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                return self
+            self.step()
+        raise AssertionError("the scheduler does not come to an end")
+
+    def outputs(self, request_id, index=0):
+        return [
+            e for e in self.events if isinstance(e, SequenceOutput) and (e.request_id, e.index) == (request_id, index)
+        ]
+
+    def completion(self, request_id, index=0):
+        return [t for e in self.outputs(request_id, index) for t in e.token_ids]
+
+    def finish_reason(self, request_id, index=0):
+        [reason] = [e.finish_reason for e in self.outputs(request_id, index) if e.finish_reason]
+        return reason
+
+    def started(self, request_id):
+        [event] = [e for e in self.events if isinstance(e, RequestStarted) and e.request_id == request_id]
+        return event
+
+    def expect(self, request_id, prompt, count, *, seed=7, index=0):
+        assert self.completion(request_id, index) == expected_completion(prompt, seed + index, count, 1000)
+
+
+def prompt_of(length, start=0):
+    return list(range(start, start + length))
+
+
+def test_a_prompt_is_computed_once_and_then_one_token_a_step():
+    bench = Bench()
+    bench.add("a", prompt_of(10), max_tokens=3)
+    bench.run()
+    assert [plan.num_tokens for plan in bench.executor.plans] == [10, 1, 1]
+    bench.expect("a", prompt_of(10), 3)
+    assert bench.finish_reason("a") is FinishReason.LENGTH
+    assert bench.pool.num_owned == 0
+
+
+def test_long_prompt_is_chunked_and_never_stalls_a_running_sequence():
+    bench = Bench(budget=8)
+    bench.add("a", prompt_of(4), max_tokens=10)
+    bench.step()
+    bench.add("long", prompt_of(50, 100), max_tokens=1)
+    for _ in range(5):
+        plan = bench.step()
+        assert [len(s.token_ids) for s in plan.sequences] == [1, 7]
+    bench.run()
+    bench.expect("a", prompt_of(4), 10)
+    bench.expect("long", prompt_of(50, 100), 1)
+
+
+def test_sequences_of_all_kinds_share_one_step():
+    bench = Bench(budget=16)
+    bench.add("a", prompt_of(3))
+    bench.step()
+    bench.add("b", prompt_of(5, 50))
+    bench.add("c", prompt_of(30, 90))
+    plan = bench.step()
+    assert [len(s.token_ids) for s in plan.sequences] == [1, 5, 10]
+
+
+def test_a_second_request_reads_the_prefix_of_the_first():
+    bench = Bench()
+    bench.add("a", prompt_of(13))
+    bench.run()
+    bench.add("b", [*prompt_of(9), 77, 78])
+    bench.run()
+    assert bench.started("a").num_cached_tokens == 0
+    assert bench.started("b").num_cached_tokens == 8
+    bench.expect("b", [*prompt_of(9), 77, 78], 5)
+
+
+def test_completions_are_cached_too():
+    bench = Bench()
+    bench.add("a", prompt_of(6), max_tokens=8)
+    bench.run()
+    follow_up = prompt_of(6) + bench.completion("a") + [5]
+    bench.add("b", follow_up)
+    bench.run()
+    assert bench.started("b").num_cached_tokens == 12
+    bench.expect("b", follow_up, 5)
+
+
+def test_the_last_prompt_token_is_always_computed():
+    bench = Bench()
+    bench.add("a", prompt_of(8))
+    bench.run()
+    bench.add("b", prompt_of(8))
+    bench.run()
+    assert bench.started("b").num_cached_tokens == 4
+    bench.expect("b", prompt_of(8), 5)
+
+
+@pytest.mark.parametrize("options", [{"cache_salt": "other"}, {"skip_cache_read": True}, {"prompt_logprobs": 0}])
+def test_salt_skip_read_and_prompt_logprobs_do_not_read_the_cache(options):
+    bench = Bench()
+    bench.add("a", prompt_of(12))
+    bench.run()
+    bench.add("b", prompt_of(12), **options)
+    bench.run()
+    assert bench.started("b").num_cached_tokens == 0
+    bench.expect("b", prompt_of(12), 5)
+
+
+def test_skip_read_still_writes():
+    bench = Bench()
+    bench.add("a", prompt_of(12), skip_cache_read=True)
+    bench.run()
+    bench.add("b", prompt_of(12))
+    bench.run()
+    assert bench.started("b").num_cached_tokens == 8
+
+
+def test_without_the_prefix_cache_nothing_outlives_its_request():
+    bench = Bench(cache=False)
+    bench.add("a", prompt_of(12))
+    bench.run()
+    assert bench.pool.num_free == bench.pool.num_blocks
+    bench.add("b", prompt_of(12))
+    bench.add("c", prompt_of(12))
+    bench.run()
+    assert bench.started("b").num_cached_tokens == bench.started("c").num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_sequences_of_one_request_share_the_prompt(cache):
+    bench = Bench(cache=cache)
+    bench.add("a", prompt_of(18), n=3, max_tokens=4)
+    bench.step()
+    assert bench.executor.num_computed_tokens == 18
+    bench.step()
+    # The first goes on; the others compute only the prompt's tail, which fills no block.
+    assert bench.executor.num_computed_tokens == 18 + 1 + 2 + 2
+    assert bench.pool.num_owned == 4 + 3
+    bench.run()
+    for index in range(3):
+        bench.expect("a", prompt_of(18), 4, index=index)
+
+
+def test_preempted_sequence_resumes_with_the_same_tokens():
+    bench = Bench(num_blocks=8, cache=False)
+    bench.add("a", prompt_of(10), max_tokens=12)
+    bench.add("b", prompt_of(10, 50), max_tokens=12)
+    bench.run()
+    bench.expect("a", prompt_of(10), 12)
+    bench.expect("b", prompt_of(10, 50), 12)
+    assert bench.outputs("a")[-1].num_preemptions == 0
+    assert bench.outputs("b")[-1].num_preemptions > 0, "the youngest is preempted first"
+
+
+def test_lower_priority_is_preempted_and_higher_runs_first():
+    bench = Bench(max_num_seqs=1)
+    bench.add("low", prompt_of(6), max_tokens=6, priority=-1)
+    bench.step()
+    bench.add("normal", prompt_of(6, 20), max_tokens=2)
+    bench.add("high", prompt_of(6, 40), max_tokens=2, priority=5)
+    bench.run()
+    ends = [e.request_id for e in bench.events if isinstance(e, SequenceOutput) and e.finish_reason]
+    assert ends == ["high", "normal", "low"]
+    bench.expect("low", prompt_of(6), 6)
+
+
+def test_equal_priorities_run_in_order_of_arrival():
+    bench = Bench(max_num_seqs=1)
+    for name in "abc":
+        bench.add(name, prompt_of(3, ord(name)), max_tokens=2)
+    bench.run()
+    assert [e.request_id for e in bench.events if isinstance(e, RequestStarted)] == ["a", "b", "c"]
+
+
+def test_static_batching_ends_a_batch_before_the_next_begins():
+    bench = Bench(max_num_seqs=2, batching="static")
+    for name, count in (("a", 2), ("b", 6), ("c", 2)):
+        bench.add(name, prompt_of(3, ord(name)), max_tokens=count)
+    bench.run()
+    assert bench.started("c").time_s >= 6
+    bench.expect("c", prompt_of(3, ord("c")), 2)
+
+
+def test_eos_stop_token_length_and_context_end_a_sequence():
+    tokens = expected_completion(prompt_of(5), 7, 10, 1000)
+    bench = Bench(max_context=12)
+    bench.add("eos", prompt_of(5), eos=frozenset({tokens[2]}))
+    bench.add("stop", prompt_of(5), stop_token_ids=frozenset({tokens[1]}))
+    bench.add("length", prompt_of(5), max_tokens=1)
+    bench.add("context", prompt_of(5), max_tokens=None)
+    bench.run()
+    assert bench.finish_reason("eos") is FinishReason.EOS
+    assert bench.completion("eos") == tokens[:3]
+    assert bench.outputs("eos")[-1].stop_token_id == tokens[2]
+    assert bench.finish_reason("stop") is FinishReason.STOP
+    assert bench.completion("stop") == tokens[:2]
+    assert bench.finish_reason("length") is FinishReason.LENGTH
+    assert bench.outputs("length")[-1].stop_token_id is None
+    assert bench.finish_reason("context") is FinishReason.CONTEXT
+    assert bench.completion("context") == tokens[:7]
+
+
+def test_expired_request_never_runs_and_a_running_one_is_cut_at_the_next_step():
+    bench = Bench(max_num_seqs=1)
+    bench.add("running", prompt_of(4), max_tokens=50, deadline_s=3)
+    bench.add("waiting", prompt_of(4, 9), deadline_s=2)
+    bench.run()
+    failures = {e.request_id: e.reason for e in bench.events if isinstance(e, RequestFailed)}
+    assert failures == {"running": FailureReason.DEADLINE, "waiting": FailureReason.DEADLINE}
+    assert len(bench.completion("running")) == 3
+    assert not bench.outputs("waiting")
+    assert bench.pool.num_owned == 0
+
+
+def test_time_limit_ends_with_what_there_is():
+    bench = Bench(max_num_seqs=1)
+    bench.add("running", prompt_of(4), max_tokens=50, n=2, time_limit_s=3)
+    bench.add("waiting", prompt_of(4, 9), time_limit_s=2)
+    bench.run()
+    for name, index in (("running", 0), ("running", 1), ("waiting", 0)):
+        assert bench.finish_reason(name, index) is FinishReason.TIME_LIMIT
+    assert len(bench.completion("running")) == 3
+    bench.started("waiting")
+
+
+def test_abort_frees_everything_at_once_wherever_the_request_is():
+    bench = Bench(max_num_seqs=2)
+    bench.add("running", prompt_of(9), n=3)
+    bench.add("waiting", prompt_of(9, 30))
+    bench.step()
+    bench.scheduler.abort("running", 0)
+    bench.scheduler.abort("waiting")
+    bench.scheduler.abort("running")
+    bench.scheduler.abort("running")
+    bench.scheduler.abort("unknown")
+    assert not bench.scheduler.has_work
+    assert bench.pool.num_owned == 0
+    bench.scheduler.check_invariants()
+
+
+def test_one_aborted_sequence_leaves_its_siblings():
+    bench = Bench()
+    bench.add("a", prompt_of(6), n=2, max_tokens=6)
+    bench.step()
+    bench.step()
+    bench.scheduler.abort("a", 0)
+    bench.run()
+    bench.expect("a", prompt_of(6), 6, index=1)
+
+
+def test_corrupt_sequence_fails_alone_and_its_blocks_are_never_shared():
+    bench = Bench(budget=8)
+    bench.add("bad", prompt_of(16))
+    bench.step()
+    bench.add("good", prompt_of(5, 70))
+    plan = bench.scheduler.schedule(bench.now)
+    result = bench.executor.execute(plan)
+    outcomes = [
+        SequenceResult(is_corrupt=True) if s.start else outcome
+        for s, outcome in zip(plan.sequences, result.sequences, strict=True)
+    ]
+    bench.events += bench.scheduler.commit(plan, StepResult(outcomes), 1.0)
+    assert RequestFailed("bad", FailureReason.ENGINE_FAILURE) in bench.events
+    bench.run()
+    bench.expect("good", prompt_of(5, 70), 5)
+    bench.add("again", prompt_of(16))
+    bench.run()
+    assert bench.started("again").num_cached_tokens == 0
+
+
+def test_a_step_that_raised_fails_its_requests_and_no_others():
+    bench = Bench(max_num_seqs=1)
+    bench.add("a", prompt_of(6))
+    bench.add("b", prompt_of(6, 30))
+    events = bench.scheduler.fail(bench.scheduler.schedule(0.0))
+    assert RequestFailed("a", FailureReason.ENGINE_FAILURE) in events
+    bench.scheduler.check_invariants()
+    bench.run()
+    bench.expect("b", prompt_of(6, 30), 5)
+
+
+def test_prompt_logprobs_are_reported_once_even_after_preemption():
+    bench = Bench(num_blocks=8, budget=6, max_num_seqs=2)
+    bench.add("old", prompt_of(6, 200), max_tokens=14)
+    bench.step()
+    bench.add("b", prompt_of(20), prompt_logprobs=0, max_tokens=2)
+    bench.step()
+    bench.step()
+    sequence = bench.scheduler._requests["b"][0]
+    bench.scheduler._preempt(sequence, {})
+    bench.run()
+    reported = [p.token_id for e in bench.outputs("b") for p in e.prompt_logprobs]
+    assert reported == prompt_of(20)[1:]
+    assert bench.outputs("b")[-1].num_preemptions >= 1
+
+
+def test_stats_count_every_sequence():
+    bench = Bench(max_num_seqs=2)
+    bench.add("a", prompt_of(9), n=2)
+    bench.add("b", prompt_of(9, 50))
+    bench.step()
+    stats = bench.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting) == (2, 1)
+    assert (stats.num_owned_blocks, stats.num_blocks) == (6, 64)
+
+
+class Life(RuleBasedStateMachine):
+    """Add, step, cancel, preempt, fail, reset in any order, in pools so small that everything collides."""
+
+    def __init__(self):
+        super().__init__()
+        self.bench = None
+        self.requests = {}
+
+    @precondition(lambda self: self.bench is None)
+    @rule(
+        num_blocks=st.integers(4, 12),
+        max_num_seqs=st.integers(1, 4),
+        budget=st.integers(4, 12),
+        cache=st.booleans(),
+        batching=st.sampled_from(["continuous", "continuous", "static"]),
+    )
+    def start(self, **options):
+        self.bench = Bench(**options)
+
+    @precondition(lambda self: self.bench is not None)
+    @rule(data=st.data())
+    def add(self, data):
+        limit = self.bench.scheduler._max_context_tokens
+        # Few distinct tokens, so that prompts share prefixes.
+        prompt = [0] * data.draw(st.integers(1, min(12, limit - 1))) + data.draw(
+            st.lists(st.integers(0, 2), max_size=2)
+        )
+        prompt = prompt[: limit - 1]
+        request_id = f"r{len(self.requests)}"
+        self.requests[request_id] = self.bench.add(
+            request_id,
+            prompt,
+            n=data.draw(st.integers(1, 3)),
+            max_tokens=data.draw(st.integers(1, 12)),
+            priority=data.draw(st.integers(-1, 1)),
+            skip_cache_read=data.draw(st.booleans()),
+            cache_salt=data.draw(st.sampled_from(["", "s"])),
+            deadline_s=data.draw(st.none() | st.integers(0, 40)),
+            time_limit_s=data.draw(st.none() | st.integers(0, 40)),
+        )
+
+    @precondition(lambda self: self.bench is not None)
+    @rule(count=st.integers(1, 5))
+    def step(self, count):
+        for _ in range(count):
+            self.bench.step()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), index=st.none() | st.integers(0, 2))
+    def abort(self, data, index):
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        if index is None or self.bench.completion(request_id, index):
+            self.bench.scheduler.abort(request_id, index)
+
+    @precondition(lambda self: self.bench is not None and any(self.bench.scheduler._running()))
+    @rule(data=st.data())
+    def preempt(self, data):
+        running = list(self.bench.scheduler._running())
+        self.bench.scheduler._preempt(running[data.draw(st.integers(0, len(running) - 1))], {})
+
+    @precondition(lambda self: self.bench is not None)
+    @rule()
+    def step_raises(self):
+        self.bench.events += self.bench.scheduler.fail(self.bench.scheduler.schedule(self.bench.now))
+
+    @precondition(lambda self: self.bench is not None)
+    @rule()
+    def reset_cache(self):
+        self.bench.scheduler.reset_cache()
+
+    @invariant()
+    def accounts_balance(self):
+        if self.bench is not None:
+            self.bench.scheduler.check_invariants()
+
+    def teardown(self):
+        if self.bench is None:
+            return
+        self.bench.run()
+        pool = self.bench.pool
+        assert pool.num_owned == 0
+        assert pool.num_free + pool.num_cached == pool.num_blocks
+        for request_id, request in self.requests.items():
+            for index in range(request.params.n):
+                completion = self.bench.completion(request_id, index)
+                assert completion == expected_completion(request.prompt_token_ids, 7 + index, len(completion), 1000)
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.soak
+def test_a_hundred_thousand_random_operations():
+    Life.TestCase.settings = settings(max_examples=1000, stateful_step_count=120, deadline=None)
+    Life.TestCase().runTest()
