@@ -16,8 +16,10 @@ from nanoserve.request import (
     CacheWasReset,
     Event,
     Executor,
+    FailureReason,
     Message,
     Request,
+    RequestFailed,
     ResetCache,
     StepResult,
 )
@@ -38,6 +40,7 @@ class EngineCore:
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._deliver: Callable[[list[Event]], None] = lambda _: None
         self._thread = threading.Thread(target=self._run, name="nanoserve-engine", daemon=True)
+        self._has_ended = False
         self._is_busy = False
         self._last_progress_s = time.monotonic()
         self._stats = scheduler.stats()
@@ -50,6 +53,8 @@ class EngineCore:
     def post(self, message: Message) -> None:
         """Hand over a message; it is read before the next step."""
         self._messages.put(message)
+        if self._has_ended:
+            self._refuse_messages()
 
     def stop(self) -> None:
         """Let the current step end, then give up what is left."""
@@ -84,7 +89,18 @@ class EngineCore:
         except Exception:
             logger.exception("the engine thread died")
         finally:
+            self._has_ended = True
             self._deliver(self._scheduler.fail_all())
+            self._refuse_messages()
+
+    def _refuse_messages(self) -> None:
+        """Answer what nobody will read any more, so that no caller waits for ever."""
+        while not self._messages.empty():
+            match self._messages.get():
+                case Request(id=request_id):
+                    self._deliver([RequestFailed(request_id, FailureReason.ENGINE_FAILURE)])
+                case ResetCache():
+                    self._deliver([CacheWasReset(0)])
 
     def _take_messages(self) -> Iterator[Message | None]:
         """All that was posted; waits for the first if there is no work."""

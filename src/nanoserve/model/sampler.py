@@ -15,7 +15,8 @@ token id), and its noise is a function of (seed, position).
 import enum
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,10 +24,16 @@ from torch.nn import functional
 
 from nanoserve.request import Admission, SamplingParams, SequenceResult, TokenLogprob
 
-# How many of the most likely tokens are looked at before the whole vocabulary is sorted.
+# How many of the most likely tokens are put in order to find the nucleus of top_p, and the factor by which that
+# grows where they do not hold it.
 NUM_CANDIDATES = 1024
+CANDIDATE_GROWTH = 16
 # The draw adds up weights in blocks of this many tokens, then looks into one block.
 DRAW_BLOCK = 128
+# Rows that need more than an argmax are worked on this many logits at a time: on a CPU what fits its caches, elsewhere
+# what bounds the memory of the copies.
+CPU_LOGITS_AT_ONCE = 1 << 18
+LOGITS_AT_ONCE = 1 << 24
 # Log-probabilities are computed for this many logits at once, to bound the float32 and int64 copies.
 LOGPROB_CHUNK = 1 << 23
 
@@ -44,10 +51,10 @@ class _Path(enum.Enum):
     UNORDERED = enum.auto()
     # Random, top_k of at most NUM_CANDIDATES.
     TOP_K = enum.auto()
-    # Random, top_p alone: the nucleus is mostly within NUM_CANDIDATES.
+    # Random, top_p alone: how many tokens it keeps is not known before.
     TOP_P = enum.auto()
-    # Random, and the whole vocabulary must be sorted.
-    SORTED = enum.auto()
+    # Random, a larger top_k.
+    LARGE_TOP_K = enum.auto()
 
 
 class Sampler:
@@ -60,6 +67,8 @@ class Sampler:
     def __init__(self, max_num_rows: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
+        logits_at_once = CPU_LOGITS_AT_ONCE if device.type == "cpu" else LOGITS_AT_ONCE
+        self._rows_at_once = max(1, logits_at_once // vocab_size)
         self._rows: list[_Row | None] = [None] * max_num_rows
 
     def admit(self, row: int, admission: Admission) -> None:
@@ -80,14 +89,14 @@ class Sampler:
         # The maximum shows what is wrong with a row too: NaN, +inf, or -inf if there is nothing else.
         best, tokens = logits.max(dim=-1)  # [n], [n]
         is_usable = best.isfinite()  # [n]
-        for path, members in _group_by_path(states, positions, self._vocab_size).items():
+        for path, members in self._batches(states, positions):
             index = torch.tensor(members, device=self._device)
             scores = logits.index_select(0, index).float()  # [m, vocab], a copy
-            drawn, is_drawn = self._sample_group(
+            drawn, is_possible = _sample_batch(
                 path, [states[i] for i in members], [positions[i] for i in members], scores
             )
             tokens[index] = drawn
-            is_usable[index] &= is_drawn
+            is_usable[index] &= is_possible
         token_ids: list[int] = tokens.where(is_usable, -1).tolist()  # the step's one wait for the device
         results = _results(states, logits, token_ids)
         for state, token_id in zip(states, token_ids, strict=True):
@@ -101,24 +110,16 @@ class Sampler:
             raise ValueError(f"row {row} was not admitted")
         return state
 
-    def _sample_group(
-        self, path: _Path, states: list["_Row"], positions: list[int], scores: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens [m], and whether each row had any possible token [m]. Overwrites scores [m, vocab]."""
-        _apply_penalties(scores, states)
-        _apply_bias(scores, states)
-        _forbid_early_end(scores, states, positions)
-        best, tokens = scores.max(dim=-1, keepdim=True)  # [m, 1], [m, 1]
-        is_possible = best.isfinite().squeeze(1)
-        if path is _Path.GREEDY:
-            return tokens.squeeze(1), is_possible
-        params = [state.params for state in states]
-        temperature = _column(scores, [max(p.temperature, FLOAT32.tiny) for p in params])
-        # With the maximum at 0 no temperature overflows upwards, and exp(scores) is p / p_max.
-        scores.sub_(best).div_(temperature)
-        noise = [uniform(s.seed, p) for s, p in zip(states, positions, strict=True)]
-        uniforms = torch.tensor(noise, dtype=torch.float64, device=scores.device)  # [m]
-        return _draw_group(path, scores, params, uniforms), is_possible
+    def _batches(self, states: list["_Row"], positions: list[int]) -> Iterator[tuple[_Path, list[int]]]:
+        """Indices of the rows that need more than the argmax of their raw logits, with what they need."""
+        groups: dict[_Path, list[int]] = {}
+        for i, (state, position) in enumerate(zip(states, positions, strict=True)):
+            path = state.path(position)
+            if path is not _Path.ARGMAX:
+                groups.setdefault(path, []).append(i)
+        for path, members in groups.items():
+            for start in range(0, len(members), self._rows_at_once):
+                yield path, members[start : start + self._rows_at_once]
 
 
 # -------------------------------------------------------------------------------------------- a row's state
@@ -130,21 +131,32 @@ class _Row:
     def __init__(self, admission: Admission, vocab_size: int) -> None:
         params = admission.params
         self.params = params
+        self.vocab_size = vocab_size
         self.seed = admission.seed
-        # Up to this position no end token may be drawn.
+        # Before this position no end token may be drawn.
         self.min_end_position = admission.num_prompt_tokens + params.min_tokens
         # Ids that the model cannot draw are left out here and below, or they would index outside the logits.
-        self.end_token_ids = torch.tensor([i for i in admission.end_token_ids if i < vocab_size])
+        self.end_token_ids = torch.tensor([i for i in admission.end_token_ids if i < vocab_size], dtype=torch.int64)
         bias = {i: b for i, b in params.logit_bias.items() if i < vocab_size}
         self.bias_token_ids = torch.tensor(list(bias), dtype=torch.int64)
         self.bias = torch.tensor(list(bias.values()), dtype=torch.float32)
-        is_penalized = params.repetition_penalty != 1 or _has_output_penalty(params)
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        is_penalized = penalties != (1, 0, 0)
         self.seen = _SeenTokens(admission, vocab_size) if is_penalized else None
 
-    def changes_logits(self, position: int) -> bool:
-        """Whether the scores at this position differ from the raw logits."""
-        forbids_end = position < self.min_end_position and len(self.end_token_ids) > 0
-        return self.seen is not None or len(self.bias) > 0 or forbids_end
+    def path(self, position: int) -> _Path:
+        """The work that drawing the token at this position takes."""
+        params = self.params
+        if params.temperature == 0:
+            is_edited = self.seen is not None or len(self.bias) > 0 or self.forbids_end(position)
+            return _Path.GREEDY if is_edited else _Path.ARGMAX
+        if 0 < params.top_k < self.vocab_size:
+            return _Path.TOP_K if params.top_k <= NUM_CANDIDATES else _Path.LARGE_TOP_K
+        return _Path.TOP_P if params.top_p < 1 else _Path.UNORDERED
+
+    def forbids_end(self, position: int) -> bool:
+        """Whether min_tokens rules end tokens out at this position."""
+        return position < self.min_end_position and len(self.end_token_ids) > 0
 
 
 class _SeenTokens:
@@ -156,7 +168,8 @@ class _SeenTokens:
 
     def __init__(self, admission: Admission, vocab_size: int) -> None:
         generated = admission.token_ids[admission.num_prompt_tokens :]
-        counts = dict.fromkeys(admission.token_ids, 0) if admission.params.repetition_penalty != 1 else {}
+        is_repetition_penalized = admission.params.repetition_penalty != 1
+        counts = dict.fromkeys(admission.token_ids if is_repetition_penalized else [], 0)
         counts |= Counter(generated)
         counts = {token_id: count for token_id, count in counts.items() if token_id < vocab_size}
         self.token_ids = torch.tensor(list(counts), dtype=torch.int64)  # [num_seen]
@@ -173,74 +186,238 @@ class _SeenTokens:
             self.counts = torch.cat([self.counts, torch.ones(1)])
 
 
-def _has_output_penalty(params: SamplingParams) -> bool:
-    return params.frequency_penalty != 0 or params.presence_penalty != 0
+# ----------------------------------------------------------------------------------------- the order of things
 
 
-def _group_by_path(
-    states: list[_Row], positions: list[int], vocab_size: int
-) -> dict[_Path, list[int]]:
-    """Indices of the rows that need more than the argmax of their raw logits, by what they need."""
-    groups: dict[_Path, list[int]] = {}
-    for i, (state, position) in enumerate(zip(states, positions, strict=True)):
-        path = _path(state, position, vocab_size)
-        if path is not _Path.ARGMAX:
-            groups.setdefault(path, []).append(i)
-    return groups
-
-
-def _path(state: _Row, position: int, vocab_size: int) -> _Path:
-    params = state.params
-    if params.temperature == 0:
-        return _Path.GREEDY if state.changes_logits(position) else _Path.ARGMAX
-    if 0 < params.top_k < vocab_size:
-        return _Path.TOP_K if params.top_k <= NUM_CANDIDATES else _Path.SORTED
-    return _Path.TOP_P if params.top_p < 1 else _Path.UNORDERED
+def _sample_batch(path: _Path, states: list[_Row], positions: list[int], scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [m], and whether each row had any possible one [m]. Overwrites scores [m, vocab]."""
+    _apply_penalties(scores, states)
+    _apply_bias(scores, states)
+    _forbid_early_end(scores, states, positions)
+    best = scores.amax(dim=1, keepdim=True)  # [m, 1]
+    is_possible = best.isfinite().squeeze(1)
+    if path is _Path.GREEDY:
+        return scores.argmax(dim=1), is_possible
+    params = [state.params for state in states]
+    temperature = _column(scores, [max(p.temperature, FLOAT32.tiny) for p in params])
+    # With the maximum at 0 no temperature overflows upwards, and exp(scores) is p / p_max.
+    scores.sub_(best).div_(temperature)
+    noise = [uniform(state.seed, position) for state, position in zip(states, positions, strict=True)]
+    uniforms = torch.tensor(noise, dtype=torch.float64, device=scores.device)  # [m]
+    return _draw_batch(path, scores, params, uniforms), is_possible
 
 
 # ---------------------------------------------------------------------------------------- edits, all sparse
 
 
 def _apply_penalties(scores: Tensor, states: list[_Row]) -> None:
-    """Repetition, frequency and presence penalties on the tokens each row has seen.
+    """Repetition, frequency and presence penalties on the tokens that each row has seen.
 
     x <- (x / r if x > 0 else x * r) - frequency * count - presence * [count > 0]
     """
-    rows, seen = _of_rows([state.seen for state in states])
+    seen = {row: state.seen for row, state in enumerate(states) if state.seen is not None}
     if not seen:
         return
-    lengths = torch.tensor([len(s.token_ids) for s in seen])
-    index = _flat_index(scores, rows, [s.token_ids for s in seen])
-    counts = torch.cat([s.counts for s in seen]).to(scores.device)  # [num_seen]
-
-    def per_token(values: list[float]) -> Tensor:
-        return torch.tensor(values).repeat_interleave(lengths).to(scores.device)  # [num_seen]
-
-    params = [states[row].params for row in rows]
-    repetition = per_token([p.repetition_penalty for p in params])
-    frequency = per_token([p.frequency_penalty for p in params])
-    presence = per_token([p.presence_penalty for p in params])
-    values = scores[index]  # [num_seen]
+    cells = _cells(scores, {row: s.token_ids for row, s in seen.items()})
+    counts = torch.cat([s.counts for s in seen.values()]).to(scores.device)  # [num_seen]
+    # One row of parameters for each seen token: [num_seen, 3] -> three times [num_seen].
+    params = [states[row].params for row in seen]
+    repetition, frequency, presence = (
+        torch.tensor([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params])
+        .repeat_interleave(torch.tensor([len(s.token_ids) for s in seen.values()]), dim=0)
+        .to(scores.device)
+        .unbind(dim=1)
+    )
+    values = scores[cells]  # [num_seen]
     values = torch.where(values > 0, values / repetition, values * repetition)
     values -= frequency * counts + presence * (counts > 0)
     # A very small repetition penalty must not make an infinity.
-    scores[index] = values.clamp(max=FLOAT32.max)
+    scores[cells] = values.clamp(max=FLOAT32.max)
 
 
 def _apply_bias(scores: Tensor, states: list[_Row]) -> None:
-    rows, biased = _of_rows([state if len(state.bias) > 0 else None for state in states])
+    biased = {row: state for row, state in enumerate(states) if len(state.bias) > 0}
     if biased:
-        index = _flat_index(scores, rows, [state.bias_token_ids for state in biased])
-        scores[index] += torch.cat([state.bias for state in biased]).to(scores.device)
+        cells = _cells(scores, {row: state.bias_token_ids for row, state in biased.items()})
+        scores[cells] += torch.cat([state.bias for state in biased.values()]).to(scores.device)
 
 
 def _forbid_early_end(scores: Tensor, states: list[_Row], positions: list[int]) -> None:
     """No end token before min_tokens."""
-    early = [
-        state if position < state.min_end_position and len(state.end_token_ids) > 0 else None
-        for state, position in zip(states, positions, strict=True)
+    forbidden = {
+        row: state.end_token_ids
+        for row, (state, position) in enumerate(zip(states, positions, strict=True))
+        if state.forbids_end(position)
+    }
+    if forbidden:
+        scores[_cells(scores, forbidden)] = -torch.inf
+
+
+def _cells(scores: Tensor, token_ids: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """Index of the given tokens [num_tokens of the row] in the given rows of scores: two of [sum of num_tokens]."""
+    lengths = torch.tensor([len(ids) for ids in token_ids.values()])
+    rows = torch.tensor(list(token_ids)).repeat_interleave(lengths)
+    return rows.to(scores.device), torch.cat(list(token_ids.values())).to(scores.device)
+
+
+# ---------------------------------------------------------------------------------------- filters and draw
+
+
+def _draw_batch(path: _Path, scores: Tensor, params: list[SamplingParams], uniforms: Tensor) -> Tensor:
+    """Tokens [m], drawn from scores [m, vocab] with maximum 0."""
+    if path is _Path.UNORDERED:
+        weights = scores.exp()  # [m, vocab]
+        weights.masked_fill_(weights < _column(weights, [p.min_p for p in params]), 0)
+        return draw(weights, uniforms)
+    if path is _Path.TOP_P:
+        return _draw_nucleus(scores, params, uniforms, NUM_CANDIDATES)
+    token_ids, weights = candidates(scores, max(p.top_k for p in params), params)
+    return _pick(token_ids, weights, uniforms)
+
+
+def _draw_nucleus(scores: Tensor, params: list[SamplingParams], uniforms: Tensor, width: int) -> Tensor:
+    """Tokens [m] of rows with top_p and no top_k, looking at `width` candidates, and at more where need be."""
+    vocab_size = scores.shape[1]
+    width = min(width, vocab_size)
+    token_ids, weights = candidates(scores, width, params)
+    tokens = _pick(token_ids, weights, uniforms)
+    # If the last candidate was kept, others behind it may belong to the nucleus too.
+    wide = (weights[:, -1] > 0).nonzero().squeeze(1)
+    if width < vocab_size and len(wide) > 0:
+        wide_params = [params[i] for i in wide.tolist()]
+        width *= CANDIDATE_GROWTH
+        tokens[wide] = _draw_nucleus(scores[wide], wide_params, uniforms[wide], width)
+    return tokens
+
+
+def _pick(token_ids: Tensor, weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [m], drawn from candidates [m, width]."""
+    return token_ids.gather(1, draw(weights, uniforms)[:, None]).squeeze(1)
+
+
+def candidates(scores: Tensor, width: int, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """The `width` most likely tokens in order, and their weights p / p_max; 0 for those that a filter drops.
+
+    scores: [m, vocab], logits over temperature, maximum 0. Returns int64 and float64 [m, width].
+    width: at least every top_k that is on; all of the vocabulary, or the result is right only where its last
+    weight is 0.
+    """
+    vocab_size = scores.shape[1]
+    token_ids = most_likely(scores, width)
+    weights = scores.gather(1, token_ids).double().exp()
+    top_k = _column(weights, [p.top_k or vocab_size for p in params])
+    weights.masked_fill_(torch.arange(width, device=scores.device) >= top_k, 0)
+    cumulative = weights.cumsum(dim=1)
+    # Of what top_k left, keep the tokens before which there is less than top_p of the mass.
+    total = cumulative[:, -1:]
+    if any(p.top_k == 0 and p.top_p < 1 for p in params):
+        everything = scores.exp().sum(dim=1, keepdim=True, dtype=torch.float64)  # [m, 1]
+        total = torch.where(top_k < vocab_size, total, everything)
+    top_p = _column(weights, [p.top_p if p.top_p < 1 else torch.inf for p in params])
+    weights.masked_fill_(cumulative - weights >= top_p * total, 0)
+    return token_ids, weights.masked_fill_(weights < _column(weights, [p.min_p for p in params]), 0)
+
+
+def most_likely(scores: Tensor, count: int) -> Tensor:
+    """Ids [m, count] of the highest of scores [m, vocab] (float32), highest first; of equals the lower id first.
+
+    topk alone leaves the order of equals open, and in bfloat16 equals are common. So each score becomes an int64
+    that no other token has: the float's bits, which order as integers once those of negative numbers are flipped,
+    above the id counted backwards.
+    """
+    bits = scores.view(torch.int32)
+    keys = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).long()  # [m, vocab]
+    keys <<= 32
+    keys -= torch.arange(scores.shape[1], device=scores.device)
+    top = keys.topk(count, dim=1).values  # [m, count]
+    return top.neg_().bitwise_and_(0xFFFFFFFF)
+
+
+def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse CDF: for each row of weights [m, width], at least one above 0, the place [m] where uniforms [m] falls.
+
+    First among the sums of blocks, then inside one block: the sums are float64, so that neither the length of the
+    vocabulary nor the order of summation moves a boundary, and no long prefix sum is made. A place with weight 0
+    adds nothing to the sum before it, and so is never the first to exceed a value.
+    """
+    padded = functional.pad(weights, (0, -weights.shape[1] % DRAW_BLOCK))
+    blocks = padded.reshape(len(weights), -1, DRAW_BLOCK)
+    ends = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)  # [m, num_blocks]
+    target = uniforms[:, None] * ends[:, -1:]  # [m, 1], below the last end
+    # The clamps hold rows of NaN, whose result nobody uses, within bounds.
+    block = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)  # [m, 1]
+    start = functional.pad(ends, (1, 0)).gather(1, block)  # [m, 1]
+    inside = blocks[torch.arange(len(block), device=block.device), block.squeeze(1)]
+    inside = inside.cumsum(dim=1, dtype=torch.float64)  # [m, DRAW_BLOCK]
+    # The two ways to sum a block may differ in the last bit: stay below the end.
+    rest = torch.minimum(target - start, inside[:, -1:].nextafter(torch.zeros_like(target)))
+    place = block * DRAW_BLOCK + torch.searchsorted(inside, rest, right=True)  # [m, 1]
+    return place.clamp_(max=weights.shape[1] - 1).squeeze(1)
+
+
+def uniform(seed: int, position: int) -> float:
+    """The noise of one draw, in [0, 1): 53 bits of a hash of seed and position, and of nothing else."""
+    key = (seed % 2**64).to_bytes(8, "little") + position.to_bytes(8, "little")
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _column(like: Tensor, values: Sequence[float]) -> Tensor:
+    """One value for each row: [m, 1]."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+# --------------------------------------------------------------------------------------- log-probabilities
+
+
+def token_logprobs(logits: Tensor, targets: list[int], num_top: int) -> list[TokenLogprob]:
+    """log-softmax of raw logits [k, vocab] at targets [k], each with the num_top most likely tokens.
+
+    Always finite: what has no probability gets the least float32. The rank is 1 + the number of tokens that are
+    more likely, so that equals share one.
+    """
+    chunk = max(1, LOGPROB_CHUNK // logits.shape[1])
+    result: list[TokenLogprob] = []
+    for start in range(0, len(targets), chunk):
+        end = start + chunk
+        result += _chunk_logprobs(logits[start:end].float(), targets[start:end], num_top)
+    return result
+
+
+def _chunk_logprobs(logits: Tensor, targets: list[int], num_top: int) -> list[TokenLogprob]:
+    target = torch.tensor(targets, device=logits.device)[:, None]  # [k, 1]
+    chosen = logits.gather(1, target)  # [k, 1]
+    top_ids = most_likely(logits, min(num_top, logits.shape[1]))  # [k, num_top]
+    top = logits.gather(1, top_ids)  # [k, num_top]
+    rank = (logits > chosen).sum(dim=1, keepdim=True) + 1  # [k, 1]
+    top_ranks = (top[:, None, :] > top[:, :, None]).sum(dim=2) + 1  # [k, num_top]
+    logprobs = torch.cat([chosen, top], dim=1) - logits.logsumexp(dim=1, keepdim=True)
+    logprobs = logprobs.nan_to_num(nan=FLOAT32.min, neginf=FLOAT32.min).clamp_(max=0)
+    columns = (torch.cat([target, top_ids], dim=1), logprobs, torch.cat([rank, top_ranks], dim=1))
+    result: list[TokenLogprob] = []
+    for row in zip(*(column.tolist() for column in columns), strict=True):
+        entry, *alternatives = (TokenLogprob(*fields) for fields in zip(*row, strict=True))
+        result.append(replace(entry, top=tuple(alternatives)))
+    return result
+
+
+def _results(states: list[_Row], logits: Tensor, token_ids: list[int]) -> list[SequenceResult]:
+    """Pack what was drawn; -1 = nothing, the row is corrupt."""
+    num_top = {
+        i: state.params.logprobs
+        for i, (state, token_id) in enumerate(zip(states, token_ids, strict=True))
+        if state.params.logprobs is not None and token_id >= 0
+    }
+    logprobs: dict[int, TokenLogprob] = {}
+    if num_top:
+        index = torch.tensor(list(num_top), device=logits.device)
+        drawn = [token_ids[i] for i in num_top]
+        entries = token_logprobs(logits.index_select(0, index), drawn, max(num_top.values()))
+        for (i, count), entry in zip(num_top.items(), entries, strict=True):
+            logprobs[i] = replace(entry, top=entry.top[:count])
+    return [
+        SequenceResult(token_ids=[token_id], logprobs=[logprobs[i]] if i in logprobs else [])
+        if token_id >= 0
+        else SequenceResult(is_corrupt=True)
+        for i, token_id in enumerate(token_ids)
     ]
-    rows, forbidding = _of_rows(early)
-    if forbidding:
-        index = _flat_index(scores, rows, [state.end_token_ids for state in forbidding])
-        scores[index] = -torch.inf

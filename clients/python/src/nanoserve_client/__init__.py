@@ -1,0 +1,75 @@
+"""Client of the nanoserve LLM server, over gRPC: typed, streaming, synchronous and asyncio.
+
+client.py · aio.py    the two clients: calls, and nothing else
+requests.py           Python arguments → requests
+results.py            responses → frozen values;  progress.py: what one stream has said so far
+errors.py             status → exception
+transport.py          channel options, retries, TLS, metadata, size limit
+v1/                   the generated stubs of the contract, for whoever wants to speak it directly
+"""
+
+from nanoserve_client.aio import AsyncClient, AsyncGenerateStream
+from nanoserve_client.client import Client, GenerateStream
+from nanoserve_client.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidRequest,
+    NanoserveError,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
+from nanoserve_client.requests import ChatMessage, GenerateOptions, Tool, ToolCall
+from nanoserve_client.results import (
+    Completion,
+    Delta,
+    FinishReason,
+    Model,
+    Result,
+    Sampling,
+    Started,
+    Stats,
+    Timing,
+    TokenLogprob,
+    Tokens,
+    Usage,
+)
+from nanoserve_client.transport import CallOptions, Tls
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGenerateStream",
+    "CallOptions",
+    "Cancelled",
+    "ChatMessage",
+    "Client",
+    "Completion",
+    "DeadlineExceeded",
+    "Delta",
+    "EngineFailure",
+    "FinishReason",
+    "GenerateOptions",
+    "GenerateStream",
+    "InvalidRequest",
+    "Model",
+    "NanoserveError",
+    "NotFound",
+    "Overloaded",
+    "PermissionDenied",
+    "Result",
+    "Sampling",
+    "Started",
+    "Stats",
+    "Timing",
+    "Tls",
+    "TokenLogprob",
+    "Tokens",
+    "Tool",
+    "ToolCall",
+    "Unauthenticated",
+    "Unavailable",
+    "Usage",
+]

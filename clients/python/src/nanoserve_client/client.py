@@ -1,0 +1,259 @@
+"""The synchronous client: a thin shell that does the input and output; all else is shared with the asyncio client."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from nanoserve_client import requests, transport
+from nanoserve_client.errors import from_status
+from nanoserve_client.progress import Progress
+from nanoserve_client.requests import GenerateOptions, Messages, Tool
+from nanoserve_client.results import Delta, Model, Result, Started, Stats, Tokens
+from nanoserve_client.transport import CallOptions, Tls
+from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from nanoserve_client.v1 import generation_pb2 as pb
+
+_Response = TypeVar("_Response", bound=Message)
+
+
+class Client:
+    """Talks to a nanoserve server. May be used by several threads at once.
+
+        with Client("127.0.0.1:50051") as client:
+            for delta in client.chat("What is paged attention?", max_tokens=200):
+                print(delta.text, end="")
+
+    Every method raises NanoserveError or one of its subclasses when the call fails. A call that the server refuses as
+    overloaded or not ready is tried up to 4 times, after 0.1 to 2 seconds or as long as the server says; a stream that
+    has begun is never tried again.
+
+    Args:
+        target: Address of the server, such as "127.0.0.1:50051" or "dns:///llm.example:443".
+        api_key: Sent with every call as `authorization: Bearer KEY`. In the clear unless `tls` is given.
+        tls: Speak TLS; `Tls()` checks the server against gRPC's own root certificates. Default: plain text.
+    """
+
+    def __init__(self, target: str, *, api_key: str | None = None, tls: Tls | None = None) -> None:
+        self._api_key = api_key
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, transport.CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, transport.credentials(tls), transport.CHANNEL_OPTIONS)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
+
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> "GenerateStream":
+        """Complete a text as it stands, or token ids.
+
+        Returns at once; errors come from reading the stream.
+
+        Args:
+            prompt: Text, tokenized with the special tokens of the tokenizer's configuration; or token ids, used
+                verbatim. Not empty.
+            **options: See GenerateOptions.
+
+        Raises:
+            InvalidRequest: The request has more than 16 MiB.
+            TypeError, ValueError: An option that does not exist, or a value that its field cannot hold.
+        """
+        request = requests.generate_request(prompt, options)
+        return self.generate_raw(request, **requests.call_options(options))
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Tool | Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> "GenerateStream":
+        """Answer a conversation, rendered with the model's chat template.
+
+        Returns at once; errors come from reading the stream.
+
+        Args:
+            messages: ChatMessages or dicts with the same keys, at least one; or a text, for one message of the user.
+            tools: Tools or dicts with the same keys, offered to the template.
+            template_kwargs: Further template variables, e.g. {"enable_thinking": False}.
+            continue_final_message: The completion extends the last message, which must be the assistant's.
+            **options: See GenerateOptions.
+
+        Raises:
+            As `generate`; and ValueError for a role that does not exist.
+        """
+        chat = requests.chat_prompt(messages, tools, template_kwargs, continue_final_message)
+        request = requests.generate_request(chat, options)
+        return self.generate_raw(request, **requests.call_options(options))
+
+    def generate_raw(self, request: pb.GenerateRequest, **options: Unpack[CallOptions]) -> "GenerateStream":
+        """Send a request as the contract has it. Returns and raises as `generate`."""
+        call = transport.envelope(request, self._api_key, options)
+        responses = self._generation.Generate(request, timeout=call.timeout, metadata=call.metadata)
+        return GenerateStream(responses, Progress(call.request_id))
+
+    def tokenize(
+        self,
+        prompt: Messages,
+        *,
+        model: str | None = None,
+        tools: Sequence[Tool | Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        **options: Unpack[CallOptions],
+    ) -> Tokens:
+        """Token ids of a prompt, exactly as `generate` (for a text) or `chat` (for messages) would see them.
+
+        Args:
+            prompt: A text as it stands, or the messages of a conversation.
+            model: Name of a served model. Default: the server's.
+            tools, template_kwargs, continue_final_message: As in `chat`, for a conversation.
+            **options: See CallOptions.
+        """
+        request = requests.tokenize_request(prompt, model, tools, template_kwargs, continue_final_message)
+        return Tokens.of(self._call(self._models.Tokenize, request, options))
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        model: str | None = None,
+        keep_special_tokens: bool = False,
+        **options: Unpack[CallOptions],
+    ) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+            token_ids: Each below the model's vocab_size.
+            model: Name of a served model. Default: the server's.
+            keep_special_tokens: Keep special tokens (such as EOS) in the text.
+            **options: See CallOptions.
+        """
+        request = model_pb2.DetokenizeRequest(
+            model=model or "", token_ids=token_ids, keep_special_tokens=keep_special_tokens
+        )
+        return self._call(self._models.Detokenize, request, options).text
+
+    def list_models(self, **options: Unpack[CallOptions]) -> list[Model]:
+        """The served models, in order of their names."""
+        response = self._call(self._models.ListModels, model_pb2.ListModelsRequest(), options)
+        return [Model.of(model) for model in response.models]
+
+    def cancel(self, request_id: str, /, **options: Unpack[CallOptions]) -> int:
+        """End every request with this id, anyone's; their callers get Cancelled. For operators.
+
+        To end a request of one's own, cancel its stream.
+
+        Args:
+            request_id: The request to end, as Started.request_id reports it.
+            **options: See CallOptions. A `request_id` there labels this call itself.
+
+        Returns:
+            How many requests were ended: 0 = none with this id was running or waiting.
+        """
+        request = admin_pb2.CancelRequest(request_id=request_id)
+        return self._call(self._admin.Cancel, request, options).cancelled
+
+    def reset_cache(self, **options: Unpack[CallOptions]) -> int:
+        """Forget every cached prefix that no running sequence uses. Returns how many blocks that freed."""
+        return self._call(self._admin.ResetCache, admin_pb2.ResetCacheRequest(), options).freed_blocks
+
+    def get_stats(self, **options: Unpack[CallOptions]) -> Stats:
+        """A snapshot of scheduler and cache. For operators."""
+        return Stats.of(self._call(self._admin.GetStats, admin_pb2.GetStatsRequest(), options))
+
+    def close(self) -> None:
+        """Close the connection, for good. Calls that are running end with Cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(
+        self,
+        method: Callable[..., _Response],
+        request: Message,
+        options: CallOptions,
+    ) -> _Response:
+        call = transport.envelope(request, self._api_key, options)
+        try:
+            return method(request, timeout=call.timeout, metadata=call.metadata)
+        except grpc.RpcError as error:
+            # What gRPC raises is the call itself.
+            status = cast(grpc.Call, error)
+            raise from_status(status.code(), status.details(), status.trailing_metadata(), call.request_id) from error
+
+
+class GenerateStream(Iterator[Delta]):
+    """The deltas of one request, as they come. For one reader; any thread may cancel.
+
+    Leaving the `with` block, or dropping the last reference, cancels a request that is not finished.
+    """
+
+    def __init__(self, responses: "grpc._CallIterator[pb.GenerateResponse]", progress: Progress) -> None:
+        self._responses = responses
+        self._progress = progress
+
+    @property
+    def started(self) -> Started | None:
+        """What the server said when it began to run the request; None until the first delta was read."""
+        return self._progress.started
+
+    def __next__(self) -> Delta:
+        """The next delta.
+
+        Raises:
+            NanoserveError: The request failed; or its stream ended too early, although with status OK.
+        """
+        while (response := self._read()) is not None:
+            if (delta := self._progress.take(response)) is not None:
+                return delta
+        raise StopIteration
+
+    def result(self) -> Result:
+        """Read to the end, and return all that the stream said, the deltas that were read before too.
+
+        Raises:
+            NanoserveError: As reading the deltas does.
+        """
+        for _ in self:
+            pass
+        return self._progress.result()
+
+    def cancel(self) -> None:
+        """End the request, unless it has ended. Reading on raises Cancelled."""
+        self._responses.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    def _read(self) -> pb.GenerateResponse | None:
+        """The next event; None at the end of a stream that ended well."""
+        try:
+            return next(self._responses)
+        except StopIteration:
+            self._progress.end()
+            return None
+        except grpc.RpcError as error:
+            status = cast(grpc.Call, error)
+            raise self._progress.fail(status.code(), status.details(), status.trailing_metadata()) from error

@@ -1,0 +1,267 @@
+"""From Python arguments to the contract's requests. Pure; both clients use it.
+
+The server checks ranges, and names every violation at once, so nothing is checked twice here: these functions refuse
+only what the messages cannot carry.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, cast
+
+from google.protobuf.duration_pb2 import Duration
+
+from nanoserve_client.transport import CallOptions, refuse_unknown
+from nanoserve_client.v1 import generation_pb2 as pb
+from nanoserve_client.v1 import model_pb2
+
+RoleName = Literal["system", "user", "assistant", "tool", "developer"]
+
+_ROLES: dict[str, pb.Role.ValueType] = {
+    "system": pb.ROLE_SYSTEM,
+    "user": pb.ROLE_USER,
+    "assistant": pb.ROLE_ASSISTANT,
+    "tool": pb.ROLE_TOOL,
+    "developer": pb.ROLE_DEVELOPER,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the assistant made, as part of a conversation."""
+
+    # Ties the call to the tool's answer (ChatMessage.tool_call_id).
+    id: str
+    # The function's name.
+    name: str
+    # Its arguments: an object, or the JSON text of one.
+    arguments: Mapping[str, Any] | str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation. A dict with the same keys serves as well."""
+
+    role: RoleName
+    # The text. May be None only beside tool_calls.
+    content: str | None = None
+    # The speaker's name, for templates that know one.
+    name: str | None = None
+    # The id of the call that this message answers; role "tool" only.
+    tool_call_id: str | None = None
+    # Role "assistant" only.
+    tool_calls: Sequence[ToolCall | Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. The server shows it to the template, and executes nothing."""
+
+    name: str
+    # For the model to read.
+    description: str = ""
+    # JSON Schema of the arguments, an object, or its JSON text. None = no parameters.
+    parameters: Mapping[str, Any] | str | None = None
+
+
+Messages = str | Sequence[ChatMessage | Mapping[str, Any]]
+
+
+class GenerateOptions(CallOptions, total=False):
+    """What `generate` and `chat` take besides the prompt; CallOptions' keys too.
+
+    A key that is absent or None takes the default: for the sampling keys (temperature to repetition_penalty) the
+    model's own, which `list_models` shows and `Started.sampling` reports.
+
+    Attributes:
+        model: Name of a served model. Default: the server's.
+        n: Completions (sequences) of the one prompt, 1 to 128. Default 1.
+        priority: -100 to 100, default 0. Higher runs first, and may preempt lower.
+
+        temperature: 0 to 100. 0 = greedy.
+        top_p: Above 0, up to 1. Keeps the smallest set of most likely tokens whose probability reaches it. 1 = all.
+        top_k: Keeps that many most likely tokens. 0 = all.
+        min_p: 0 to 1. Keeps tokens with at least min_p times the probability of the most likely one. 0 = all.
+        frequency_penalty: -2 to 2, for each time a token was generated. 0 = off.
+        presence_penalty: -2 to 2, once if it was generated. 0 = off.
+        repetition_penalty: Above 0, up to 100, for tokens of prompt or output. 1 = off.
+        seed: 0 to 2**64 - 1. Sequence i draws with seed + i. Default: random; `Started.sampling.seed` reports it.
+        logit_bias: Token id to what is added to its logit, -100 to 100; at most 1024 entries.
+
+        max_tokens: Most tokens of each sequence, at least 1. Default: what the context leaves.
+        min_tokens: No EOS, stop token or stop string ends a sequence before. Default 0.
+        stop: Text or texts that end a sequence: at most 16 of at most 1,024 characters. They may span tokens.
+        stop_token_ids: Tokens that end a sequence, besides EOS; at most 1024.
+        ignore_eos: EOS is a token like any other. Default False.
+        include_stop: Keep the stop string or stop token in the text. Default False.
+        time_limit: Seconds from arrival until sequences end softly, with FinishReason.TIME_LIMIT and what there is;
+            above 0. Default: none. (`timeout` is hard: it fails the call.)
+
+        omit_text: Token ids only. Default False. Not with `stop`.
+        keep_special_tokens: Keep special tokens in the text. Default False.
+        logprobs: Report each token's log-probability with this many alternatives, 0 to 20. Default: no report.
+        prompt_logprobs: The same for the prompt's tokens; the prefix cache is then not read. Default: no report.
+        min_delta_tokens: Hold deltas back until they have this many tokens. Default 0: a delta a step.
+
+        skip_cache_read: Compute the whole prompt anew. Default False.
+        cache_salt: Share cached prefixes only with requests of the same salt; at most 256 characters. Default "".
+    """
+
+    model: str | None
+    n: int | None
+    priority: int | None
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    logit_bias: Mapping[int, float] | None
+
+    max_tokens: int | None
+    min_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    include_stop: bool | None
+    time_limit: float | None
+
+    omit_text: bool | None
+    keep_special_tokens: bool | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    min_delta_tokens: int | None
+
+    skip_cache_read: bool | None
+    cache_salt: str | None
+
+
+def generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOptions) -> pb.GenerateRequest:
+    """The request for a text, token ids, or a chat. Raises TypeError for an option that does not exist."""
+    refuse_unknown(options, GenerateOptions.__optional_keys__)
+    request = pb.GenerateRequest(
+        model=options.get("model") or "",
+        sampling=_sampling(options),
+        stopping=_stopping(options),
+        output=pb.OutputOptions(
+            omit_text=bool(options.get("omit_text")),
+            keep_special_tokens=bool(options.get("keep_special_tokens")),
+            logprobs=options.get("logprobs"),
+            prompt_logprobs=options.get("prompt_logprobs"),
+            min_delta_tokens=options.get("min_delta_tokens"),
+        ),
+        cache=pb.CacheOptions(skip_read=bool(options.get("skip_cache_read")), salt=options.get("cache_salt") or ""),
+        n=options.get("n"),
+        priority=options.get("priority") or 0,
+    )
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif isinstance(prompt, pb.Chat):
+        request.chat.CopyFrom(prompt)
+    else:
+        request.token_ids.CopyFrom(pb.TokenIds(ids=prompt))
+    return request
+
+
+def _sampling(options: GenerateOptions) -> pb.Sampling:
+    return pb.Sampling(
+        temperature=options.get("temperature"),
+        top_p=options.get("top_p"),
+        top_k=options.get("top_k"),
+        min_p=options.get("min_p"),
+        frequency_penalty=options.get("frequency_penalty"),
+        presence_penalty=options.get("presence_penalty"),
+        repetition_penalty=options.get("repetition_penalty"),
+        seed=options.get("seed"),
+        logit_bias=options.get("logit_bias"),
+    )
+
+
+def _stopping(options: GenerateOptions) -> pb.Stopping:
+    stop = options.get("stop")
+    time_limit = options.get("time_limit")
+    return pb.Stopping(
+        max_tokens=options.get("max_tokens"),
+        min_tokens=options.get("min_tokens"),
+        strings=[stop] if isinstance(stop, str) else stop,
+        token_ids=options.get("stop_token_ids"),
+        ignore_eos=bool(options.get("ignore_eos")),
+        include_match=bool(options.get("include_stop")),
+        time_limit=None if time_limit is None else _duration(time_limit),
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromTimedelta(timedelta(seconds=seconds))
+    return duration
+
+
+def call_options(options: GenerateOptions) -> CallOptions:
+    """The part that concerns the call, not the request."""
+    shared = {key: value for key, value in options.items() if key in CallOptions.__optional_keys__}
+    return cast(CallOptions, shared)
+
+
+def chat_prompt(
+    messages: Messages,
+    tools: Sequence[Tool | Mapping[str, Any]],
+    template_kwargs: Mapping[str, Any] | None,
+    continue_final_message: bool,
+) -> pb.Chat:
+    """A conversation; a text stands for one message of the user.
+
+    Raises TypeError for a key and ValueError for a role that does not exist.
+    """
+    if isinstance(messages, str):
+        messages = [ChatMessage("user", messages)]
+    return pb.Chat(
+        messages=[_message(m if isinstance(m, ChatMessage) else ChatMessage(**m)) for m in messages],
+        tools=[_tool(t if isinstance(t, Tool) else Tool(**t)) for t in tools],
+        template_kwargs_json=_json(template_kwargs),
+        continue_final_message=continue_final_message,
+    )
+
+
+def _message(message: ChatMessage) -> pb.ChatMessage:
+    if message.role not in _ROLES:
+        raise ValueError(f"role is {message.role!r}; it must be one of {', '.join(_ROLES)}")
+    calls = [c if isinstance(c, ToolCall) else ToolCall(**c) for c in message.tool_calls]
+    return pb.ChatMessage(
+        role=_ROLES[message.role],
+        content=message.content,
+        name=message.name,
+        tool_call_id=message.tool_call_id,
+        tool_calls=[pb.ToolCall(id=c.id, name=c.name, arguments_json=_json(c.arguments)) for c in calls],
+    )
+
+
+def _tool(tool: Tool) -> pb.Tool:
+    return pb.Tool(name=tool.name, description=tool.description, parameters_json=_json(tool.parameters))
+
+
+def _json(value: Mapping[str, Any] | str | None) -> str:
+    """JSON text; text is taken as JSON already, None as none."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def tokenize_request(
+    prompt: Messages,
+    model: str | None,
+    tools: Sequence[Tool | Mapping[str, Any]],
+    template_kwargs: Mapping[str, Any] | None,
+    continue_final_message: bool,
+) -> model_pb2.TokenizeRequest:
+    """The request for a text or a conversation. Raises TypeError if a text comes with what only a chat has."""
+    if not isinstance(prompt, str):
+        chat = chat_prompt(prompt, tools, template_kwargs, continue_final_message)
+        return model_pb2.TokenizeRequest(model=model or "", chat=chat)
+    if tools or template_kwargs or continue_final_message:
+        raise TypeError("tools, template_kwargs and continue_final_message are for messages")
+    return model_pb2.TokenizeRequest(model=model or "", text=prompt)

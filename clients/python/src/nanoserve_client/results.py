@@ -1,0 +1,294 @@
+"""From the contract's responses to frozen Python values. Pure; both clients use it."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Self
+
+from nanoserve_client.v1 import admin_pb2, model_pb2
+from nanoserve_client.v1 import generation_pb2 as pb
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended."""
+
+    # The model ended it.
+    EOS = "eos"
+    # A stop string or stop token.
+    STOP = "stop"
+    # max_tokens.
+    LENGTH = "length"
+    # The context window is full.
+    CONTEXT = "context"
+    # time_limit.
+    TIME_LIMIT = "time_limit"
+    # A reason that a newer server gave, and this client does not know.
+    UNKNOWN = "unknown"
+
+
+_FINISH_REASONS = {
+    pb.FINISH_REASON_EOS: FinishReason.EOS,
+    pb.FINISH_REASON_STOP: FinishReason.STOP,
+    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    pb.FINISH_REASON_CONTEXT: FinishReason.CONTEXT,
+    pb.FINISH_REASON_TIME_LIMIT: FinishReason.TIME_LIMIT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was: log-softmax of the raw logits, before temperature, penalties and bias."""
+
+    token_id: int
+    # The token's bytes, which need not be UTF-8 alone.
+    token: bytes
+    # Natural logarithm. None for the prompt's first token, which nothing predicts.
+    logprob: float | None
+    # 1 = the most likely token. 0 for the prompt's first token.
+    rank: int
+    # Alternatives, most likely first; their own `top` is empty.
+    top: tuple["TokenLogprob", ...] = ()
+
+    @classmethod
+    def of(cls, message: pb.TokenLogprob) -> Self:
+        return cls(
+            token_id=message.token_id,
+            token=message.token,
+            logprob=message.logprob if message.HasField("logprob") else None,
+            rank=message.rank,
+            top=tuple(cls.of(alternative) for alternative in message.top),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. The options of the same names in GenerateOptions say what each means."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    # None in a model's defaults, where every request draws its own.
+    seed: int | None
+    logit_bias: Mapping[int, float]
+
+    @classmethod
+    def of(cls, message: pb.Sampling) -> Self:
+        return cls(
+            temperature=message.temperature,
+            top_p=message.top_p,
+            top_k=message.top_k,
+            min_p=message.min_p,
+            frequency_penalty=message.frequency_penalty,
+            presence_penalty=message.presence_penalty,
+            repetition_penalty=message.repetition_penalty,
+            seed=message.seed if message.HasField("seed") else None,
+            logit_bias=dict(message.logit_bias),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The server has begun to run the request."""
+
+    # The caller's `request_id`, or one that the server made.
+    request_id: str
+    # The model that serves it.
+    model: str
+    # When the request arrived.
+    create_time: datetime
+    # Length of the tokenized prompt.
+    prompt_tokens: int
+    # How many of them were read from the prefix cache.
+    cached_tokens: int
+    # The values in force, seed too, so that the run can be repeated. Floats have 32 bits.
+    sampling: Sampling
+
+    @classmethod
+    def of(cls, message: pb.Started) -> Self:
+        return cls(
+            request_id=message.request_id,
+            model=message.model,
+            create_time=message.create_time.ToDatetime(UTC),
+            prompt_tokens=message.prompt_tokens,
+            cached_tokens=message.cached_tokens,
+            sampling=Sampling.of(message.sampling),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New output of one sequence since its previous Delta."""
+
+    # The sequence, 0 to n - 1.
+    index: int
+    # Whole characters. May lag behind token_ids, but not in the sequence's last Delta.
+    text: str
+    # New tokens, those of a stop string or EOS too.
+    token_ids: tuple[int, ...]
+    # Aligned with token_ids if `logprobs` was asked for, else empty.
+    logprobs: tuple[TokenLogprob, ...]
+    # Set in the sequence's last Delta alone.
+    finish_reason: FinishReason | None
+    # What ended the sequence, with FinishReason.STOP; the token with EOS too.
+    stop_string: str | None
+    stop_token_id: int | None
+
+    @classmethod
+    def of(cls, message: pb.Delta) -> Self:
+        reason = message.finish_reason
+        is_last = reason != pb.FINISH_REASON_UNSPECIFIED
+        return cls(
+            index=message.index,
+            text=message.text,
+            token_ids=tuple(message.token_ids),
+            logprobs=tuple(TokenLogprob.of(logprob) for logprob in message.logprobs),
+            finish_reason=_FINISH_REASONS.get(reason, FinishReason.UNKNOWN) if is_last else None,
+            stop_string=message.stop_string if message.HasField("stop_string") else None,
+            stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One whole sequence: its deltas joined."""
+
+    # 0 to n - 1.
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    # Aligned with token_ids if `logprobs` was asked for, else empty.
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason
+    # What ended the sequence, with FinishReason.STOP; the token with EOS too.
+    stop_string: str | None
+    stop_token_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Totals over all n sequences."""
+
+    # Length of the prompt, counted once.
+    prompt_tokens: int
+    # Part of prompt_tokens that was read from the prefix cache.
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of a request went, in seconds."""
+
+    # From arrival to first scheduled.
+    queue_s: float
+    # From first scheduled to first token.
+    prefill_s: float
+    # From first token to last.
+    decode_s: float
+    # How often a sequence was evicted from the KV cache and computed again.
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All that a stream said."""
+
+    started: Started
+    # By index, 0 to n - 1.
+    completions: tuple[Completion, ...]
+    usage: Usage
+    timing: Timing
+    # One for each prompt token if `prompt_logprobs` was asked for, else empty.
+    prompt_logprobs: tuple[TokenLogprob, ...]
+
+    @property
+    def text(self) -> str:
+        """The first completion's text: the only one unless n was given."""
+        return self.completions[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A served model."""
+
+    name: str
+    # When it was loaded.
+    create_time: datetime
+    # Most tokens of prompt and completion together.
+    max_context_tokens: int
+    # Token ids are below it.
+    vocab_size: int
+    # The tokens that end a completion.
+    eos_token_ids: tuple[int, ...]
+    # What an option that is not given takes.
+    default_sampling: Sampling
+
+    @classmethod
+    def of(cls, message: model_pb2.Model) -> Self:
+        return cls(
+            name=message.name,
+            create_time=message.create_time.ToDatetime(UTC),
+            max_context_tokens=message.max_context_tokens,
+            vocab_size=message.vocab_size,
+            eos_token_ids=tuple(message.eos_token_ids),
+            default_sampling=Sampling.of(message.default_sampling),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenized prompt."""
+
+    token_ids: tuple[int, ...]
+    # The bytes of each token, aligned with token_ids.
+    tokens: tuple[bytes, ...]
+    # What was tokenized: of a chat, the rendered prompt.
+    text: str
+
+    @classmethod
+    def of(cls, message: model_pb2.TokenizeResponse) -> Self:
+        return cls(tuple(message.token_ids), tuple(message.tokens), message.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of scheduler and cache. used + cached + free blocks = total."""
+
+    # Sequences that hold KV blocks, and that wait for their next step.
+    running: int
+    waiting: int
+    kv_blocks_total: int
+    # Referenced by running sequences.
+    kv_blocks_used: int
+    # Unreferenced, kept for their prefix, evictable.
+    kv_blocks_cached: int
+    # Tokens a block holds.
+    kv_block_tokens: int
+    # Cached prompt tokens / prompt tokens of the requests begun in the last minute; 0 if none.
+    prefix_hit_ratio: float
+    # Generated tokens a second, over the last 10 s.
+    tokens_per_second: float
+    # Seconds since the server was started.
+    uptime_s: float
+    # Times a sequence was preempted, since start.
+    preemptions: int
+
+    @classmethod
+    def of(cls, message: admin_pb2.GetStatsResponse) -> Self:
+        return cls(
+            running=message.running,
+            waiting=message.waiting,
+            kv_blocks_total=message.kv_blocks_total,
+            kv_blocks_used=message.kv_blocks_used,
+            kv_blocks_cached=message.kv_blocks_cached,
+            kv_block_tokens=message.kv_block_tokens,
+            prefix_hit_ratio=message.prefix_hit_ratio,
+            tokens_per_second=message.tokens_per_second,
+            uptime_s=message.uptime.ToTimedelta().total_seconds(),
+            preemptions=message.preemptions,
+        )

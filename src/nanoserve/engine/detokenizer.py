@@ -1,0 +1,323 @@
+"""Detokenization of tokens that come one by one.
+
+A decoder of the `tokenizers` library is a chain of steps, each of which maps the list of all tokens to a list of
+texts. Here are the same steps as streams: each takes the next pieces, gives what no later token can change, and holds
+the rest. So the joined output equals the library's for any tokens, invalid UTF-8 included, at a constant cost a token.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable
+from typing import Any, Protocol
+
+# What WordPiece's clean-up replaces, in this order.
+CLEAN_UPS = [
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" do not", " don't"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+]
+
+
+class Detokenizer(Protocol):
+    """Tokens of one sequence to text."""
+
+    def feed(self, token_id: int) -> str:
+        """The next token. Returns text that no later token changes."""
+        ...
+
+    def finish(self) -> str:
+        """There are no more tokens. Returns what was held back."""
+        ...
+
+
+class Step(Protocol):
+    """One step of a decoder, for one sequence."""
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        """The next pieces, as far as they are certain."""
+        ...
+
+    def finish(self) -> list[str]:
+        """What was held back."""
+        ...
+
+    def inside(self, piece: str) -> str | bytes:
+        """What becomes of a piece that is neither the first nor the last; bytes if it may be a part of a character."""
+        ...
+
+
+class Chain:
+    """A Detokenizer of known steps."""
+
+    def __init__(self, steps: list[Step], token: Callable[[int], str]) -> None:
+        """`token` spells a token; an empty one is passed over."""
+        self._steps = steps
+        self._token = token
+
+    def feed(self, token_id: int) -> str:
+        token = self._token(token_id)
+        if not token:
+            return ""
+        pieces = [token]
+        for step in self._steps:
+            pieces = step.feed(pieces)
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        pieces: list[str] = []
+        for step in self._steps:
+            pieces = step.feed(pieces) + step.finish()
+        return "".join(pieces)
+
+
+class Window:
+    """A Detokenizer for tokenizers whose inside is not known: it decodes the last few tokens again and again.
+
+        tokens  ───────|── context ──|── new ──|
+                    _start         _seen
+
+    The text of `new` is what it adds to that of `context`. Exact where a token's text depends on the few tokens before
+    it alone. Text that ends with U+FFFD waits for the rest of its character, up to MAX_WAIT tokens.
+    """
+
+    MAX_WAIT = 8
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._token_ids: list[int] = []
+        self._seen = 0
+
+    def feed(self, token_id: int) -> str:
+        self._token_ids.append(token_id)
+        num_new = len(self._token_ids) - self._seen
+        text = self._new_text()
+        if (not text or text.endswith("\ufffd")) and num_new < self.MAX_WAIT:
+            return ""
+        self._token_ids = self._token_ids[self._seen :]
+        self._seen = num_new
+        return text
+
+    def finish(self) -> str:
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        context = self._decode(self._token_ids[: self._seen])
+        return self._decode(self._token_ids)[len(context) :]
+
+
+# ---------------------------------------------------------------------------------------------------- the steps
+
+
+class _Each:
+    """Changes each piece alone; the first one may differ (Replace, Metaspace, WordPiece, or no decoder at all)."""
+
+    def __init__(self, change: Callable[[str], str], first: Callable[[str], str] | None = None) -> None:
+        self.inside = change
+        self._next = change if first is None else first
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        if not pieces:
+            return pieces
+        changed = [self._next(pieces[0]), *map(self.inside, pieces[1:])]
+        self._next = self.inside
+        return changed
+
+    def finish(self) -> list[str]:
+        return []
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, the other bytes for U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class _ByteLevel:
+    """Spells bytes with letters. A character whose bytes are not all there is held back."""
+
+    BYTES = _byte_of_char()
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        return [self._decoder.decode(self.inside(piece)) for piece in pieces]
+
+    def finish(self) -> list[str]:
+        return [self._decoder.decode(b"", final=True)]
+
+    def inside(self, piece: str) -> bytes:
+        try:
+            return bytes([self.BYTES[char] for char in piece])
+        except KeyError:
+            # An added token, in plain letters.
+            return piece.encode()
+
+
+class _ByteFallback:
+    """Tokens such as <0xE2> are bytes.
+
+    A run of them is text if all of it is UTF-8, and else one U+FFFD for each byte. So nothing of a run is certain
+    before its end.
+    """
+
+    BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+    def __init__(self) -> None:
+        self._run = bytearray()
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        ready: list[str] = []
+        for piece in pieces:
+            byte = self.BYTE.fullmatch(piece)
+            if byte:
+                self._run.append(int(byte[1], 16))
+            else:
+                ready += [*self.finish(), piece]
+        return ready
+
+    def finish(self) -> list[str]:
+        if not self._run:
+            return []
+        run = bytes(self._run)
+        self._run.clear()
+        try:
+            return [run.decode()]
+        except UnicodeDecodeError:
+            return ["\ufffd"] * len(run)
+
+    def inside(self, piece: str) -> str | bytes:
+        byte = self.BYTE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else piece
+
+
+class _StripStart:
+    """Removes up to `count` times a character from the start of the text."""
+
+    def __init__(self, char: str, count: int) -> None:
+        self._char = char
+        self._count = count
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        text = "".join(pieces)
+        if not self._count or not text:
+            return [text]
+        stripped = _strip_start(text, self._char, self._count)
+        # The text has begun with something else, or all of it is gone.
+        self._count = 0 if stripped else self._count - len(text)
+        return [stripped]
+
+    def finish(self) -> list[str]:
+        return []
+
+    def inside(self, piece: str) -> str:
+        return piece
+
+
+class _EndOfWord:
+    """A suffix marks the end of a word, a space but at the end of the text (the old BPE's "</w>")."""
+
+    def __init__(self, suffix: str) -> None:
+        self._suffix = suffix
+        self._last: list[str] = []
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        known = self._last + pieces
+        self._last = known[-1:]
+        return [self.inside(piece) for piece in known[:-1]]
+
+    def finish(self) -> list[str]:
+        return [piece.replace(self._suffix, "") for piece in self._last]
+
+    def inside(self, piece: str) -> str:
+        return piece.replace(self._suffix, " ")
+
+
+# ------------------------------------------------------------------------------- from the library's decoder
+
+
+def compile_decoder(decoder: Any) -> Callable[[], list[Step]] | None:
+    """A maker of the steps of one of the library's decoders, anew for each sequence.
+
+    `decoder` None is the library's way to join tokens with spaces. Returns None if a step is not known here.
+    """
+    config = None if decoder is None else json.loads(decoder.__getstate__())
+    makers: list[Callable[[], Step]] = []
+    # From here on all pieces are one text, so a step must not depend on where one ends.
+    is_fused = False
+    for part in _parts(config):
+        if part == {"type": "Fuse"}:
+            is_fused = True
+            continue
+        maker = _step_of_text(part) if is_fused else _step_of_pieces(part)
+        if maker is None:
+            return None
+        makers.append(maker)
+        is_fused = is_fused or maker is _ByteLevel
+    return lambda: [make() for make in makers]
+
+
+def _parts(config: Any) -> list[Any]:
+    """The steps of a sequence, and of sequences within it."""
+    if config is None or config["type"] != "Sequence":
+        return [config]
+    return [part for child in config["decoders"] for part in _parts(child)]
+
+
+def _step_of_pieces(config: Any) -> Callable[[], Step] | None:
+    match config:
+        case None:
+            return lambda: _Each(lambda piece: f" {piece}", first=str)
+        case {"type": "ByteLevel"}:
+            return _ByteLevel
+        case {"type": "ByteFallback"}:
+            return _ByteFallback
+        case {"type": "BPEDecoder", "suffix": suffix}:
+            return lambda: _EndOfWord(suffix)
+        case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+            return lambda: _Each(lambda piece: piece.replace(old, new))
+        case {"type": "Strip", "content": char, "start": count, "stop": 0}:
+            return lambda: _Each(lambda piece: _strip_start(piece, char, count))
+        case {"type": "Metaspace", "replacement": char, "prepend_scheme": scheme}:
+            first = " " if scheme == "never" else ""
+            return lambda: _Each(lambda piece: piece.replace(char, " "), lambda piece: piece.replace(char, first))
+        case {"type": "WordPiece", "prefix": prefix, "cleanup": cleans}:
+            clean = _clean_up if cleans else str
+            return lambda: _Each(lambda piece: clean(_join_word(piece, prefix)), clean)
+    return None
+
+
+def _step_of_text(config: Any) -> Callable[[], Step] | None:
+    match config:
+        case {"type": "Replace", "pattern": {"String": old}, "content": new} if len(old) == 1:
+            return lambda: _Each(lambda piece: piece.replace(old, new))
+        case {"type": "Strip", "content": char, "start": count, "stop": 0}:
+            return lambda: _StripStart(char, count)
+    return None
+
+
+def _strip_start(text: str, char: str, count: int) -> str:
+    """The text without up to `count` times the character at its start."""
+    return text[:count].lstrip(char) + text[count:]
+
+
+def _join_word(piece: str, prefix: str) -> str:
+    """WordPiece marks what continues a word, other systems what begins one."""
+    return piece.removeprefix(prefix) if piece.startswith(prefix) else f" {piece}"
+
+
+def _clean_up(piece: str) -> str:
+    """English typography, as the library has it."""
+    for old, new in CLEAN_UPS:
+        piece = piece.replace(old, new)
+    return piece

@@ -1,0 +1,200 @@
+"""What one caller reads: the scheduler's events of one request, as text and in the order of the contract.
+
+    Started  PromptLogprobs*  Delta*  Finished
+
+It lives on the event loop, between `Engine`, which pushes what a step gave, and the caller, who reads when it likes.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from nanoserve.engine.text import TextCodec, TextStream
+from nanoserve.request import (
+    FinishReason,
+    Request,
+    RequestError,
+    RequestStarted,
+    SamplingParams,
+    SequenceOutput,
+    TokenLogprob,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The scheduler has begun to run the request."""
+
+    prompt_tokens: int
+    # Of them, read from the prefix cache.
+    cached_tokens: int
+    # The values in force, the seed included.
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of the next prompt tokens."""
+
+    tokens: list[TokenLogprob]
+
+
+@dataclass(slots=True)
+class Delta:
+    """New output of one sequence."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    # Aligned with token_ids, if asked for.
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    # Set in the sequence's last Delta alone.
+    finish_reason: FinishReason | None = None
+    # What ended it, if a stop string, or a stop or EOS token did.
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request succeeded: its counts and times."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    # Arrival to first scheduled, to first token, to last token.
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    preemptions: int
+
+
+StreamEvent = Started | PromptLogprobs | Delta | Finished
+
+
+class RequestStream:
+    """The mailbox of one request. Event loop only.
+
+    A slow reader never slows the engine: what it has not read merges into one Delta a sequence, so that memory is
+    bounded by the request's own length, and how the output is cut never changes it.
+    """
+
+    def __init__(self, request: Request, codec: TextCodec, *, label: str, min_delta_tokens: int = 0) -> None:
+        self.request = request
+        # The caller's name for it.
+        self.label = label
+        self.has_started = False
+        self.num_completion_tokens = 0
+        self._min_delta_tokens = min_delta_tokens
+        params = request.params
+        self._texts: list[TextStream] | None = None
+        if params.detokenize:
+            self._texts = [TextStream(codec, params) for _ in range(params.n)]
+        self._events: deque[StreamEvent] = deque()
+        # Unread output, by sequence.
+        self._pending: dict[int, Delta] = {}
+        self._unfinished = set(range(params.n))
+        self._error: RequestError | None = None
+        self._finished: Finished | None = None
+        self._news = asyncio.Event()
+        self._cached_tokens = 0
+        self._preemptions = 0
+        self._started_s = self._first_token_s = self._last_token_s = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        return self._finished is not None or self._error is not None
+
+    # ------------------------------------------------------------------------------------ the engine's side
+
+    def start(self, event: RequestStarted) -> None:
+        """The request runs."""
+        self.has_started = True
+        self._cached_tokens = event.num_cached_tokens
+        self._started_s = event.time_s
+        prompt, params = self.request.prompt_token_ids, self.request.params
+        self._events.append(Started(len(prompt), event.num_cached_tokens, params))
+        if params.prompt_logprobs is not None:
+            # Nothing predicts the first token.
+            self._events.append(PromptLogprobs([TokenLogprob(prompt[0], None, 0)]))
+        self._news.set()
+
+    def push(self, output: SequenceOutput) -> bool:
+        """Take a step's output. True if a stop string ended the sequence, which the scheduler does not know yet."""
+        if self.is_over or output.index not in self._unfinished:
+            return False
+        if output.prompt_logprobs:
+            self._events.append(PromptLogprobs(output.prompt_logprobs))
+        delta = self._pending.setdefault(output.index, Delta(output.index))
+        token_ids, finish_reason, stop_token_id = output.token_ids, output.finish_reason, output.stop_token_id
+        stopped = False
+        if self._texts is not None:
+            piece = self._texts[output.index].push(token_ids, finish_reason)
+            delta.text += piece.text
+            if piece.stop_string is not None:
+                delta.stop_string = piece.stop_string
+                token_ids = token_ids[: piece.num_tokens]
+                stopped = finish_reason is None
+                finish_reason, stop_token_id = FinishReason.STOP, None
+        delta.token_ids += token_ids
+        delta.logprobs += output.logprobs[: len(token_ids)]
+        delta.finish_reason, delta.stop_token_id = finish_reason, stop_token_id
+        self._count(output, len(token_ids))
+        if finish_reason is not None:
+            self._unfinished.remove(output.index)
+            self._preemptions += output.num_preemptions
+            if not self._unfinished:
+                self._finish()
+        self._news.set()
+        return stopped
+
+    def fail(self, error: RequestError) -> None:
+        """End the stream with an error, behind what was pushed."""
+        if not self.is_over:
+            self._error = error
+            self._news.set()
+
+    def _count(self, output: SequenceOutput, num_tokens: int) -> None:
+        if num_tokens:
+            self.num_completion_tokens += num_tokens
+            self._first_token_s = self._first_token_s or output.time_s
+            self._last_token_s = output.time_s
+
+    def _finish(self) -> None:
+        first_token_s = self._first_token_s or time.monotonic()
+        self._finished = Finished(
+            prompt_tokens=len(self.request.prompt_token_ids),
+            cached_tokens=self._cached_tokens,
+            completion_tokens=self.num_completion_tokens,
+            queue_s=self._started_s - self.request.arrival_s,
+            prefill_s=first_token_s - self._started_s,
+            decode_s=max(0.0, self._last_token_s - first_token_s),
+            preemptions=self._preemptions,
+        )
+
+    # ------------------------------------------------------------------------------------ the caller's side
+
+    async def read(self) -> AsyncIterator[StreamEvent]:
+        """Events up to Finished. Raises the RequestError that ended the request instead."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            for event in self._take():
+                yield event
+            # More may have come while the caller was busy with these.
+            if self._news.is_set():
+                continue
+            if self._error is not None:
+                raise self._error
+            if self._finished is not None:
+                yield self._finished
+                return
+
+    def _take(self) -> list[StreamEvent]:
+        events: list[StreamEvent] = list(self._events)
+        self._events.clear()
+        enough = 1 if self.is_over else max(1, self._min_delta_tokens)
+        ready = [d.index for d in self._pending.values() if d.finish_reason or len(d.token_ids) >= enough]
+        return events + [self._pending.pop(index) for index in ready]

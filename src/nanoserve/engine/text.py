@@ -1,0 +1,312 @@
+"""Text to tokens and back: the tokenizer, chat templates, streaming detokenization, stop strings.
+
+    str or Chat ── TextCodec.encode_prompt ──▶ token ids
+    token ids ──▶ detokenizer ──▶ certain text ──▶ stop strings ──▶ text that may be shown
+                 └──────────────────── one TextStream a sequence ────────────────────┘
+
+`TextCodec` is shared by all threads. A `TextStream` lives on the event loop, with the sequence it belongs to. The
+joined text of a stream is exactly what `TextCodec.decode` makes of its tokens, less what a stop string trims.
+"""
+
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from nanoserve.engine import detokenizer
+from nanoserve.engine.detokenizer import Detokenizer, Step
+from nanoserve.request import FinishReason, InvalidRequest, SamplingParams, Violation
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation for the model's chat template."""
+
+    # As templates know them: {"role": ..., "content": ..., "name", "tool_call_id", "tool_calls"}, the last three and
+    # a missing content left out; the arguments of a tool call are a dict.
+    messages: list[dict[str, Any]]
+    # {"type": "function", "function": {"name", "description", "parameters"}}
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    # Further variables of the template.
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # The completion extends the last message.
+    continue_final_message: bool = False
+
+
+class TextCodec:
+    """The model's tokenizer and chat template.
+
+    Any thread. After construction the tokenizer is only read. What transformers wraps around the `tokenizers` library
+    changes settings in each call, which another thread would feel; so the library itself is called. A tokenizer of
+    another kind works under a lock.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer` is one of transformers, owned by the codec from now on."""
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        # None = how this tokenizer decodes is not known, or not a chain of steps.
+        self._make_steps: Callable[[], list[Step]] | None = None
+        if self._backend is None:
+            self.special_token_ids = frozenset(tokenizer.all_special_ids)
+        else:
+            # A checkpoint may bring settings of its training.
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            added = self._backend.get_added_tokens_decoder()
+            self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
+            self._make_steps = detokenizer.compile_decoder(self._backend.decoder)
+        # Tokens seen so far; the texts of a vocabulary are small, and threads can only write the same twice.
+        self._tokens: dict[int, str] = {}
+        self._bytes_steps = self._make_steps() if self._make_steps is not None else []
+        parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._reserved_kwargs = {*parameters, "messages", "conversations"} - {"documents"}
+
+    @classmethod
+    def load(cls, path: str, revision: str | None = None, *, trust_remote_code: bool = False) -> "TextCodec":
+        """Read the tokenizer of a checkpoint, a folder or a Hub id."""
+        from transformers import AutoTokenizer  # slow to import, and not needed to use a codec
+
+        return cls(AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code))
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the tokenizer, added ones too. The model may have more, for which there is no text."""
+        return len(self._tokenizer)
+
+    # ------------------------------------------------------------------------------------------------ encode
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. Call it on a worker thread if the text may be long: 1 MB takes about a second."""
+        if self._backend is None:
+            with self._lock:
+                return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        # Other than `encode`, the batch call runs without the interpreter lock, so that the event loop goes on.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def encode_prompt(self, prompt: str | Chat) -> tuple[list[int], str]:
+        """Token ids of a prompt, and the text that they were made of.
+
+        A text gets special tokens as the tokenizer's configuration says; the template writes a chat's itself. Raises
+        InvalidRequest if the template refuses the chat.
+        """
+        if isinstance(prompt, str):
+            return self.encode(prompt), prompt
+        text = self.render_chat(prompt)
+        return self.encode(text, add_special_tokens=False), text
+
+    def render_chat(self, chat: Chat) -> str:
+        """The prompt that the chat template makes of a conversation. Raises InvalidRequest."""
+        reserved = sorted(self._reserved_kwargs & chat.template_kwargs.keys())
+        if reserved:
+            names = ", ".join(reserved)
+            raise InvalidRequest([Violation("chat.template_kwargs_json", f"{names}: cannot be set here")])
+        try:
+            template = self._tokenizer.get_chat_template(tools=chat.tools or None)
+        except ValueError as error:
+            why = "the model has no chat template; send the prompt as text or token_ids"
+            raise InvalidRequest([Violation("chat", why)]) from error
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [_template_message(message, template) for message in chat.messages],
+                tools=chat.tools or None,
+                tokenize=False,
+                add_generation_prompt=not chat.continue_final_message,
+                continue_final_message=chat.continue_final_message,
+                **chat.template_kwargs,
+            )
+        except Exception as error:
+            # A template raises what it likes, at a conversation that it cannot render.
+            raise InvalidRequest([Violation("chat", f"the chat template refuses it: {error}")]) from error
+        return text
+
+    # ------------------------------------------------------------------------------------------------ decode
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Bytes that are no UTF-8 become U+FFFD; ids that no token has are passed over."""
+        if self._backend is None:
+            with self._lock:
+                return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        # As in encode: the batch call runs without the interpreter lock.
+        (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+        return str(text)
+
+    def token(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for an id that no token has."""
+        token = self._tokens.get(token_id)
+        if token is None:
+            source = self._tokenizer.convert_ids_to_tokens if self._backend is None else self._backend.id_to_token
+            token = self._tokens[token_id] = source(token_id) or ""
+        return token
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text that goes on, as bytes: a part of a character where it is only that."""
+        piece: str | bytes = self.token(token_id)
+        for step in self._bytes_steps:
+            if isinstance(piece, str) and piece:
+                piece = step.inside(piece)
+        return piece if isinstance(piece, bytes) else piece.encode()
+
+    def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
+        """A fresh one, for one sequence."""
+        if self._make_steps is None:
+            return detokenizer.Window(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens))
+        skipped = self.special_token_ids if skip_special_tokens else frozenset()
+        return detokenizer.Chain(
+            self._make_steps(), lambda token_id: "" if token_id in skipped else self.token(token_id)
+        )
+
+
+def _template_message(message: dict[str, Any], template: str) -> dict[str, Any]:
+    """The message in the words that the template knows."""
+    changes = {}
+    if message.get("content") is None:
+        # Templates concatenate it or search in it, also where there are only tool calls.
+        changes["content"] = ""
+    if message["role"] == "developer" and "developer" not in template:
+        changes["role"] = "system"
+    return {**message, **changes}
+
+
+# ---------------------------------------------------------------------------------------------- output stream
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """What some tokens added to a sequence's text."""
+
+    text: str
+    # Of the tokens pushed, how many belong to the sequence: fewer than all if a stop string was complete before.
+    num_tokens: int
+    # The stop string that ended the sequence.
+    stop_string: str | None = None
+
+
+class TextStream:
+    """The text of one sequence, as its tokens come. Event loop only.
+
+        |── emitted ──|── pending: the start of a stop string? ──|── in the detokenizer: half a character ──|
+
+    The first place in the text at which a stop string is complete ends it; where several are complete at the same
+    place, the longest. This depends on the text alone, not on how tokens or pushes cut it, and never waits to see
+    whether another stop string gets longer.
+    """
+
+    def __init__(self, codec: TextCodec, params: SamplingParams) -> None:
+        self._detokenizer = codec.detokenizer(skip_special_tokens=params.skip_special_tokens)
+        self._params = params
+        self._stops = _StopStrings.of(params.stop) if params.stop else None
+        # How far into stop strings the pending text is.
+        self._state = 0
+        self._pending = ""
+        self._num_tokens = 0
+        self._is_over = False
+
+    def push(self, token_ids: list[int], finish_reason: FinishReason | None = None) -> TextPiece:
+        """Take the next tokens. `finish_reason` says that they are the last, and what the last one is.
+
+        The text of an EOS token is left out unless special tokens are kept, that of a stop token unless
+        `include_stop`. Nothing comes after the end: neither of pushes nor of stop strings.
+        """
+        if self._is_over:
+            return TextPiece("", 0)
+        hides_last = (finish_reason is FinishReason.EOS and self._params.skip_special_tokens) or (
+            finish_reason is FinishReason.STOP and not self._params.include_stop
+        )
+        num_shown = len(token_ids) - 1 if hides_last else len(token_ids)
+        for i in range(num_shown):
+            self._num_tokens += 1
+            stop_string = self._append(self._detokenizer.feed(token_ids[i]))
+            if stop_string is not None:
+                return self._stopped(stop_string, i + 1)
+        if finish_reason is None:
+            return TextPiece(self._take(hold=True), len(token_ids))
+        self._num_tokens += len(token_ids) - num_shown
+        stop_string = self._append(self._detokenizer.finish())
+        if stop_string is not None:
+            return self._stopped(stop_string, len(token_ids))
+        self._is_over = True
+        return TextPiece(self._take(hold=False), len(token_ids))
+
+    def _append(self, text: str) -> str | None:
+        """Add text to what is pending, up to the end of the first stop string, which is returned."""
+        if self._stops is not None:
+            for i, char in enumerate(text):
+                self._state = self._stops.next_state(self._state, char)
+                length = self._stops.match_lengths[self._state]
+                if length and self._num_tokens >= self._params.min_tokens:
+                    self._pending += text[: i + 1]
+                    return self._pending[-length:]
+        self._pending += text
+        return None
+
+    def _take(self, *, hold: bool) -> str:
+        """Pending text; with `hold`, without the end that may become a stop string."""
+        num_held = self._stops.depths[self._state] if hold and self._stops is not None else 0
+        end = len(self._pending) - num_held
+        text, self._pending = self._pending[:end], self._pending[end:]
+        return text
+
+    def _stopped(self, stop_string: str, num_tokens: int) -> TextPiece:
+        self._is_over = True
+        text = self._take(hold=False)
+        if not self._params.include_stop:
+            text = text[: -len(stop_string)]
+        return TextPiece(text, num_tokens, stop_string)
+
+
+class _StopStrings:
+    """A search for several strings at once (Aho and Corasick 1975), a bounded number of steps a character.
+
+    Each state is the start of a stop string: the longest one that the text ends with. State 0 is the empty start.
+    Immutable after construction, and shared by the sequences of a request.
+    """
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(strings: tuple[str, ...]) -> "_StopStrings":
+        return _StopStrings(strings)
+
+    def __init__(self, strings: tuple[str, ...]) -> None:
+        # By state: its longer starts by their next character, its length, the length of the longest stop string that
+        # it ends with (0 = none), and the longest other state that it ends with.
+        self._next: list[dict[str, int]] = [{}]
+        self.depths = [0]
+        self.match_lengths = [0]
+        self._fallbacks = [0]
+        for string in strings:
+            self._insert(string)
+        self._link()
+
+    def next_state(self, state: int, char: str) -> int:
+        while state and char not in self._next[state]:
+            state = self._fallbacks[state]
+        return self._next[state].get(char, 0)
+
+    def _insert(self, string: str) -> None:
+        state = 0
+        for char in string:
+            if char not in self._next[state]:
+                self._next[state][char] = len(self._next)
+                self._next.append({})
+                self.depths.append(self.depths[state] + 1)
+                self.match_lengths.append(0)
+                self._fallbacks.append(0)
+            state = self._next[state][char]
+        self.match_lengths[state] = len(string)
+
+    def _link(self) -> None:
+        """Find each state's fallback, short states first, since it is shorter than the state."""
+        queue = deque(self._next[0].values())
+        while queue:
+            state = queue.popleft()
+            fallback = self._fallbacks[state]
+            self.match_lengths[state] = self.match_lengths[state] or self.match_lengths[fallback]
+            for char, longer in self._next[state].items():
+                self._fallbacks[longer] = self.next_state(fallback, char)
+                queue.append(longer)

@@ -1,0 +1,358 @@
+"""From a folder or a Hub id to a model that is ready to serve, or to an error that names the cause.
+
+    path ─▶ folder ─▶ config ─▶ class ─▶ weights ─▶ probe ─▶ LoadedModel
+            (Hub)                                   (probe.py)
+
+transformers owns architectures and the conversion of checkpoints; this module decides what is loaded, refuses what
+cannot be served right, and collects what the rest of the server must know of the model. Nothing is random: a weight
+that the checkpoint lacks is an error.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging as transformers_logging
+
+from nanoserve.config import ModelOptions
+from nanoserve.kv_cache.paged_kv_cache import KVSpec
+from nanoserve.model import attention
+from nanoserve.model.probe import NotServable, learn_layers
+from nanoserve.request import SamplingParams
+
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+# The same weights once more, in other formats.
+HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
+# Of each checkpoint file, for the fingerprint.
+NUM_SAMPLES = 64
+SAMPLE_BYTES = 4096
+
+
+class ModelLoadError(Exception):
+    """The model cannot be loaded or not be served; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in eval mode whose attention is paged, and what is known of it."""
+
+    # The whole model: token ids to logits.
+    model: PreTrainedModel
+    # Token ids to the hidden states behind the last norm.
+    trunk: nn.Module
+    # Hidden states, as inputs_embeds, to logits: the whole model with its trunk left out.
+    head: nn.Module
+    # Where its files lie; the tokenizer is there too.
+    folder: Path
+    architecture: str
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    # Tokens of prompt and completion together.
+    max_position: int
+    eos_token_ids: frozenset[int]
+    # The checkpoint's own, for requests that say nothing.
+    default_params: SamplingParams
+    # What each layer keeps in the KV cache.
+    kv_specs: tuple[KVSpec, ...]
+    num_parameters: int
+    # Equal for equal weights, on every machine: part of every prefix hash.
+    fingerprint: str
+
+
+def load_model(options: ModelOptions) -> LoadedModel:
+    """Load and check a model. Raises ModelLoadError."""
+    folder = _find_folder(options)
+    config = _read_config(folder, options)
+    device = torch.device(_device_name(options.device))
+    dtype = _resolve_dtype(options, config, folder, device)
+    model = _load_weights(folder, config, dtype, options).to(device).eval()
+    architecture = type(model).__name__
+    max_position = _max_position(config)
+    try:
+        trunk, head = _split(model)
+        _take_over_temperature(model)
+        fix_rope(model, max_position)
+        kv_specs = learn_layers(model, trunk, max_position)
+    except NotServable as error:
+        raise ModelLoadError(f"{architecture} cannot be served: {error}") from error
+    except Exception as error:
+        raise ModelLoadError(f"{architecture} cannot be served: a trial run failed: {error!r}") from error
+    generation = _read_json(folder / "generation_config.json")
+    return LoadedModel(
+        model=model,
+        trunk=trunk,
+        head=head,
+        folder=folder,
+        architecture=architecture,
+        dtype=dtype,
+        device=device,
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        max_position=max_position,
+        eos_token_ids=_eos_token_ids(generation, config),
+        default_params=_default_params(generation),
+        kv_specs=tuple(kv_specs),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        fingerprint=_fingerprint(folder),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- finding the files
+
+
+def _find_folder(options: ModelOptions) -> Path:
+    """The folder of the model's files; from the Hub if `path` is no folder here."""
+    folder = Path(options.path)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or options.path.count("/") != 1 or options.path.startswith("."):
+        raise ModelLoadError(f"there is no folder {options.path!r}, and it is not a Hub id such as 'owner/name'")
+    try:
+        return Path(
+            snapshot_download(
+                options.path,
+                revision=options.revision,
+                allow_patterns=HUB_FILES,
+                ignore_patterns=HUB_FILES_IGNORED,
+            )
+        )
+    except Exception as error:  # the Hub's client raises its own, requests' and OS errors
+        raise ModelLoadError(f"{options.path!r} is no folder, and could not be had from the Hub: {error}") from error
+
+
+def _read_config(folder: Path, options: ModelOptions) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(f"{folder} has no config.json: it is not a model in Hugging Face format")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:
+        raise ModelLoadError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if config.is_encoder_decoder:
+        raise ModelLoadError(f"{config.model_type} is an encoder-decoder; only decoders are served")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelLoadError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path} is not a JSON object")
+    return content
+
+
+def _fingerprint(folder: Path) -> str:
+    """A hash over the config and over samples of every checkpoint file: the whole would take minutes to read."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for i in range(NUM_SAMPLES):
+                file.seek(size * i // NUM_SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- the weights
+
+
+def _device_name(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelLoadError("device cuda was asked for; this machine has no CUDA device that torch can use")
+    return name
+
+
+def _resolve_dtype(options: ModelOptions, config: PreTrainedConfig, folder: Path, device: torch.device) -> torch.dtype:
+    """auto: the checkpoint's; on a CPU bfloat16 for half precision if the CPU computes in it, else float32."""
+    if options.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, options.dtype)
+        return chosen
+    dtype = config.get_text_config().dtype or _stored_dtype(folder)
+    if device.type != "cpu" or dtype == torch.float32:
+        return dtype
+    return torch.bfloat16 if _has_fast_bfloat16() else torch.float32
+
+
+def _has_fast_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Of the checkpoint's first floating-point tensor."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                dtype: torch.dtype = tensors.get_tensor(name).dtype
+                if dtype.is_floating_point and dtype.itemsize > 1:
+                    return dtype
+    return torch.float32
+
+
+def _load_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, options: ModelOptions) -> PreTrainedModel:
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".gguf"})
+        found = f"; found only {', '.join(others[:4])}, and pickles are not loaded" if others else ""
+        raise ModelLoadError(f"{folder} has no *.safetensors file{found}")
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                use_safetensors=True,
+                trust_remote_code=options.trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
+        raise ModelLoadError(f"{config.model_type} in {folder} cannot be loaded: {error}") from error
+    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if wrong := sorted(map(str, report[what])):
+            raise ModelLoadError(
+                f"the checkpoint in {folder} does not fit {type(model).__name__}: {len(wrong)} {what.replace('_', ' ')},"
+                f" such as {', '.join(wrong[:4])}"
+            )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar, and no table of what did not fit: that becomes an error."""
+    level, had_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+
+
+# --------------------------------------------------------------------------------------------- fitting the model
+
+
+class _HiddenStates(nn.Module):
+    """Stands where the trunk was: what it is given is taken for the trunk's result."""
+
+    class Output(tuple[Tensor]):
+        """As transformers' outputs: the first item, or any field by name, most of them None."""
+
+        def __getattr__(self, name: str) -> Tensor | None:
+            return self[0] if name == "last_hidden_state" else None
+
+    def forward(self, *, inputs_embeds: Tensor, **_: object) -> tuple[Tensor]:
+        return self.Output((inputs_embeds,))
+
+
+def _split(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The trunk, and the model without it, which share all weights.
+
+    Between hidden states and logits some models scale or cap; so the head is the model's own forward, with the trunk
+    replaced by what hands it hidden states.
+    """
+    trunks = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if len(trunks) != 1:
+        raise NotServable(f"it has {len(trunks)} inner models, not one")
+    head = copy.copy(model)
+    head._modules = {**model._modules, trunks[0]: _HiddenStates()}
+    return model.get_submodule(trunks[0]), head
+
+
+def _take_over_temperature(model: nn.Module) -> None:
+    """Llama 4 scales queries by their place in the batch instead of their position: attention does it instead."""
+    for module in model.modules():
+        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "use_rope") and not module.use_rope:
+            module.attn_temperature_tuning = False  # type: ignore[assignment]
+            module.query_temperature = (float(module.floor_scale), float(module.attn_scale))  # type: ignore
+
+
+def fix_rope(model: nn.Module, max_context_tokens: int) -> None:
+    """Choose the variant of a RoPE that depends on length ("dynamic", "longrope") once, for the longest context.
+
+    transformers chooses anew in each forward by the longest position in the batch, so that a long request would change
+    the others, and a sequence that grows would no longer fit its own keys. May be called again with another length.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "variable_rope_type", None) or getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            if _depends_on_length(kinds):
+                _set_frequencies(module, kinds, None, max_context_tokens)
+                module.variable_rope_type, module.rope_type = kinds, "fixed"  # type: ignore[assignment]
+        elif isinstance(kinds, dict) and any(map(_depends_on_length, kinds.values())):
+            for layer_type, kind in kinds.items():
+                if _depends_on_length(kind):
+                    _set_frequencies(module, kind, layer_type, max_context_tokens)
+            fixed = {t: "fixed" if _depends_on_length(k) else k for t, k in kinds.items()}
+            module.variable_rope_type, module.rope_type = kinds, fixed  # type: ignore[assignment]
+
+
+def _depends_on_length(rope_type: str) -> bool:
+    return "dynamic" in rope_type or rope_type == "longrope"
+
+
+def _set_frequencies(module: nn.Module, kind: str, layer_type: str | None, length: int) -> None:
+    config: PreTrainedConfig = module.config  # type: ignore[assignment]
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    current: Tensor = getattr(module, f"{prefix}inv_freq")
+    arguments = {} if layer_type is None else {"layer_type": layer_type}
+    frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, current.device, seq_len=length, **arguments)
+    current.copy_(frequencies)
+    setattr(module, f"{prefix}attention_scaling", scaling)
+
+
+# -------------------------------------------------------------------------------------- what the checkpoint says
+
+
+def _max_position(config: PreTrainedConfig) -> int:
+    """The longest context: what the config says, or what its YaRN stretches the original length to."""
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if not longest:
+        raise ModelLoadError(f"the config of {config.model_type} has no max_position_embeddings: its context is unknown")
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
+        longest = max(longest, int(rope["original_max_position_embeddings"] * rope["factor"]))
+    return int(longest)
+
+
+def _eos_token_ids(generation: dict[str, Any], config: PreTrainedConfig) -> frozenset[int]:
+    ids = generation.get("eos_token_id")
+    if ids is None:
+        ids = config.get_text_config().eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset(ids) if isinstance(ids, list) else frozenset({ids})
+
+
+def _default_params(generation: dict[str, Any]) -> SamplingParams:
+    """The sampling that the checkpoint's makers advise.
+
+    Fields that are there are taken, whatever is not there is off. An explicit "do_sample": false means greedy; without
+    the field the temperature holds, because callers of a server expect samples unless told otherwise.
+    """
+    fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    advised = {name: generation[name] for name in fields if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        advised["temperature"] = 0.0
+    return SamplingParams(**advised)

@@ -1,0 +1,93 @@
+"""GenerationService: one RPC, one engine request."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from nanoserve_client.v1 import generation_pb2
+
+from nanoserve.engine.engine import Engine
+from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
+from nanoserve.rpc import messages, validate
+from nanoserve.rpc.call import REQUEST_ID_HEADER, Call, off_loop
+
+# A cancelled RPC with less time than this left was ended by its deadline, not by its caller.
+_DEADLINE_MARGIN_S = 0.1
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationService:
+    """Streams what the engine makes of a request. Event loop thread; keeps nothing between calls.
+
+    Nothing is sent before the engine's first event, so that every rejection is trailers-only and safe to retry.
+    However an RPC ends, the engine's stream is closed, which frees the request's blocks.
+    """
+
+    def __init__(self, engine: Callable[[], Engine]) -> None:
+        """`engine` raises NotReady until there is one."""
+        self._engine = engine
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, call: Call) -> None:
+        arrival_s = time.time()
+        engine = self._engine()
+        wanted = await off_loop(validate.generation, request, engine.model)
+        events = engine.generate(
+            wanted.prompt,
+            wanted.params,
+            label=call.request_id,
+            priority=wanted.priority,
+            timeout_s=call.context.time_remaining(),
+            cache_salt=_cache_salt(call.principal, wanted.cache_salt),
+            skip_cache_read=wanted.skip_cache_read,
+            min_delta_tokens=wanted.min_delta_tokens,
+        )
+        phase, num_tokens = "waiting", 0
+        try:
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    if isinstance(event, Started):
+                        phase = "running"
+                        await call.context.send_initial_metadata(((REQUEST_ID_HEADER, call.request_id),))
+                    elif isinstance(event, Delta):
+                        num_tokens += len(event.token_ids)
+                    for message in _messages(event, engine, call, arrival_s):
+                        await call.context.write(message)
+        except asyncio.CancelledError:
+            _log_cancellation(call, phase, num_tokens)
+            raise
+
+
+def _messages(
+    event: StreamEvent, engine: Engine, call: Call, arrival_s: float
+) -> Iterable[generation_pb2.GenerateResponse]:
+    match event:
+        case Started():
+            model = engine.model.name
+            return [messages.started(event, request_id=call.request_id, model=model, arrival_s=arrival_s)]
+        case PromptLogprobs():
+            return messages.prompt_logprobs(event, engine.codec.token_bytes)
+        case Delta():
+            return [messages.delta(event, engine.codec.token_bytes)]
+        case Finished():
+            return [messages.finished(event)]
+
+
+def _cache_salt(principal: str, salt: str) -> str:
+    """Callers with different keys never share a prefix, whatever salt they choose."""
+    return f"{principal}:{salt}" if principal or salt else ""
+
+
+def _log_cancellation(call: Call, phase: str, num_tokens: int) -> None:
+    """The transport tells the caller; which phase it was is known here alone."""
+    left_s = call.context.time_remaining()
+    is_deadline = left_s is not None and left_s < _DEADLINE_MARGIN_S
+    logger.info(
+        "request %s: %s while %s, after %d completion tokens",
+        call.request_id,
+        "deadline passed" if is_deadline else "cancelled",
+        phase,
+        num_tokens,
+    )

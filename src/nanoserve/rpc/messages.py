@@ -1,0 +1,149 @@
+"""Domain to proto: what the engine reports, as messages of the contract. validate.py is the way back."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
+
+from nanoserve.engine.engine import ServedModel, Stats
+from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
+from nanoserve.request import FinishReason, SamplingParams, TokenLogprob
+
+# A token with 20 alternatives takes some 600 bytes; clients take messages of 4 MiB unless told otherwise.
+PROMPT_LOGPROBS_A_MESSAGE = 512
+
+FINISH_REASONS = {
+    FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CONTEXT: generation_pb2.FINISH_REASON_CONTEXT,
+    FinishReason.TIME_LIMIT: generation_pb2.FINISH_REASON_TIME_LIMIT,
+}
+
+# The bytes of a token.
+TokenBytes = Callable[[int], bytes]
+
+
+def started(event: Started, *, request_id: str, model: str, arrival_s: float) -> generation_pb2.GenerateResponse:
+    """`arrival_s` in Unix time."""
+    return generation_pb2.GenerateResponse(
+        started=generation_pb2.Started(
+            request_id=request_id,
+            model=model,
+            create_time=_timestamp(arrival_s),
+            prompt_tokens=event.prompt_tokens,
+            cached_tokens=event.cached_tokens,
+            sampling=_sampling(event.params),
+        )
+    )
+
+
+def prompt_logprobs(event: PromptLogprobs, token_bytes: TokenBytes) -> Iterator[generation_pb2.GenerateResponse]:
+    """In as many messages as it takes."""
+    for start in range(0, len(event.tokens), PROMPT_LOGPROBS_A_MESSAGE):
+        part = event.tokens[start : start + PROMPT_LOGPROBS_A_MESSAGE]
+        yield generation_pb2.GenerateResponse(
+            prompt_logprobs=generation_pb2.PromptLogprobs(tokens=_logprobs(part, token_bytes))
+        )
+
+
+def delta(event: Delta, token_bytes: TokenBytes) -> generation_pb2.GenerateResponse:
+    message = generation_pb2.Delta(
+        index=event.index,
+        text=event.text,
+        token_ids=event.token_ids,
+        logprobs=_logprobs(event.logprobs, token_bytes),
+    )
+    if event.finish_reason is not None:
+        message.finish_reason = FINISH_REASONS[event.finish_reason]
+    if event.stop_string is not None:
+        message.stop_string = event.stop_string
+    elif event.stop_token_id is not None:
+        message.stop_token_id = event.stop_token_id
+    return generation_pb2.GenerateResponse(delta=message)
+
+
+def finished(event: Finished) -> generation_pb2.GenerateResponse:
+    return generation_pb2.GenerateResponse(
+        finished=generation_pb2.Finished(
+            usage=generation_pb2.Usage(
+                prompt_tokens=event.prompt_tokens,
+                cached_tokens=event.cached_tokens,
+                completion_tokens=event.completion_tokens,
+            ),
+            timing=generation_pb2.Timing(
+                queue=_duration(event.queue_s),
+                prefill=_duration(event.prefill_s),
+                decode=_duration(event.decode_s),
+                preemptions=event.preemptions,
+            ),
+        )
+    )
+
+
+def model(served: ServedModel) -> model_pb2.Model:
+    return model_pb2.Model(
+        name=served.name,
+        create_time=_timestamp(served.create_time_s),
+        max_context_tokens=served.max_context_tokens,
+        vocab_size=served.vocab_size,
+        eos_token_ids=served.eos_token_ids,
+        default_sampling=_sampling(served.default_params),
+    )
+
+
+def stats(snapshot: Stats) -> admin_pb2.GetStatsResponse:
+    scheduler = snapshot.scheduler
+    return admin_pb2.GetStatsResponse(
+        running=scheduler.num_running,
+        waiting=scheduler.num_waiting,
+        kv_blocks_total=scheduler.num_blocks,
+        kv_blocks_used=scheduler.num_owned_blocks,
+        kv_blocks_cached=scheduler.num_cached_blocks,
+        kv_block_tokens=scheduler.block_size,
+        prefix_hit_ratio=snapshot.prefix_hit_ratio,
+        tokens_per_second=snapshot.tokens_per_s,
+        uptime=_duration(snapshot.uptime_s),
+        preemptions=scheduler.num_preemptions,
+    )
+
+
+def _sampling(params: SamplingParams) -> generation_pb2.Sampling:
+    """Every scalar is set; the seed where there is one."""
+    return generation_pb2.Sampling(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        repetition_penalty=params.repetition_penalty,
+        seed=params.seed,
+        logit_bias=params.logit_bias,
+    )
+
+
+def _logprobs(tokens: Sequence[TokenLogprob], token_bytes: TokenBytes) -> list[generation_pb2.TokenLogprob]:
+    return [
+        generation_pb2.TokenLogprob(
+            token_id=token.token_id,
+            token=token_bytes(token.token_id),
+            logprob=token.logprob,
+            rank=token.rank,
+            top=_logprobs(token.top, token_bytes),
+        )
+        for token in tokens
+    ]
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromMicroseconds(round(seconds * 1e6))
+    return duration
+
+
+def _timestamp(unix_s: float) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromMicroseconds(round(unix_s * 1e6))
+    return timestamp

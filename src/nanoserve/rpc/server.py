@@ -1,0 +1,167 @@
+"""The gRPC server: ports, keys, health, reflection, and the way down.
+
+    loading ── set_engine ──▶ serving ── SIGTERM, SIGINT or stop() ──▶ draining ──▶ stopped
+    NOT_READY                 ready      refuses new requests,
+    to every request                     finishes the running ones
+
+It may be up before there is an engine, so that probes get an answer while a model loads. Health knows two things:
+liveness, the empty service name, SERVING for as long as the process answers; and readiness, the names of the services,
+SERVING while the engine says that it is well.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
+
+from nanoserve.config import ServerConfig
+from nanoserve.engine.engine import Engine
+from nanoserve.request import NotReady
+from nanoserve.rpc.admin import AdminService
+from nanoserve.rpc.auth import ApiKeyInterceptor, read_api_keys, read_tls_credentials
+from nanoserve.rpc.call import service_handler
+from nanoserve.rpc.errors import ServerError
+from nanoserve.rpc.generation import GenerationService
+from nanoserve.rpc.model import ModelService
+
+OPTIONS: tuple[tuple[str, Any], ...] = (
+    # A second server on the port fails, instead of taking every other connection.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    # Clients may ping through a long silence (a queue, a long prompt), at any pace; by default two pings within
+    # five minutes end the connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Finds callers that are gone without a word, so that their requests end.
+    ("grpc.keepalive_time_ms", 60_000),
+)
+SERVICES = {
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]: GenerationService,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"]: ModelService,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"]: AdminService,
+}
+HEALTH_POLL_S = 0.5
+# For callers that come while a model loads or the server goes down.
+RETRY_AFTER_S = 2.0
+# After the drain, for last messages on their way and streams that have no end of their own (health's Watch).
+STOP_GRACE_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class Server:
+    """One listening port and what is served on it. Event loop thread.
+
+    Exit codes of a process that waits in run_until_signal(): 0 after an orderly stop; 128 + the signal's number when
+    a second signal cut it short.
+    """
+
+    def __init__(self, config: ServerConfig, engine: Engine | None = None) -> None:
+        """Raises ServerError if a key or certificate file cannot be used. Inside a running event loop."""
+        self._config = config
+        self._engine = engine
+        self._is_draining = False
+        self._credentials = read_tls_credentials(config)
+        self._grpc = grpc.aio.server(interceptors=[ApiKeyInterceptor(read_api_keys(config))], options=OPTIONS)
+        self._grpc.add_generic_rpc_handlers(
+            [service_handler(s, servicer(self._ready_engine)) for s, servicer in SERVICES.items()]
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        names = [s.full_name for s in SERVICES]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc)
+        self._health_poll: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Listen; returns the port. Raises ServerError if it cannot."""
+        port = self._listen()
+        await self._refresh_health()
+        await self._grpc.start()
+        self._health_poll = asyncio.create_task(self._poll_health())
+        return port
+
+    def set_engine(self, engine: Engine) -> None:
+        """The engine is loaded; health follows within HEALTH_POLL_S."""
+        self._engine = engine
+
+    async def stop(self) -> None:
+        """Refuse new requests, let the running ones finish within drain_timeout_s, then close the port."""
+        self._is_draining = True
+        await self._refresh_health()
+        if self._engine is not None:
+            await self._engine.drain(self._config.drain_timeout_s)
+        await self._grpc.stop(STOP_GRACE_S)
+        if self._health_poll is not None:
+            self._health_poll.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._health_poll
+
+    async def run_until_signal(self) -> None:
+        """Serve until SIGTERM or SIGINT, then stop(). A second signal ends the process at once."""
+        loop = asyncio.get_running_loop()
+        first = asyncio.Event()
+
+        def on_signal(number: int) -> None:
+            if first.is_set():
+                logger.warning("second signal: not waiting for running requests")
+                logging.shutdown()
+                os._exit(128 + number)
+            first.set()
+
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, on_signal, number)
+        try:
+            await first.wait()
+            logger.info("draining for up to %g s; signal again to end now", self._config.drain_timeout_s)
+            await self.stop()
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def _ready_engine(self) -> Engine:
+        """For the servicers. A loaded engine says itself whether it takes requests."""
+        if self._engine is None:
+            raise NotReady("draining" if self._is_draining else "loading", RETRY_AFTER_S)
+        return self._engine
+
+    def _listen(self) -> int:
+        host, port = self._config.host, self._config.grpc_port
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            _try_to_bind(host, port)
+            if self._credentials is None:
+                return self._grpc.add_insecure_port(address)
+            return self._grpc.add_secure_port(address, self._credentials)
+        except (OSError, RuntimeError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ServerError(f"cannot listen on {address}: {why}") from None
+
+    async def _poll_health(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_POLL_S)
+            await self._refresh_health()
+
+    async def _refresh_health(self) -> None:
+        is_ready = self._engine is not None and not self._is_draining and self._engine.health() is None
+        statuses = health_pb2.HealthCheckResponse
+        for service in SERVICES:
+            await self._health.set(service.full_name, statuses.SERVING if is_ready else statuses.NOT_SERVING)
+
+
+def _try_to_bind(host: str, port: int) -> None:
+    """Raise OSError if the address cannot be had: gRPC would not say why."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        # As gRPC does; else connections that are on their way down would count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)

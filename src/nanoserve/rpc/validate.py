@@ -1,0 +1,403 @@
+"""Proto to domain: what a request asks for, or everything that is wrong with it.
+
+Every rule of the contract that needs no engine is here, most of them in tables. A function reports all violations of a
+message at once, each by the path of its field, and refuses what it does not know: proto3 would drop a field of a newer
+client without a word, and the caller would believe that it had counted. messages.py is the way back.
+"""
+
+import dataclasses
+import json
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
+
+from nanoserve.engine.engine import ServedModel
+from nanoserve.engine.text import Chat
+from nanoserve.request import InvalidRequest, ModelNotFound, SamplingParams, Violation
+
+# Checking stops here: a message of 16 MiB has room for millions of violations.
+MAX_VIOLATIONS = 1000
+MAX_LOGIT_BIASES = 1024
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKENS = 1024
+MAX_SALT_CHARS = 256
+# What google.protobuf.Duration allows.
+_MAX_DURATION_S = 315_576_000_000
+_MAX_NANOS = 999_999_999
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers that are allowed. NaN never is."""
+
+    low: float
+    high: float
+    # `low` itself is refused.
+    is_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.is_open else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}, up to" if self.is_open else f"{self.low:g} to"
+        return f"{low} {self.high:g}"
+
+
+UINT32 = Range(0, 2**32 - 1)
+UINT64 = Range(0, 2**64 - 1)
+# Sampling's scalar fields, which bear the names of SamplingParams.
+SAMPLING_RANGES = {
+    "temperature": Range(0, 100),
+    "top_p": Range(0, 1, is_open=True),
+    "top_k": UINT32,
+    "min_p": Range(0, 1),
+    "frequency_penalty": Range(-2, 2),
+    "presence_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0, 100, is_open=True),
+    "seed": UINT64,
+}
+LOGIT_BIAS_RANGE = Range(-100, 100)
+SEQUENCES_RANGE = Range(1, 128)
+PRIORITY_RANGE = Range(-100, 100)
+MAX_TOKENS_RANGE = Range(1, 2**32 - 1)
+ALTERNATIVES_RANGE = Range(0, 20)
+
+ROLES = {
+    generation_pb2.ROLE_SYSTEM: "system",
+    generation_pb2.ROLE_USER: "user",
+    generation_pb2.ROLE_ASSISTANT: "assistant",
+    generation_pb2.ROLE_TOOL: "tool",
+    generation_pb2.ROLE_DEVELOPER: "developer",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generation:
+    """A GenerateRequest in the engine's terms."""
+
+    prompt: str | list[int] | Chat
+    params: SamplingParams
+    priority: int
+    cache_salt: str
+    skip_cache_read: bool
+    min_delta_tokens: int
+
+
+class Violations:
+    """What is wrong with one message, as far as it was checked."""
+
+    def __init__(self, request: Message) -> None:
+        self._found: list[Violation] = []
+        for path, description in _unknown_fields(request, ""):
+            self.add(path, description)
+
+    def add(self, path: str, description: str) -> None:
+        self._found.append(Violation(path, description))
+        if len(self._found) == MAX_VIOLATIONS:
+            self.raise_if_any()
+
+    def raise_if_any(self) -> None:
+        if self._found:
+            raise InvalidRequest(self._found)
+
+    def number(self, path: str, value: float, allowed: Range) -> None:
+        if value not in allowed:
+            self.add(path, f"{value:g} is not allowed; allowed: {allowed}")
+
+    def required(self, path: str, value: str) -> None:
+        if not value:
+            self.add(path, "is required")
+
+    def count(self, path: str, values: Collection[Any], most: int) -> bool:
+        """Whether there are at most `most`, so that each is worth a look."""
+        if len(values) > most:
+            self.add(path, f"has {len(values)} entries; at most {most} are allowed")
+        return len(values) <= most
+
+    def token_ids(self, path: str, ids: Sequence[int], vocab_size: int) -> None:
+        """One violation for all of the list, by its first bad id."""
+        if ids and max(ids) >= vocab_size:
+            index, first = next((i, t) for i, t in enumerate(ids) if t >= vocab_size)
+            self.add(f"{path}[{index}]", f"{first} is not a token id; allowed: 0 to {vocab_size - 1}")
+
+    def json_object(self, path: str, text: str) -> dict[str, Any]:
+        try:
+            value = json.loads(text, parse_constant=_refuse_constant)
+            # An escaped half of a surrogate pair is JSON, but no text.
+            json.dumps(value, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            self.add(path, f"is not JSON: {error}")
+            return {}
+        if not isinstance(value, dict):
+            self.add(path, "must be a JSON object")
+            return {}
+        return value
+
+
+# ---------------------------------------------------------------------------------------- one for each RPC
+
+
+def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> Generation:
+    """Raises ModelNotFound, else InvalidRequest with every violation."""
+    check_model(request.model, model)
+    violations = Violations(request)
+    prompt = _prompt(request, model, violations)
+    n = request.n if request.HasField("n") else 1
+    violations.number("n", n, SEQUENCES_RANGE)
+    violations.number("priority", request.priority, PRIORITY_RANGE)
+    if len(request.cache.salt) > MAX_SALT_CHARS:
+        violations.add("cache.salt", f"has more than {MAX_SALT_CHARS} characters")
+    if request.stopping.strings and request.output.omit_text:
+        violations.add("stopping.strings", "cannot be found with output.omit_text")
+    changes = {
+        "n": n,
+        **_sampling(request.sampling, model, violations),
+        **_stopping(request.stopping, model, violations),
+        **_output(request.output, violations),
+    }
+    violations.raise_if_any()
+    return Generation(
+        prompt=prompt,
+        params=dataclasses.replace(model.default_params, **changes),
+        priority=request.priority,
+        cache_salt=request.cache.salt,
+        skip_cache_read=request.cache.skip_read,
+        min_delta_tokens=request.output.min_delta_tokens,
+    )
+
+
+def tokenization(request: model_pb2.TokenizeRequest, model: ServedModel) -> str | Chat:
+    """What is to be tokenized. Raises as generation() does."""
+    check_model(request.model, model)
+    violations = Violations(request)
+    prompt: str | Chat = request.text
+    if request.HasField("chat"):
+        prompt = _chat(request.chat, violations)
+    elif not request.HasField("text"):
+        violations.add("prompt", "one of text and chat is required")
+    violations.raise_if_any()
+    return prompt
+
+
+def detokenization(request: model_pb2.DetokenizeRequest, model: ServedModel) -> list[int]:
+    """The token ids. Raises as generation() does."""
+    check_model(request.model, model)
+    violations = Violations(request)
+    violations.token_ids("token_ids", request.token_ids, model.vocab_size)
+    violations.raise_if_any()
+    return list(request.token_ids)
+
+
+def cancellation(request: admin_pb2.CancelRequest) -> str:
+    """The request id. Raises InvalidRequest."""
+    violations = Violations(request)
+    violations.required("request_id", request.request_id)
+    violations.raise_if_any()
+    return request.request_id
+
+
+def nothing(request: Message) -> None:
+    """For a message without fields. Raises InvalidRequest."""
+    Violations(request).raise_if_any()
+
+
+def check_model(name: str, model: ServedModel) -> None:
+    """Empty = the default model. Raises ModelNotFound."""
+    if name not in ("", model.name):
+        raise ModelNotFound(name, [model.name])
+
+
+# ---------------------------------------------------------------------------------------------- the parts
+
+
+def _prompt(
+    request: generation_pb2.GenerateRequest, model: ServedModel, violations: Violations
+) -> str | list[int] | Chat:
+    kind = request.WhichOneof("prompt")
+    if kind == "chat":
+        return _chat(request.chat, violations)
+    if kind == "token_ids":
+        violations.token_ids("token_ids.ids", request.token_ids.ids, model.vocab_size)
+        if not request.token_ids.ids:
+            violations.add("token_ids.ids", "must not be empty")
+        return list(request.token_ids.ids)
+    if kind is None:
+        violations.add("prompt", "one of text, token_ids and chat is required")
+    elif not request.text:
+        violations.add("text", "must not be empty")
+    return request.text
+
+
+def _chat(chat: generation_pb2.Chat, violations: Violations) -> Chat:
+    messages = [_chat_message(f"chat.messages[{i}]", message, violations) for i, message in enumerate(chat.messages)]
+    if not messages:
+        violations.add("chat.messages", "at least one is required")
+    elif chat.continue_final_message:
+        last = chat.messages[-1]
+        if last.role != generation_pb2.ROLE_ASSISTANT or not last.HasField("content"):
+            violations.add(
+                "chat.continue_final_message",
+                "the last message must be the assistant's, with content",
+            )
+    kwargs_json = chat.template_kwargs_json
+    return Chat(
+        messages=messages,
+        tools=[_tool(f"chat.tools[{i}]", tool, violations) for i, tool in enumerate(chat.tools)],
+        template_kwargs=(violations.json_object("chat.template_kwargs_json", kwargs_json) if kwargs_json else {}),
+        continue_final_message=chat.continue_final_message,
+    )
+
+
+def _chat_message(path: str, message: generation_pb2.ChatMessage, violations: Violations) -> dict[str, Any]:
+    """The message as chat templates know it; a key that is not set is absent."""
+    if message.role not in ROLES:
+        allowed = ", ".join(map(generation_pb2.Role.Name, ROLES))
+        violations.add(f"{path}.role", f"{message.role} is not allowed; allowed: {allowed}")
+    if not (message.HasField("content") or message.tool_calls):
+        violations.add(f"{path}.content", "is required, unless there are tool_calls")
+    if message.HasField("tool_call_id") and message.role != generation_pb2.ROLE_TOOL:
+        violations.add(f"{path}.tool_call_id", "is for ROLE_TOOL only")
+    if message.tool_calls and message.role != generation_pb2.ROLE_ASSISTANT:
+        violations.add(f"{path}.tool_calls", "are for ROLE_ASSISTANT only")
+    entry: dict[str, Any] = {"role": ROLES.get(message.role, "")}
+    for name in ("content", "name", "tool_call_id"):
+        if message.HasField(name):
+            entry[name] = getattr(message, name)
+    if message.tool_calls:
+        entry["tool_calls"] = [
+            _tool_call(f"{path}.tool_calls[{i}]", call, violations) for i, call in enumerate(message.tool_calls)
+        ]
+    return entry
+
+
+def _tool(path: str, tool: generation_pb2.Tool, violations: Violations) -> dict[str, Any]:
+    violations.required(f"{path}.name", tool.name)
+    schema: dict[str, Any] = {"type": "object", "properties": {}}
+    if tool.parameters_json:
+        schema = violations.json_object(f"{path}.parameters_json", tool.parameters_json)
+    function = {"name": tool.name, "description": tool.description, "parameters": schema}
+    return {"type": "function", "function": function}
+
+
+def _tool_call(path: str, call: generation_pb2.ToolCall, violations: Violations) -> dict[str, Any]:
+    violations.required(f"{path}.name", call.name)
+    arguments = violations.json_object(f"{path}.arguments_json", call.arguments_json)
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _sampling(sampling: generation_pb2.Sampling, model: ServedModel, violations: Violations) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for name, allowed in SAMPLING_RANGES.items():
+        value = _if_set(sampling, name)
+        if value is not None:
+            changes[name] = value
+            violations.number(f"sampling.{name}", value, allowed)
+    biases = dict(sampling.logit_bias)
+    if biases and violations.count("sampling.logit_bias", biases, MAX_LOGIT_BIASES):
+        changes["logit_bias"] = biases
+        for token_id, bias in biases.items():
+            path = f"sampling.logit_bias[{token_id}]"
+            violations.number(path, bias, LOGIT_BIAS_RANGE)
+            if token_id >= model.vocab_size:
+                violations.add(path, f"is not a token id; allowed: 0 to {model.vocab_size - 1}")
+    return changes
+
+
+def _stopping(stopping: generation_pb2.Stopping, model: ServedModel, violations: Violations) -> dict[str, Any]:
+    max_tokens = _if_set(stopping, "max_tokens")
+    if max_tokens is not None:
+        violations.number("stopping.max_tokens", max_tokens, MAX_TOKENS_RANGE)
+        if stopping.min_tokens > max_tokens:
+            violations.add("stopping.min_tokens", f"is more than max_tokens, {max_tokens}")
+    if violations.count("stopping.strings", stopping.strings, MAX_STOP_STRINGS):
+        for i, text in enumerate(stopping.strings):
+            if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
+                violations.add(f"stopping.strings[{i}]", f"must have 1 to {MAX_STOP_STRING_CHARS} characters")
+    if violations.count("stopping.token_ids", stopping.token_ids, MAX_STOP_TOKENS):
+        violations.token_ids("stopping.token_ids", stopping.token_ids, model.vocab_size)
+    limit = _if_set(stopping, "time_limit")
+    return {
+        "max_tokens": max_tokens,
+        "min_tokens": stopping.min_tokens,
+        "stop": tuple(stopping.strings),
+        "stop_token_ids": frozenset(stopping.token_ids),
+        "ignore_eos": stopping.ignore_eos,
+        "include_stop": stopping.include_match,
+        "time_limit_s": None if limit is None else _time_limit_s(limit, violations),
+    }
+
+
+def _time_limit_s(limit: Duration, violations: Violations) -> float:
+    path = "stopping.time_limit"
+    if abs(limit.seconds) > _MAX_DURATION_S or abs(limit.nanos) > _MAX_NANOS:
+        violations.add(path, "is no valid google.protobuf.Duration")
+    elif limit.seconds * limit.nanos < 0:
+        violations.add(path, "is no valid google.protobuf.Duration: the signs differ")
+    elif (limit.seconds, limit.nanos) <= (0, 0):
+        violations.add(path, "must be above 0 s")
+    return limit.seconds + limit.nanos / 1e9
+
+
+def _output(output: generation_pb2.OutputOptions, violations: Violations) -> dict[str, Any]:
+    changes: dict[str, Any] = {
+        "detokenize": not output.omit_text,
+        "skip_special_tokens": not output.keep_special_tokens,
+    }
+    for name in ("logprobs", "prompt_logprobs"):
+        changes[name] = _if_set(output, name)
+        if changes[name] is not None:
+            violations.number(f"output.{name}", changes[name], ALTERNATIVES_RANGE)
+    return changes
+
+
+def _if_set(message: Message, name: str) -> Any:
+    """A field's value; None if it is not set."""
+    return getattr(message, name) if message.HasField(name) else None
+
+
+# ----------------------------------------------------------------------------------------- unknown fields
+
+
+def _unknown_fields(message: Message, path: str) -> Iterator[tuple[str, str]]:
+    """(path, description) of each field that the message's type does not know, at any depth.
+
+    The parser counts as unknown, too, a known field in a foreign encoding, and a map entry that holds more than key
+    and value.
+    """
+    prefix = f"{path}." if path else ""
+    unknown_fields: Any = UnknownFieldSet(message)
+    for unknown in unknown_fields:
+        number = unknown.field_number
+        known = message.DESCRIPTOR.fields_by_number.get(number)
+        if known is None:
+            what = f"field number {number} of {message.DESCRIPTOR.full_name} is not known"
+        else:
+            what = f"field number {number} of {message.DESCRIPTOR.full_name} is not encoded as one"
+        yield f"{prefix}{number if known is None else known.name}", what
+    for field, value in message.ListFields():
+        for child_path, child in _children(field, value, f"{prefix}{field.name}"):
+            yield from _unknown_fields(child, child_path)
+
+
+def _children(field: FieldDescriptor, value: Any, path: str) -> Iterator[tuple[str, Message]]:
+    """The messages directly inside a field's value, with their paths."""
+    if field.message_type is None:
+        return
+    if field.message_type.GetOptions().map_entry:
+        if field.message_type.fields_by_name["value"].message_type is not None:
+            yield from ((f"{path}[{key}]", entry) for key, entry in value.items())
+    elif field.is_repeated:
+        yield from ((f"{path}[{i}]", entry) for i, entry in enumerate(value))
+    else:
+        yield path, value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON value")

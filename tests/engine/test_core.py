@@ -1,0 +1,172 @@
+"""The step loop on its thread: messages in, events out, and what happens when a step fails."""
+
+import queue
+import threading
+
+import pytest
+from fake_executor import FakeExecutor, expected_completion
+
+from nanoserve.config import SchedulerConfig
+from nanoserve.engine.core import EngineCore
+from nanoserve.engine.scheduler import Scheduler
+from nanoserve.kv_cache.block_pool import BlockPool
+from nanoserve.request import (
+    Abort,
+    CacheWasReset,
+    FailureReason,
+    FinishReason,
+    Request,
+    RequestFailed,
+    RequestStarted,
+    ResetCache,
+    SamplingParams,
+    SequenceOutput,
+)
+
+BLOCK = 4
+SECONDS = 20
+
+
+class FaultyExecutor(FakeExecutor):
+    """Raises, or waits for the test, before a step that computes a chosen token."""
+
+    def __init__(self):
+        super().__init__(BLOCK)
+        self.poison = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.is_in_step = threading.Event()
+
+    def execute(self, plan):
+        self.is_in_step.set()
+        assert self.gate.wait(SECONDS)
+        if any(self.poison in s.token_ids for s in plan.sequences):
+            raise RuntimeError("poison")
+        return super().execute(plan)
+
+
+class Bench:
+    def __init__(self):
+        self.executor = FaultyExecutor()
+        scheduler = Scheduler(
+            SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64),
+            BlockPool(64),
+            block_size=BLOCK,
+            max_context_tokens=128,
+            cache_identity="model",
+        )
+        self.core = EngineCore(scheduler, self.executor)
+        self.events = queue.Queue()
+
+    def deliver(self, events):
+        for event in events:
+            self.events.put(event)
+
+    def next_event(self, kind):
+        while not isinstance(event := self.events.get(timeout=SECONDS), kind):
+            pass
+        return event
+
+    def completion(self, request_id):
+        token_ids = []
+        while True:
+            event = self.events.get(timeout=SECONDS)
+            if isinstance(event, SequenceOutput) and event.request_id == request_id:
+                token_ids += event.token_ids
+                if event.finish_reason:
+                    return token_ids
+
+
+@pytest.fixture
+def bench():
+    bench = Bench()
+    bench.core.start(bench.deliver)
+    yield bench
+    bench.executor.gate.set()
+    bench.core.stop()
+    assert not bench.core.is_alive
+
+
+def request(request_id, prompt, max_tokens=5):
+    return Request(request_id, prompt, SamplingParams(seed=7, max_tokens=max_tokens))
+
+
+def test_a_request_runs_to_its_end(bench):
+    bench.core.post(request("a", [1, 2, 3]))
+    assert bench.next_event(RequestStarted).request_id == "a"
+    assert bench.completion("a") == expected_completion([1, 2, 3], 7, 5, 1000)
+    assert bench.core.stats.num_owned_blocks == 0
+
+
+def test_a_failed_step_fails_its_requests_and_the_loop_goes_on(bench, caplog):
+    bench.executor.poison = 666
+    bench.core.post(request("bad", [1, 666]))
+    assert bench.next_event(RequestFailed) == RequestFailed("bad", FailureReason.ENGINE_FAILURE)
+    assert "poison" in caplog.text
+    bench.core.post(request("good", [1, 2]))
+    assert bench.completion("good") == expected_completion([1, 2], 7, 5, 1000)
+
+
+def test_abort_during_a_step_ends_the_request_after_it(bench):
+    bench.executor.gate.clear()
+    bench.core.post(request("a", [1, 2, 3], max_tokens=100))
+    assert bench.executor.is_in_step.wait(SECONDS)
+    bench.core.post(Abort("a"))
+    bench.core.post(request("b", [4]))
+    bench.executor.gate.set()
+    bench.completion("b")
+    assert bench.core.stats.num_running == 0
+    assert not [p for p in bench.executor.plans if p.num_tokens > 3], "a did not run on beside b"
+
+
+def test_reset_cache_is_answered_when_idle_and_between_steps(bench):
+    bench.core.post(request("a", list(range(9))))
+    bench.completion("a")
+    bench.core.post(ResetCache())
+    assert bench.next_event(CacheWasReset) == CacheWasReset(3)
+    assert bench.core.stats.num_cached_blocks == 0
+
+
+def test_a_step_that_hangs_shows_as_a_stall_and_recovers(bench):
+    assert bench.core.stalled_s == 0
+    bench.executor.gate.clear()
+    bench.core.post(request("a", [1]))
+    assert bench.executor.is_in_step.wait(SECONDS)
+    assert bench.core.stalled_s > 0
+    bench.executor.gate.set()
+    bench.completion("a")
+    bench.core.post(ResetCache())
+    bench.next_event(CacheWasReset)
+    assert bench.core.stalled_s == 0
+
+
+def test_stop_gives_up_what_runs_and_refuses_what_comes_later(bench):
+    bench.executor.gate.clear()
+    bench.core.post(request("a", [1, 2, 3], max_tokens=100))
+    assert bench.executor.is_in_step.wait(SECONDS)
+    threading.Timer(0.05, bench.executor.gate.set).start()
+    bench.core.stop()
+    assert bench.next_event(RequestFailed).request_id == "a"
+    bench.core.post(request("late", [1]))
+    assert bench.next_event(RequestFailed).request_id == "late"
+    bench.core.post(ResetCache())
+    assert bench.next_event(CacheWasReset) == CacheWasReset(0)
+
+
+def test_a_bug_in_the_scheduler_fails_every_request_instead_of_hanging_them(bench, monkeypatch, caplog):
+    def explode(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(bench.core._scheduler, "commit", explode)
+    bench.core.post(request("a", [1, 2, 3]))
+    assert bench.next_event(RequestFailed) == RequestFailed("a", FailureReason.ENGINE_FAILURE)
+    bench.core._thread.join(SECONDS)
+    assert not bench.core.is_alive
+    assert "engine thread died" in caplog.text
+
+
+def test_time_limit_ends_a_request_that_runs(bench):
+    params = SamplingParams(seed=7, max_tokens=100)
+    bench.core.post(Request("a", [1, 2], params, time_limit_s=0.0))
+    event = bench.next_event(SequenceOutput)
+    assert (event.finish_reason, event.token_ids) == (FinishReason.TIME_LIMIT, [])

@@ -1,0 +1,662 @@
+"""Text and tokens: every kind of tokenizer, streams that equal the one-shot decode, stop strings, chat templates."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, PythonBackend
+
+from nanoserve.engine import detokenizer
+from nanoserve.engine.text import Chat, TextCodec, TextPiece, TextStream
+from nanoserve.request import FinishReason, InvalidRequest, SamplingParams
+
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog, don't you see? I'm sure it does not.",
+    "def f(x):\n    return x * 2  # twice\n",
+    "日本語のテキスト。 Äpfel und Öl, naïve café",
+    "emoji 👩‍👩‍👧 👍🏽 🇩🇪 done",
+] * 3
+SPECIAL = ["<unk>", "<s>", "</s>"]
+# In letters that byte-level BPE does not use.
+END_OF_TEXT = "<\uff5cend▁of▁text\uff5c>"
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+WORDS = ["▁", "▁the", "▁▁", "the", "é", "日", "▁日本", ".", "'s", "n't", "a", "b", "▁a", "<0xZZ>", "👍"]
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_special_tokens([*SPECIAL, END_OF_TEXT])
+    # The last one looks like a byte that is no UTF-8, and the library takes it for that.
+    tokenizer.add_tokens(["<think>", "two words", "日本", "þ"])
+    return tokenizer
+
+
+def byte_fallback(*, strips: bool) -> Tokenizer:
+    """As Llama 2 and, without stripping, Gemma have it."""
+    vocab = [*SPECIAL, *BYTES, *WORDS]
+    tokenizer = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(vocab)}, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if strips else []), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strips else steps)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_tokens(["<think>"])
+    return tokenizer
+
+
+def metaspace(scheme: str) -> Tokenizer:
+    vocab = [(t, 0.0 if t in SPECIAL else -float(i)) for i, t in enumerate([*SPECIAL, *WORDS, "q", "u", "i", "c", "k"])]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def word_piece() -> Tokenizer:
+    words = [
+        "the",
+        "##the",
+        ".",
+        "?",
+        "!",
+        ",",
+        "'",
+        "n't",
+        "'m",
+        "do",
+        "not",
+        "do not",
+        "'s",
+        "##s",
+        "##",
+        "a",
+        "'ve",
+        "re",
+    ]
+    tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate([*SPECIAL, *words])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def word_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*SPECIAL, "a", "b", "é"])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def end_of_word() -> Tokenizer:
+    words = ["a</w>", "b", "b</w>", "a", "</w>", "</w></w>"]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate([*SPECIAL, *words])}, [], end_of_word_suffix="</w>"))
+    tokenizer.decoder = decoders.BPEDecoder()
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def nested_strip() -> Tokenizer:
+    tokenizer = byte_fallback(strips=True)
+    first = decoders.Sequence([decoders.Strip("▁", 1, 0), decoders.Replace("▁", " "), decoders.ByteFallback()])
+    tokenizer.decoder = decoders.Sequence(
+        [first, decoders.Fuse(), decoders.Replace("a", "ä"), decoders.Strip(" ", 3, 0)]
+    )
+    return tokenizer
+
+
+def opaque() -> Tokenizer:
+    """Its decoder is not among the known ones."""
+    tokenizer = byte_level()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(Regex("fox|cat"), "animal")])
+    return tokenizer
+
+
+def codec_of(backend: Tokenizer, **kwargs) -> TextCodec:
+    return TextCodec(PreTrainedTokenizerFast(tokenizer_object=backend, **kwargs))
+
+
+CODECS = {
+    "byte level": codec_of(byte_level()),
+    "byte fallback": codec_of(byte_fallback(strips=True)),
+    "byte fallback without strip": codec_of(byte_fallback(strips=False)),
+    "metaspace": codec_of(metaspace("always")),
+    "metaspace never": codec_of(metaspace("never")),
+    "word piece": codec_of(word_piece()),
+    "word level": codec_of(word_level()),
+    "end of word": codec_of(end_of_word()),
+    "nested and stripped": codec_of(nested_strip()),
+}
+BYTE_LEVEL = CODECS["byte level"]
+OPAQUE = codec_of(opaque())
+
+
+def texts(ids: list[int], codec: TextCodec = BYTE_LEVEL, cuts: list[int] | None = None, **params) -> list[TextPiece]:
+    """What a stream makes of ids, pushed in parts of the given lengths and then the rest, as the last."""
+    stream = TextStream(codec, SamplingParams(**params))
+    pieces = []
+    for cut in cuts or []:
+        pieces.append(stream.push(ids[:cut]))
+        ids = ids[cut:]
+        if pieces[-1].stop_string is not None:
+            return pieces
+    return [*pieces, stream.push(ids, FinishReason.LENGTH)]
+
+
+def joined(pieces: list[TextPiece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+CUTS = st.lists(st.integers(0, 3), max_size=30)
+EMOJI_AND_GARBAGE = "a👍🏽é日e\u0301 👩‍👩‍👧".encode() + b"\xff\xe2\x82a\xf0\x9f\x91\xc0\x80\xed\xa0\x80\xe2\x82"
+
+
+# --------------------------------------------------------------------------------------- streams and one-shot decode
+
+
+@pytest.mark.parametrize("name", CODECS)
+@settings(max_examples=150, deadline=None)
+@given(st.data(), CUTS, st.booleans())
+def test_a_stream_gives_what_the_one_shot_decode_gives(
+    name: str, data: st.DataObject, cuts: list[int], skip: bool
+) -> None:
+    codec = CODECS[name]
+    ids = data.draw(st.lists(st.integers(0, codec.vocab_size + 2), max_size=30))
+    whole = codec.decode(ids, skip_special_tokens=skip)
+    assert joined(texts(ids, codec, cuts, skip_special_tokens=skip)) == whole
+    assert codec._backend.decode(ids, skip_special_tokens=skip) == whole
+    known = [i for i in ids if i < codec.vocab_size]
+    assert codec._tokenizer.decode(known, skip_special_tokens=skip) == whole
+
+
+@pytest.mark.parametrize("name", ["byte level", "byte fallback", "byte fallback without strip"])
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.one_of(st.text(max_size=3).map(str.encode), st.binary(max_size=4))).map(b"".join),
+    CUTS,
+)
+@example(EMOJI_AND_GARBAGE, [1] * len(EMOJI_AND_GARBAGE))
+def test_any_bytes_stream_as_they_decode(name: str, garbage: bytes, cuts: list[int]) -> None:
+    codec = CODECS[name]
+    if name == "byte level":
+        letter_of = {byte: letter for letter, byte in detokenizer._ByteLevel.BYTES.items()}
+        ids = [codec._backend.token_to_id(letter_of[byte]) for byte in garbage]
+        assert codec.decode(ids) == garbage.decode(errors="replace")
+    else:
+        ids = [codec._backend.token_to_id(BYTES[byte]) for byte in garbage]
+    assert joined(texts(ids, codec, cuts)) == codec.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["byte level", "byte fallback", "byte fallback without strip"])
+def test_text_survives_the_way_there_and_back(name: str) -> None:
+    codec = CODECS[name]
+    for text in [*CORPUS, "e\u0301 한국어 👩‍👩‍👧‍👦\n\n\t x", "\x00\x7f", " leading", "trailing "]:
+        ids = codec.encode(text, add_special_tokens=False)
+        assert joined(texts(ids, codec, [1] * len(ids))) == text
+        assert b"".join(map(codec.token_bytes, ids)) == (b" " if name == "byte fallback" else b"") + text.encode()
+
+
+def test_a_character_is_never_split() -> None:
+    ids = BYTE_LEVEL.encode("한🦊")
+    assert len(ids) == 7
+    assert [piece.text for piece in texts(ids, cuts=[1] * 7)] == ["", "", "한", "", "", "", "🦊", ""]
+
+
+def test_text_does_not_lag_without_need() -> None:
+    stream = TextStream(BYTE_LEVEL, SamplingParams())
+    for token_id in BYTE_LEVEL.encode("the quick brown fox"):
+        assert stream.push([token_id]).text == BYTE_LEVEL.decode([token_id]) != ""
+
+
+def test_an_unfinished_character_comes_at_the_end() -> None:
+    ids = BYTE_LEVEL.encode("a👍")[:-1]
+    assert [piece.text for piece in texts(ids, cuts=[len(ids)])] == ["a", "\ufffd"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="fox cat日👍é.", max_size=30), CUTS)
+def test_an_unknown_decoder_streams_text_too(text: str, cuts: list[int]) -> None:
+    # Its pattern may not span tokens, so each word is one.
+    assert isinstance(OPAQUE.detokenizer(skip_special_tokens=True), detokenizer.Window)
+    ids = [i for word in text.split(" ") for i in OPAQUE.encode(word + " ")]
+    assert joined(texts(ids, OPAQUE, cuts)) == BYTE_LEVEL.decode(ids)
+
+
+def test_a_window_does_not_wait_for_ever_and_stays_small() -> None:
+    window = OPAQUE.detokenizer(skip_special_tokens=True)
+    assert isinstance(window, detokenizer.Window)
+    bad = OPAQUE._backend.token_to_id("ÿ")
+    text = "".join(window.feed(bad) for _ in range(100)) + window.finish()
+    assert text == "\ufffd" * 100
+    assert len(window._token_ids) <= 2 * window.MAX_WAIT
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.CTC(),
+        decoders.Strip(" ", 0, 1),
+        decoders.Sequence([decoders.Fuse(), decoders.Metaspace()]),
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")]),
+        decoders.Sequence([decoders.Fuse(), decoders.ByteLevel()]),
+    ],
+)
+def test_a_decoder_that_cannot_be_streamed_is_not_guessed_at(decoder: decoders.Decoder) -> None:
+    assert detokenizer.compile_decoder(decoder) is None
+
+
+# ------------------------------------------------------------------------------------------------ stop strings
+
+
+def reference_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
+    """Where the first stop string is complete, and which: of several there the longest."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            return end, max(found, key=len)
+    return None
+
+
+STOPPY = st.text(alphabet="ab 日👍", max_size=40)
+STOPS = st.lists(st.text(alphabet="ab 日👍", min_size=1, max_size=5), max_size=4)
+
+
+@pytest.mark.parametrize("name", ["byte level", "byte fallback"])
+@settings(max_examples=300, deadline=None)
+@given(STOPPY, STOPS, CUTS, st.booleans())
+@example("aaab", ["aab"], [1] * 9, False)
+@example("abcd aab", ["ab ", "b", "aab"], [2, 1], True)
+def test_stop_strings_are_found_as_in_the_whole_text(
+    name: str, text: str, stops: list[str], cuts: list[int], include: bool
+) -> None:
+    codec = CODECS[name]
+    ids = codec.encode(text, add_special_tokens=False)
+    pieces = texts(ids, codec, cuts, stop=tuple(stops), include_stop=include)
+    found = reference_stop(text, stops)
+    if found is None:
+        assert joined(pieces) == text
+        assert pieces[-1].stop_string is None
+        assert sum(piece.num_tokens for piece in pieces) == len(ids)
+    else:
+        end, stop = found
+        assert pieces[-1].stop_string == stop
+        assert joined(pieces) == text[: end if include else end - len(stop)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(STOPPY, STOPS, CUTS, st.integers(0, 12))
+def test_cuts_change_neither_text_nor_token_count(
+    text: str, stops: list[str], cuts: list[int], min_tokens: int
+) -> None:
+    ids = BYTE_LEVEL.encode(text)
+
+    def outcome(cuts: list[int]) -> tuple[str, str | None, int]:
+        pieces = texts(ids, cuts=cuts, stop=tuple(stops), min_tokens=min_tokens)
+        return joined(pieces), pieces[-1].stop_string, sum(piece.num_tokens for piece in pieces)
+
+    assert outcome(cuts) == outcome([]) == outcome([1] * len(ids))
+
+
+def single_tokens(text: str) -> list[int]:
+    return [i for char in text for i in BYTE_LEVEL.encode(char)]
+
+
+def test_a_match_reports_the_token_that_completed_it() -> None:
+    stream = TextStream(BYTE_LEVEL, SamplingParams(stop=("END",)))
+    assert stream.push(single_tokens("ab E")) == TextPiece("ab ", 4)
+    assert stream.push(single_tokens("NDxyz")) == TextPiece("", 2, "END")
+    assert stream.push(single_tokens("more"), FinishReason.LENGTH) == TextPiece("", 0)
+
+
+def test_text_behind_the_stop_string_in_the_same_token_is_dropped() -> None:
+    ids = BYTE_LEVEL.encode("the quick")
+    assert [BYTE_LEVEL.decode([i]) for i in ids] == ["the", " quick"]
+    assert texts(ids, stop=(" q",)) == [TextPiece("the", 2, " q")]
+    assert texts(ids, stop=(" q",), include_stop=True) == [TextPiece("the q", 2, " q")]
+
+
+def test_a_partial_match_never_leaks_and_is_given_up_when_it_fails() -> None:
+    stream = TextStream(BYTE_LEVEL, SamplingParams(stop=("aab",)))
+    given = [stream.push([i]).text for i in single_tokens("aaaxaa")]
+    assert given == ["", "", "a", "aax", "", ""]
+    assert stream.push([], FinishReason.LENGTH).text == "aa"
+
+
+def test_the_first_complete_stop_string_wins_and_the_longest_of_those() -> None:
+    assert texts(single_tokens("xabcdef"), stop=("abcdef", "cd"))[0] == TextPiece("xab", 5, "cd")
+    assert texts(single_tokens("xabcd"), stop=("cd", "bcd"))[0] == TextPiece("xa", 5, "bcd")
+    assert texts(single_tokens("a\n\n"), stop=("\n\n", "\n"))[0] == TextPiece("a", 2, "\n")
+
+
+def test_stop_strings_do_not_match_before_min_tokens() -> None:
+    ids = single_tokens("abxabx")
+    assert texts(ids, stop=("ab",), min_tokens=2)[0] == TextPiece("", 2, "ab")
+    assert texts(ids, stop=("ab",), min_tokens=3)[0] == TextPiece("abx", 5, "ab")
+    # It may begin before, if it is complete only then.
+    assert texts(ids, stop=("bx",), min_tokens=3)[0] == TextPiece("a", 3, "bx")
+    assert texts(ids, stop=("ab",), min_tokens=6)[0] == TextPiece("abxabx", 6)
+
+
+def test_a_stop_string_may_be_complete_only_at_the_end() -> None:
+    codec = CODECS["byte fallback"]
+    ids = [codec._backend.token_to_id(BYTES[byte]) for byte in "ü".encode()]
+    # A run of bytes is certain only when it is over.
+    assert texts(ids, codec, cuts=[2], stop=("ü",)) == [TextPiece("", 2), TextPiece("", 0, "ü")]
+    assert texts(ids[:1], codec, stop=("\ufffd",), include_stop=True) == [TextPiece("\ufffd", 1, "\ufffd")]
+
+
+def test_long_stop_strings_that_almost_match_hold_the_text_only_for_so_long() -> None:
+    stops = tuple("a" * 1000 + chr(ord("b") + i) for i in range(16))
+    stream = TextStream(BYTE_LEVEL, SamplingParams(stop=stops))
+    given = [stream.push([i]).text for i in single_tokens("a" * 3000)]
+    assert given == [""] * 1000 + ["a"] * 2000
+    assert stream.push(single_tokens("ag")) == TextPiece("a", 2, stops[5])
+
+
+# -------------------------------------------------------------------------------------------------- last tokens
+
+
+@pytest.mark.parametrize(
+    ("reason", "params", "expected"),
+    [
+        (FinishReason.EOS, {}, "the"),
+        (FinishReason.EOS, {"include_stop": True}, "the"),
+        (FinishReason.EOS, {"skip_special_tokens": False}, "the</s>"),
+        (FinishReason.STOP, {}, "the"),
+        (FinishReason.STOP, {"skip_special_tokens": False}, "the"),
+        (FinishReason.STOP, {"skip_special_tokens": False, "include_stop": True}, "the</s>"),
+        (FinishReason.STOP, {"include_stop": True}, "the"),
+        (FinishReason.LENGTH, {}, "the"),
+        (FinishReason.CONTEXT, {"skip_special_tokens": False}, "the</s>"),
+    ],
+)
+def test_the_text_of_a_special_last_token(reason: FinishReason, params: dict[str, bool], expected: str) -> None:
+    ids = [*BYTE_LEVEL.encode("the"), BYTE_LEVEL._backend.token_to_id("</s>")]
+    assert TextStream(BYTE_LEVEL, SamplingParams(**params)).push(ids, reason) == TextPiece(expected, len(ids))
+
+
+@pytest.mark.parametrize(
+    ("reason", "params", "expected"),
+    [
+        (FinishReason.EOS, {"include_stop": True}, "the"),
+        (FinishReason.STOP, {}, "the"),
+        (FinishReason.STOP, {"include_stop": True}, "the quick"),
+        (FinishReason.LENGTH, {}, "the quick"),
+    ],
+)
+def test_the_text_of_an_ordinary_last_token(reason: FinishReason, params: dict[str, bool], expected: str) -> None:
+    ids = BYTE_LEVEL.encode("the quick")
+    assert TextStream(BYTE_LEVEL, SamplingParams(**params)).push(ids, reason) == TextPiece(expected, len(ids))
+
+
+def test_a_hidden_last_token_completes_no_stop_string() -> None:
+    ids = BYTE_LEVEL.encode("the quick")
+    params = SamplingParams(stop=(" quick", "e q"))
+    assert TextStream(BYTE_LEVEL, params).push(ids, FinishReason.STOP) == TextPiece("the", 2)
+
+
+# ------------------------------------------------------------------------------------------------------ encode
+
+
+def test_special_tokens_are_added_to_text_and_not_to_chat() -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    codec = codec_of(byte_fallback(strips=True), bos_token="<s>", chat_template=template)
+    plain, _ = codec.encode_prompt("a")
+    assert plain[0] == 1
+    assert plain == codec._tokenizer("a").input_ids
+    chat, text = codec.encode_prompt(Chat([{"role": "user", "content": "a"}]))
+    assert text == "<s>a"
+    assert chat.count(1) == 1
+    assert codec.encode("a", add_special_tokens=False) == plain[1:]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=40))
+def test_encode_gives_the_tokens_of_transformers(text: str) -> None:
+    for codec in CODECS.values():
+        assert codec.encode(text) == codec._tokenizer(text).input_ids
+
+
+def test_settings_of_the_training_do_not_cut_or_fill_prompts() -> None:
+    backend = byte_level()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=50)
+    assert codec_of(backend).encode(CORPUS[0]) == BYTE_LEVEL.encode(CORPUS[0])
+
+
+def test_four_threads_and_the_event_loop_use_one_codec() -> None:
+    prompts = [text * 20 for text in CORPUS]
+    codec = codec_of(byte_level(), chat_template="{{ messages[0].content }}")
+    expected = [BYTE_LEVEL.encode(text) for text in prompts]
+
+    def work(i: int) -> None:
+        text, ids = prompts[i % len(prompts)], expected[i % len(prompts)]
+        assert codec.encode_prompt(text) == (ids, text)
+        assert codec.encode_prompt(Chat([{"role": "user", "content": text}])) == (ids, text)
+        assert codec.decode(ids) == text
+        assert joined(texts(ids, codec, [7, 3])) == text
+        assert b"".join(map(codec.token_bytes, ids)) == text.encode()
+
+    with ThreadPoolExecutor(4) as pool:
+        running = pool.map(work, range(80))
+        for i in range(20):
+            work(i)
+        assert len(list(running)) == 80
+
+
+def holds_the_interpreter(work: Callable[[], object]) -> bool:
+    """Whether another thread stands still for most of the time that `work` takes."""
+    longest = 0.0
+    is_done = threading.Event()
+
+    def tick() -> None:
+        nonlocal longest
+        last = time.perf_counter()
+        while not is_done.is_set():
+            time.sleep(0.001)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.perf_counter()
+    work()
+    duration = time.perf_counter() - start
+    is_done.set()
+    ticker.join()
+    return longest > duration / 2
+
+
+def test_a_long_prompt_does_not_hold_the_interpreter() -> None:
+    text = "the quick brown fox " * 20_000
+    # On a busy machine a thread may wait for other reasons, so one good run of some is enough.
+    assert any(not holds_the_interpreter(lambda: BYTE_LEVEL.encode(text)) for _ in range(4))
+    ids = BYTE_LEVEL.encode(text)
+    assert any(not holds_the_interpreter(lambda: BYTE_LEVEL.decode(ids)) for _ in range(4))
+
+
+def test_importing_the_module_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, nanoserve.engine.text; print({'torch', 'transformers', 'tokenizers', 'jinja2'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_load_reads_a_checkpoint(tmp_path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="</s>").save_pretrained(tmp_path)
+    codec = TextCodec.load(str(tmp_path))
+    assert codec.encode(CORPUS[0]) == BYTE_LEVEL.encode(CORPUS[0])
+    assert codec.vocab_size == BYTE_LEVEL.vocab_size
+    assert {codec.token(i) for i in codec.special_token_ids} == {*SPECIAL, END_OF_TEXT}
+
+
+# ------------------------------------------------------------------------------------------------- token bytes
+
+
+def test_bytes_of_tokens() -> None:
+    def bytes_of(name: str, token: str) -> bytes:
+        codec = CODECS[name]
+        return codec.token_bytes(codec._backend.token_to_id(token))
+
+    assert bytes_of("byte level", "Ġquick") == b" quick"
+    assert bytes_of("byte level", "ð") == b"\xf0"
+    assert bytes_of("byte level", END_OF_TEXT) == END_OF_TEXT.encode()
+    assert bytes_of("byte fallback", "▁the") == b" the"
+    assert bytes_of("byte fallback", "<0xE2>") == b"\xe2"
+    assert bytes_of("byte fallback", "<0xZZ>") == b"<0xZZ>"
+    assert bytes_of("byte fallback", "</s>") == b"</s>"
+    assert bytes_of("metaspace", "▁日本") == " 日本".encode()
+    assert bytes_of("word piece", "the") == b" the"
+    assert bytes_of("word piece", "##the") == b"the"
+    assert bytes_of("end of word", "a</w>") == b"a "
+    assert BYTE_LEVEL.token_bytes(10_000) == b""
+
+
+# ----------------------------------------------------------------------------------------- without the library
+
+
+class CharTokenizer(PythonBackend):
+    """A tokenizer in Python: a token a character."""
+
+    def __init__(self, **kwargs) -> None:
+        self._chars = [*SPECIAL, *"abcde é日👍"]
+        super().__init__(unk_token="<unk>", bos_token="<s>", eos_token="</s>", **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._chars)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {char: i for i, char in enumerate(self._chars)}
+
+    def _tokenize(self, text: str, **_kwargs) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.get_vocab().get(token, 0)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._chars[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(alphabet="abcde é日👍", max_size=20), CUTS)
+def test_a_tokenizer_in_python_works_too(text: str, cuts: list[int]) -> None:
+    codec = TextCodec(CharTokenizer(chat_template="{{ messages[0].content }}!"))
+    ids = codec.encode(text, add_special_tokens=False)
+    assert codec.decode(ids) == text
+    assert joined(texts(ids, codec, cuts)) == text
+    assert b"".join(map(codec.token_bytes, ids)) == text.encode()
+    assert codec.render_chat(Chat([{"role": "user", "content": text}])) == text + "!"
+    assert codec.special_token_ids == {0, 1, 2}
+
+
+# ---------------------------------------------------------------------------------------------- chat templates
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls %}{{ call.function.name }}:{{ call.function.arguments.city }}{% endfor %}{{ '\n' }}"
+    "{% endfor %}{% if tools %}T{{ tools[0].function.name }}{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}{% if enable_thinking is false %}</think>{% endif %}"
+)
+HELLO = {"role": "user", "content": "Hello"}
+
+
+def rendered(messages: list[dict], template: object = CHATML, **fields) -> str:
+    codec = codec_of(byte_level(), chat_template=template, bos_token="<s>")
+    return codec.render_chat(Chat(messages, **fields))
+
+
+def refusal(messages: list[dict], template: object, **fields) -> tuple[str, str]:
+    with pytest.raises(InvalidRequest) as caught:
+        rendered(messages, template, **fields)
+    (violation,) = caught.value.violations
+    return violation.field, violation.description
+
+
+def test_a_conversation_is_rendered_with_a_generation_prompt() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    assert rendered([system, HELLO]) == "<|system|>Be brief.\n<|user|>Hello\n<|assistant|>"
+
+
+def test_tools_and_tool_calls_reach_the_template() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
+    answer = {"role": "tool", "content": "rain", "tool_call_id": "1"}
+    text = rendered([HELLO, {"role": "assistant", "tool_calls": [call]}, answer], tools=[tool])
+    # A message without content has an empty one.
+    assert text == "<|user|>Hello\n<|assistant|>weather:Oslo\n<|tool|>rain\nTweather<|assistant|>"
+
+
+def test_template_variables_reach_the_template() -> None:
+    assert rendered([HELLO], template_kwargs={"enable_thinking": False}).endswith("<|assistant|></think>")
+    assert rendered([HELLO], "{{ documents[0].text }}", template_kwargs={"documents": [{"text": "x"}]}) == "x"
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "chat_template", "tokenize", "add_generation_prompt", "padding"])
+def test_template_variables_replace_nothing_of_ours(name: str) -> None:
+    field, why = refusal([HELLO], CHATML, template_kwargs={name: "x"})
+    assert field == "chat.template_kwargs_json"
+    assert name in why
+
+
+def test_the_last_message_can_be_continued() -> None:
+    messages = [HELLO, {"role": "assistant", "content": "Once upon"}]
+    assert rendered(messages, continue_final_message=True) == "<|user|>Hello\n<|assistant|>Once upon"
+
+
+def test_a_developer_is_the_system_where_the_template_knows_none() -> None:
+    message = {"role": "developer", "content": "x"}
+    assert rendered([message]) == "<|system|>x\n<|assistant|>"
+    assert rendered([message], "{{ messages[0].role == 'developer' }}") == "True"
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content + 1 }}", "str"),
+        ("{{ messages[7].content.x }}", "no element"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% for %}", "chat template"),
+        ("{{ 1 // 0 }}", "zero"),
+    ],
+)
+def test_what_a_template_raises_is_the_callers_violation(template: str, why: str) -> None:
+    field, description = refusal([HELLO], template)
+    assert field == "chat"
+    assert why in description
+
+
+def test_a_model_without_a_template_refuses_chats() -> None:
+    field, description = refusal([HELLO], None)
+    assert field == "chat"
+    assert "no chat template" in description
+
+
+def test_a_template_of_its_own_for_tools_is_used() -> None:
+    templates = {"default": "plain", "tool_use": "with tools"}
+    assert rendered([HELLO], templates) == "plain"
+    assert rendered([HELLO], templates, tools=[{"type": "function", "function": {"name": "f"}}]) == "with tools"

@@ -1,0 +1,549 @@
+"""Proto to domain: what is refused, what is taken over, and that no field is ignored."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_engine import EOS, FakeEngine
+from google.protobuf import json_format
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
+from nanoserve_client.v1 import generation_pb2 as pb
+
+from nanoserve.request import InvalidRequest, ModelNotFound, SamplingParams
+from nanoserve.rpc import validate
+
+MODEL = FakeEngine().model
+
+
+def generation(**fields: Any) -> validate.Generation:
+    fields = fields if {"text", "chat", "token_ids"} & set(fields) else {"text": "hi", **fields}
+    return validate.generation(json_format.ParseDict(fields, pb.GenerateRequest()), MODEL)
+
+
+def violations(convert, *args) -> dict[str, str]:
+    with pytest.raises(InvalidRequest) as caught:
+        convert(*args)
+    return {v.field: v.description for v in caught.value.violations}
+
+
+def refused(**fields: Any) -> dict[str, str]:
+    return violations(lambda: generation(**fields))
+
+
+def refused_message(request: pb.GenerateRequest) -> dict[str, str]:
+    return violations(validate.generation, request, MODEL)
+
+
+def chat(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"chat": {"messages": messages, **fields}}
+
+
+USER = {"role": "ROLE_USER", "content": "hi"}
+ASSISTANT = {"role": "ROLE_ASSISTANT", "content": "ho"}
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize(
+    ("path", "lowest", "highest", "too_low", "too_high"),
+    [
+        ("sampling.temperature", 0, 100, -0.001, 100.01),
+        ("sampling.top_p", 0.001, 1, 0, 1.001),
+        ("sampling.min_p", 0, 1, -0.001, 1.001),
+        ("sampling.frequency_penalty", -2, 2, -2.001, 2.001),
+        ("sampling.presence_penalty", -2, 2, -2.001, 2.001),
+        ("sampling.repetition_penalty", 0.001, 100, 0, 100.01),
+        ("sampling.logit_bias[7]", -100, 100, -100.01, 100.01),
+        ("sampling.top_k", 0, 2**32 - 1, None, None),
+        ("sampling.seed", 0, 2**64 - 1, None, None),
+        ("stopping.max_tokens", 1, 2**32 - 1, 0, None),
+        ("stopping.min_tokens", 0, 2**32 - 1, None, None),
+        ("output.logprobs", 0, 20, None, 21),
+        ("output.prompt_logprobs", 0, 20, None, 21),
+        ("output.min_delta_tokens", 0, 2**32 - 1, None, None),
+        ("n", 1, 128, 0, 129),
+        ("priority", -100, 100, -101, 101),
+    ],
+)
+def test_numbers_are_taken_within_their_range_and_refused_outside(path, lowest, highest, too_low, too_high):
+    for value in (lowest, highest):
+        validate.generation(with_number(path, value), MODEL)
+    for value in (too_low, too_high):
+        if value is not None:
+            assert list(refused_message(with_number(path, value))) == [path]
+    if path.startswith("sampling.") and path not in ("sampling.top_k", "sampling.seed"):
+        for value in (math.nan, math.inf, -math.inf):
+            assert list(refused_message(with_number(path, value))) == [path]
+
+
+def with_number(path: str, value: float) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(text="hi")
+    *parents, name = path.split(".")
+    message: Any = getattr(request, parents[0]) if parents else request
+    if name.endswith("]"):
+        message.logit_bias[int(name[len("logit_bias[") : -1])] = value
+    else:
+        setattr(message, name, value)
+    return request
+
+
+def test_a_refusal_says_what_is_allowed():
+    assert refused(sampling={"top_p": 0}) == {"sampling.top_p": "0 is not allowed; allowed: above 0, up to 1"}
+    assert refused(n=129) == {"n": "129 is not allowed; allowed: 1 to 128"}
+
+
+def test_all_violations_are_reported_at_once():
+    assert set(
+        refused(
+            **chat({"role": "ROLE_USER"}, template_kwargs_json="{"),
+            sampling={"temperature": -1, "topP": 2, "logitBias": {"7": 200, "300": 1}},
+            stopping={"strings": ["ok", ""], "maxTokens": 0, "timeLimit": "0s"},
+            output={"logprobs": 21, "omitText": True},
+            cache={"salt": "x" * 257},
+            n=0,
+            priority=101,
+        )
+    ) == {
+        "chat.messages[0].content",
+        "chat.template_kwargs_json",
+        "sampling.temperature",
+        "sampling.top_p",
+        "sampling.logit_bias[7]",
+        "sampling.logit_bias[300]",
+        "stopping.strings",
+        "stopping.strings[1]",
+        "stopping.max_tokens",
+        "stopping.time_limit",
+        "output.logprobs",
+        "cache.salt",
+        "n",
+        "priority",
+    }
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def test_exactly_one_prompt_is_required():
+    assert list(refused_message(pb.GenerateRequest())) == ["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "path"),
+    [
+        (pb.GenerateRequest(text=""), "text"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds()), "token_ids.ids"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 257, 300])), "token_ids.ids[1]"),
+        (pb.GenerateRequest(chat=pb.Chat()), "chat.messages"),
+    ],
+)
+def test_prompts_that_are_refused(request_, path):
+    assert list(refused_message(request_)) == [path]
+
+
+def test_prompts_that_are_taken():
+    assert generation(text=" ").prompt == " "
+    assert generation(token_ids={"ids": [0, EOS]}).prompt == [0, 256]
+
+
+def test_a_chat_becomes_what_templates_know():
+    call = {"id": "c1", "name": "add", "argumentsJson": '{"a": 1, "b": 2}'}
+    prompt = generation(
+        **chat(
+            {"role": "ROLE_SYSTEM", "content": "be brief"},
+            {"role": "ROLE_DEVELOPER", "content": ""},
+            {"role": "ROLE_USER", "content": "1+2?", "name": "Ann"},
+            {"role": "ROLE_ASSISTANT", "toolCalls": [call]},
+            {"role": "ROLE_TOOL", "content": "3", "toolCallId": "c1"},
+            tools=[{"name": "add", "description": "Adds.", "parametersJson": '{"type": "object"}'}, {"name": "now"}],
+            templateKwargsJson='{"enable_thinking": false}',
+        )
+    ).prompt
+    assert prompt.messages == [
+        {"role": "system", "content": "be brief"},
+        {"role": "developer", "content": ""},
+        {"role": "user", "content": "1+2?", "name": "Ann"},
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+            ],
+        },
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+    ]
+    assert [tool["function"] for tool in prompt.tools] == [
+        {"name": "add", "description": "Adds.", "parameters": {"type": "object"}},
+        {"name": "now", "description": "", "parameters": {"type": "object", "properties": {}}},
+    ]
+    assert prompt.template_kwargs == {"enable_thinking": False}
+    assert prompt.continue_final_message is False
+    assert generation(**chat(USER, ASSISTANT, continueFinalMessage=True)).prompt.continue_final_message is True
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        (chat({"content": "who?"}), "chat.messages[0].role"),
+        (chat(USER, {"role": 9, "content": "?"}), "chat.messages[1].role"),
+        (chat({"role": "ROLE_USER"}), "chat.messages[0].content"),
+        (chat(USER | {"toolCallId": "c"}), "chat.messages[0].tool_call_id"),
+        (chat(USER | {"toolCalls": [{"name": "f", "argumentsJson": "{}"}]}), "chat.messages[0].tool_calls"),
+        (
+            chat(ASSISTANT | {"toolCalls": [{"argumentsJson": "{}"}]}),
+            "chat.messages[0].tool_calls[0].name",
+        ),
+        (chat(USER, continueFinalMessage=True), "chat.continue_final_message"),
+        (
+            chat(
+                {"role": "ROLE_ASSISTANT", "toolCalls": [{"name": "f", "argumentsJson": "{}"}]},
+                continueFinalMessage=True,
+            ),
+            "chat.continue_final_message",
+        ),
+        (chat(USER, tools=[{"name": "ok"}, {"description": "nameless"}]), "chat.tools[1].name"),
+    ],
+)
+def test_chats_that_are_refused(fields, path):
+    assert list(refused(**fields)) == [path]
+
+
+BAD_JSON = ["{", "[1]", "null", "1", '{"a": NaN}', '{"a": Infinity}', '{"a": "\\ud800"}', "[" * 100_000, " "]
+
+
+@pytest.mark.parametrize("text", BAD_JSON)
+def test_json_fields_take_only_a_json_object(text):
+    assert list(refused(**chat(USER, templateKwargsJson=text))) == ["chat.template_kwargs_json"]
+    tools = [{"name": "f", "parametersJson": text}]
+    assert list(refused(**chat(USER, tools=tools))) == ["chat.tools[0].parameters_json"]
+    calls = [{"name": "f", "argumentsJson": text}]
+    path = "chat.messages[0].tool_calls[0].arguments_json"
+    assert list(refused(**chat(ASSISTANT | {"toolCalls": calls}))) == [path]
+
+
+def test_arguments_of_a_tool_call_must_be_given():
+    calls = [{"name": "f"}]
+    assert list(refused(**chat(ASSISTANT | {"toolCalls": calls}))) == ["chat.messages[0].tool_calls[0].arguments_json"]
+
+
+# ---------------------------------------------------------------------------------------------- the rest
+
+
+def test_the_model_is_the_served_one_or_unnamed():
+    assert generation(model="fake") == generation(model="")
+    with pytest.raises(ModelNotFound, match="'other'"):
+        generation(model="other")
+
+
+def test_unset_fields_take_the_models_default_or_the_contracts():
+    assert generation().params == SamplingParams(temperature=0.75, top_k=40, max_tokens=None)
+
+
+def test_set_fields_are_used_as_they_are_even_if_zero():
+    params = generation(sampling={"temperature": 0, "topK": 0, "seed": 0, "minP": 0}).params
+    assert (params.temperature, params.top_k, params.seed) == (0.0, 0, 0)
+
+
+def test_options_reach_the_engines_terms():
+    wanted = generation(
+        stopping={
+            "maxTokens": 9,
+            "minTokens": 9,
+            "strings": ["a", "b" * 1024],
+            "tokenIds": [3, 4],
+            "ignoreEos": True,
+            "includeMatch": True,
+            "timeLimit": "1.25s",
+        },
+        output={"keepSpecialTokens": True, "logprobs": 0, "promptLogprobs": 20, "minDeltaTokens": 6},
+        sampling={"logitBias": {"5": -1.5}},
+        cache={"skipRead": True, "salt": "s"},
+        n=3,
+        priority=-7,
+    )
+    assert wanted.params == SamplingParams(
+        n=3,
+        temperature=0.75,
+        top_k=40,
+        logit_bias={5: -1.5},
+        max_tokens=9,
+        min_tokens=9,
+        stop=("a", "b" * 1024),
+        stop_token_ids=frozenset({3, 4}),
+        ignore_eos=True,
+        include_stop=True,
+        time_limit_s=1.25,
+        logprobs=0,
+        prompt_logprobs=20,
+        skip_special_tokens=False,
+    )
+    assert (wanted.priority, wanted.cache_salt, wanted.skip_cache_read, wanted.min_delta_tokens) == (-7, "s", True, 6)
+    assert generation(output={"omitText": True}).params.detokenize is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"stopping": {"strings": ["x"] * 17}}, "stopping.strings"),
+        ({"stopping": {"strings": ["x" * 1025]}}, "stopping.strings[0]"),
+        ({"stopping": {"strings": ["x"]}, "output": {"omitText": True}}, "stopping.strings"),
+        ({"stopping": {"tokenIds": [1] * 1025}}, "stopping.token_ids"),
+        ({"stopping": {"tokenIds": [1, 257]}}, "stopping.token_ids[1]"),
+        ({"stopping": {"minTokens": 5, "maxTokens": 4}}, "stopping.min_tokens"),
+        ({"sampling": {"logitBias": {"257": 1}}}, "sampling.logit_bias[257]"),
+        ({"sampling": {"logitBias": {str(i): 1 for i in range(1025)}}}, "sampling.logit_bias"),
+        ({"cache": {"salt": "x" * 257}}, "cache.salt"),
+    ],
+)
+def test_options_that_are_refused(fields, path):
+    assert list(refused(**fields)) == [path]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "nanos", "allowed"),
+    [
+        (0, 1, True),
+        (315_576_000_000, 999_999_999, True),
+        (0, 0, False),
+        (-1, 0, False),
+        (0, -1, False),
+        (1, -1, False),
+        (-1, 1, False),
+        (315_576_000_001, 0, False),
+        (-(2**63), 0, False),
+        (1, 1_000_000_000, False),
+        (1, -(2**31), False),
+    ],
+)
+def test_a_time_limit_is_a_valid_duration_above_zero(seconds, nanos, allowed):
+    limit = Duration(seconds=seconds, nanos=nanos)
+    request = pb.GenerateRequest(text="hi", stopping=pb.Stopping(time_limit=limit))
+    if allowed:
+        assert validate.generation(request, MODEL).params.time_limit_s == seconds + nanos / 1e9
+    else:
+        assert list(refused_message(request)) == ["stopping.time_limit"]
+
+
+def test_millions_of_violations_are_not_collected():
+    request = pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage()] * 5000))
+    assert len(refused_message(request)) == 1000
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[999] * 100_000))
+    assert list(refused_message(request)) == ["token_ids.ids[0]"]
+
+
+def test_tokenization_takes_a_text_or_a_chat():
+    def convert(**fields: Any) -> Any:
+        return validate.tokenization(model_pb2.TokenizeRequest(**fields), MODEL)
+
+    assert convert(text="") == ""
+    assert convert(chat=pb.Chat(messages=[pb.ChatMessage(role=pb.ROLE_USER, content="x")])).messages
+    assert list(violations(convert)) == ["prompt"]
+    assert list(violations(lambda: convert(chat=pb.Chat()))) == ["chat.messages"]
+    with pytest.raises(ModelNotFound):
+        convert(text="x", model="other")
+
+
+def test_detokenization_takes_ids_of_the_vocabulary():
+    def convert(*ids: int, **fields: Any) -> list[int]:
+        return validate.detokenization(model_pb2.DetokenizeRequest(token_ids=ids, **fields), MODEL)
+
+    assert convert() == []
+    assert convert(1, 256) == [1, 256]
+    assert list(violations(convert, 1, 257)) == ["token_ids[1]"]
+    with pytest.raises(ModelNotFound):
+        convert(model="other")
+
+
+def test_a_cancellation_names_a_request():
+    assert validate.cancellation(admin_pb2.CancelRequest(request_id="r")) == "r"
+    assert list(violations(validate.cancellation, admin_pb2.CancelRequest())) == ["request_id"]
+
+
+# ---------------------------------------------------------------------------------------- unknown fields
+
+UNKNOWN = b"\xd0\x3e\x01"  # field 1002, varint 1
+
+
+def parse(*, chat_message: bytes = b"", tool: bytes = b"", sampling: bytes = b"", top: bytes = b"") -> Any:
+    """A request with more bytes at the end of the named messages."""
+    role_and_content = b"\x08\x02\x12\x02hi"
+    messages = b"".join(field(1, role_and_content + more) for more in (b"", chat_message))
+    tools = field(2, b"\x0a\x01f" + tool)
+    return pb.GenerateRequest.FromString(field(5, messages + tools) + field(6, sampling) + top)
+
+
+def field(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+@pytest.mark.parametrize(
+    ("where", "path"),
+    [
+        ({"top": UNKNOWN}, "1002"),
+        ({"sampling": UNKNOWN}, "sampling.1002"),
+        ({"chat_message": UNKNOWN}, "chat.messages[1].1002"),
+        ({"chat_message": field(5, b"\x12\x01f\x1a\x02{}" + UNKNOWN)}, "chat.messages[1].tool_calls[0].1002"),
+        ({"tool": UNKNOWN}, "chat.tools[0].1002"),
+        ({"top": field(7, field(7, b"\x08\x01" + UNKNOWN))}, "stopping.time_limit.1002"),
+    ],
+)
+def test_an_unknown_field_is_refused_at_any_depth_by_path_and_number(where, path):
+    found = refused_message(parse(**where))
+    assert path in found
+    assert "field number 1002 of " in found[path]
+    assert "is not known" in found[path]
+
+
+def test_a_map_entry_that_holds_more_than_key_and_value_is_refused():
+    entry = field(9, b"\x08\x07\x15\x00\x00\x80\x3f" + UNKNOWN)
+    assert list(refused_message(parse(sampling=entry))) == ["sampling.logit_bias"]
+
+
+def test_a_known_field_in_a_foreign_encoding_is_refused():
+    assert list(refused_message(parse(top=b"\x5d\x01\x00\x00\x00"))) == ["n"]  # as fixed32
+
+
+def test_removed_and_reserved_numbers_count_as_unknown():
+    assert list(refused_message(parse(top=field(2, b"adapter")))) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (lambda m: validate.tokenization(m, MODEL), model_pb2.TokenizeRequest(text="x")),
+        (lambda m: validate.detokenization(m, MODEL), model_pb2.DetokenizeRequest()),
+        (validate.cancellation, admin_pb2.CancelRequest(request_id="r")),
+        (validate.nothing, model_pb2.ListModelsRequest()),
+        (validate.nothing, admin_pb2.ResetCacheRequest()),
+        (validate.nothing, admin_pb2.GetStatsRequest()),
+    ],
+)
+def test_every_rpc_refuses_unknown_fields(convert, message):
+    message.MergeFromString(UNKNOWN)
+    assert "1002" in violations(convert, message)
+
+
+# ---------------------------------------------------------------------------- no field is silently ignored
+
+# Requests in which each field can be set to something odd without breaking another rule.
+BASES = {
+    pb.GenerateRequest: [
+        pb.GenerateRequest(text="hi"),
+        pb.GenerateRequest(
+            chat=pb.Chat(
+                messages=[
+                    pb.ChatMessage(
+                        role=pb.ROLE_ASSISTANT, content="x", tool_calls=[pb.ToolCall(name="f", arguments_json="{}")]
+                    ),
+                    pb.ChatMessage(role=pb.ROLE_TOOL, content="x"),
+                    pb.ChatMessage(role=pb.ROLE_ASSISTANT, content="x"),
+                ],
+                tools=[pb.Tool(name="f")],
+            ),
+            stopping=pb.Stopping(time_limit=Duration(seconds=5)),
+        ),
+        pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1])),
+    ],
+    model_pb2.TokenizeRequest: [
+        model_pb2.TokenizeRequest(text="hi"),
+        model_pb2.TokenizeRequest(
+            chat=pb.Chat(messages=[pb.ChatMessage(role=pb.ROLE_USER, content="x")], tools=[pb.Tool(name="f")])
+        ),
+    ],
+    model_pb2.DetokenizeRequest: [model_pb2.DetokenizeRequest(token_ids=[1])],
+    admin_pb2.CancelRequest: [admin_pb2.CancelRequest(request_id="r")],
+}
+CONVERT = {
+    pb.GenerateRequest: lambda m: validate.generation(m, MODEL),
+    model_pb2.TokenizeRequest: lambda m: validate.tokenization(m, MODEL),
+    model_pb2.DetokenizeRequest: lambda m: validate.detokenization(m, MODEL),
+    admin_pb2.CancelRequest: validate.cancellation,
+}
+# Read by the servicer, not by validate.py; test_model.py shows that each counts.
+ELSEWHERE = {"nanoserve.v1.DetokenizeRequest.keep_special_tokens"}
+
+
+def outcome(request: Message) -> str:
+    try:
+        return repr(CONVERT[type(request)](request))
+    except (InvalidRequest, ModelNotFound) as error:
+        return f"refused: {error}"
+
+
+def mutants(message: Message) -> Iterator[tuple[FieldDescriptor, Message]]:
+    """Copies of the message with one field changed, at any depth."""
+    for field_ in message.DESCRIPTOR.fields:
+        value = getattr(message, field_.name)
+        is_map = field_.message_type is not None and field_.message_type.GetOptions().map_entry
+        if is_map or field_.message_type is None:
+            copy = type(message)()
+            copy.CopyFrom(message)
+            change(copy, field_, is_map)
+            yield field_, copy
+            continue
+        if field_.is_repeated:
+            copies = range(len(value))
+        else:
+            if field_.containing_oneof and not message.HasField(field_.name):
+                continue
+            copies = [None]
+        for index in copies:
+            child = value if index is None else value[index]
+            for inner, changed in mutants(child):
+                copy = type(message)()
+                copy.CopyFrom(message)
+                (getattr(copy, field_.name) if index is None else getattr(copy, field_.name)[index]).CopyFrom(changed)
+                yield inner, copy
+
+
+def change(message: Message, field_: FieldDescriptor, is_map: bool) -> None:
+    if is_map:
+        getattr(message, field_.name)[3] = 1.0
+        return
+    odd = {
+        FieldDescriptor.CPPTYPE_STRING: '{"odd": 1}',
+        FieldDescriptor.CPPTYPE_BOOL: True,
+        FieldDescriptor.CPPTYPE_FLOAT: 0.375,
+        FieldDescriptor.CPPTYPE_ENUM: pb.ROLE_SYSTEM,
+    }.get(field_.cpp_type, 3)
+    if field_.is_repeated:
+        getattr(message, field_.name).append(odd)
+    else:
+        setattr(message, field_.name, odd)
+
+
+def fields_of(descriptor: Descriptor) -> set[str]:
+    found = set()
+    for field_ in descriptor.fields:
+        is_map = field_.message_type is not None and field_.message_type.GetOptions().map_entry
+        if field_.message_type is None or is_map:
+            found.add(field_.full_name)
+        else:
+            found |= fields_of(field_.message_type)
+    return found
+
+
+def test_every_field_of_a_request_changes_the_outcome_or_is_refused():
+    changed, all_fields = set(), set()
+    for request_class, bases in BASES.items():
+        all_fields |= fields_of(request_class.DESCRIPTOR)
+        for base in bases:
+            usual = outcome(base)
+            assert not usual.startswith("refused")
+            changed |= {f.full_name for f, mutant in mutants(base) if outcome(mutant) != usual}
+    assert all_fields - changed == ELSEWHERE
+
+
+def test_no_request_of_the_contract_is_left_out():
+    methods = [
+        method
+        for module in (generation_pb2, model_pb2, admin_pb2)
+        for service in module.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    ]
+    with_fields = {m.input_type.full_name for m in methods if m.input_type.fields}
+    assert with_fields == {cls.DESCRIPTOR.full_name for cls in BASES}
