@@ -164,6 +164,12 @@ def joined(pieces: list[TextPiece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
+def byte_level_ids(content: bytes) -> list[int]:
+    """A token a byte."""
+    letter_of = {byte: letter for letter, byte in detokenizer._ByteLevel.BYTES.items()}
+    return [BYTE_LEVEL._backend.token_to_id(letter_of[byte]) for byte in content]
+
+
 CUTS = st.lists(st.integers(0, 3), max_size=30)
 EMOJI_AND_GARBAGE = "a👍🏽é日e\u0301 👩‍👩‍👧".encode() + b"\xff\xe2\x82a\xf0\x9f\x91\xc0\x80\xed\xa0\x80\xe2\x82"
 
@@ -195,12 +201,10 @@ def test_a_stream_gives_what_the_one_shot_decode_gives(
 @example(EMOJI_AND_GARBAGE, [1] * len(EMOJI_AND_GARBAGE))
 def test_any_bytes_stream_as_they_decode(name: str, garbage: bytes, cuts: list[int]) -> None:
     codec = CODECS[name]
+    ids = [codec._backend.token_to_id(BYTES[byte]) for byte in garbage]
     if name == "byte level":
-        letter_of = {byte: letter for letter, byte in detokenizer._ByteLevel.BYTES.items()}
-        ids = [codec._backend.token_to_id(letter_of[byte]) for byte in garbage]
+        ids = byte_level_ids(garbage)
         assert codec.decode(ids) == garbage.decode(errors="replace")
-    else:
-        ids = [codec._backend.token_to_id(BYTES[byte]) for byte in garbage]
     assert joined(texts(ids, codec, cuts)) == codec.decode(ids)
 
 
@@ -214,9 +218,8 @@ def test_text_survives_the_way_there_and_back(name: str) -> None:
 
 
 def test_a_character_is_never_split() -> None:
-    ids = BYTE_LEVEL.encode("한🦊")
-    assert len(ids) == 7
-    assert [piece.text for piece in texts(ids, cuts=[1] * 7)] == ["", "", "한", "", "", "", "🦊", ""]
+    ids = byte_level_ids("한👍".encode())
+    assert [piece.text for piece in texts(ids, cuts=[1] * 7)] == ["", "", "한", "", "", "", "👍", ""]
 
 
 def test_text_does_not_lag_without_need() -> None:
@@ -570,6 +573,9 @@ def test_a_tokenizer_in_python_works_too(text: str, cuts: list[int]) -> None:
     assert b"".join(map(codec.token_bytes, ids)) == text.encode()
     assert codec.render_chat(Chat([{"role": "user", "content": text}])) == text + "!"
     assert codec.special_token_ids == {0, 1, 2}
+    # The model may have more tokens than the tokenizer.
+    assert joined(texts([*ids, 999], codec)) == codec.decode([*ids, 999]) == text
+    assert codec.token_bytes(999) == b""
 
 
 # ---------------------------------------------------------------------------------------------- chat templates
@@ -648,6 +654,12 @@ def test_what_a_template_raises_is_the_callers_violation(template: str, why: str
     field, description = refusal([HELLO], template)
     assert field == "chat"
     assert why in description
+
+
+def test_half_a_surrogate_pair_is_the_callers_violation() -> None:
+    field, description = refusal([HELLO], "{{ x }}", template_kwargs={"x": "\ud83d"})
+    assert field == "chat"
+    assert "surrogates" in description
 
 
 def test_a_model_without_a_template_refuses_chats() -> None:

@@ -1,0 +1,422 @@
+"""The asyncio face over simulated KV memory and a real tokenizer: what callers read, and how requests end."""
+
+import asyncio
+import contextlib
+import threading
+
+import pytest
+from fake_executor import FakeExecutor, expected_completion
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from nanoserve.config import SchedulerConfig
+from nanoserve.engine.core import EngineCore
+from nanoserve.engine.detokenizer import _ByteLevel
+from nanoserve.engine.engine import Engine, RollingSum, ServedModel
+from nanoserve.engine.scheduler import Scheduler
+from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
+from nanoserve.engine.text import Chat, TextCodec
+from nanoserve.kv_cache.block_pool import BlockPool
+from nanoserve.request import (
+    CancelledByOperator,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EngineFailure,
+    FinishReason,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    SamplingParams,
+)
+
+BLOCK = 4
+VOCAB = 256
+PROMPT = list(b"once upon")
+SECONDS = 20
+
+
+class GatedExecutor(FakeExecutor):
+    """Waits before each step while the gate is shut; raises on demand."""
+
+    def __init__(self):
+        super().__init__(BLOCK, VOCAB)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.is_broken = False
+
+    def execute(self, plan):
+        assert self.gate.wait(SECONDS)
+        if self.is_broken:
+            raise RuntimeError("broken")
+        return super().execute(plan)
+
+
+def byte_codec():
+    """Token i is byte i; no chat template."""
+    tokenizer = Tokenizer(models.BPE(dict(_ByteLevel.BYTES), []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+class Bench:
+    def __init__(self, *, max_num_seqs=4, max_waiting=8, num_blocks=64, eos=(), step_timeout_s=60.0):
+        self.executor = GatedExecutor()
+        self.pool = BlockPool(num_blocks)
+        self.scheduler = Scheduler(
+            SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=64),
+            self.pool,
+            block_size=BLOCK,
+            max_context_tokens=128,
+            cache_identity="model",
+        )
+        self.core = EngineCore(self.scheduler, self.executor)
+        model = ServedModel("fake", 0.0, 128, VOCAB, tuple(eos), SamplingParams())
+        self.codec = byte_codec()
+        self.engine = Engine(self.core, self.codec, model, max_waiting=max_waiting, step_timeout_s=step_timeout_s)
+        self.engine.start()
+
+    async def collect(self, prompt=PROMPT, *, request=None, **params):
+        options = {"seed": 7, "max_tokens": 6, **params}
+        return [e async for e in self.engine.generate(prompt, SamplingParams(**options), **(request or {}))]
+
+    async def until_free(self):
+        async with asyncio.timeout(SECONDS):
+            while self.engine.stats().scheduler.num_owned_blocks or self.scheduler.has_work:
+                await asyncio.sleep(0.005)
+        self.scheduler.check_invariants()
+
+
+@contextlib.asynccontextmanager
+async def running(**options):
+    bench = Bench(**options)
+    try:
+        yield bench
+    finally:
+        bench.executor.gate.set()
+        await bench.engine.close()
+
+
+def deltas(events, index=0):
+    return [e for e in events if isinstance(e, Delta) and e.index == index]
+
+
+def token_ids(events, index=0):
+    return [t for d in deltas(events, index) for t in d.token_ids]
+
+
+def text(events, index=0):
+    return "".join(d.text for d in deltas(events, index))
+
+
+async def test_events_come_in_the_order_of_the_contract():
+    async with running() as bench:
+        events = await bench.collect(n=2, logprobs=0, prompt_logprobs=0)
+    kinds = [type(e) for e in events]
+    assert kinds[0] is Started
+    assert kinds[-1] is Finished
+    first_delta = kinds.index(Delta)
+    assert set(kinds[1:first_delta]) == {PromptLogprobs}
+    assert set(kinds[first_delta:-1]) == {Delta}
+    prompt = [t for e in events if isinstance(e, PromptLogprobs) for t in e.tokens]
+    assert [t.token_id for t in prompt] == PROMPT
+    assert [t.logprob is None for t in prompt] == [True] + [False] * (len(PROMPT) - 1)
+    for index in range(2):
+        expected = expected_completion(PROMPT, 7 + index, 6, VOCAB)
+        assert token_ids(events, index) == expected
+        assert text(events, index) == bench.codec.decode(expected)
+        assert [d.finish_reason for d in deltas(events, index)][-1] is FinishReason.LENGTH
+        assert not any(d.finish_reason for d in deltas(events, index)[:-1])
+        assert [lp.token_id for d in deltas(events, index) for lp in d.logprobs] == expected
+    finished = events[-1]
+    assert (finished.prompt_tokens, finished.completion_tokens) == (len(PROMPT), 12)
+    assert min(finished.queue_s, finished.prefill_s, finished.decode_s) >= 0
+
+
+async def test_a_text_prompt_is_encoded_and_a_drawn_seed_is_reported():
+    async with running() as bench:
+        first = await bench.collect("once upon", seed=None)
+        seed = first[0].params.seed
+        again = await bench.collect(PROMPT, seed=seed)
+    assert first[0].prompt_tokens == len(PROMPT)
+    assert token_ids(first) == token_ids(again) == expected_completion(PROMPT, seed, 6, VOCAB)
+
+
+async def test_a_slow_reader_gets_the_same_output_in_fewer_deltas():
+    async with running() as bench:
+        stream = bench.engine.generate(PROMPT, SamplingParams(seed=7, max_tokens=40))
+        events = [await anext(stream)]
+        await bench.until_free()
+        events += [e async for e in stream]
+    assert len(deltas(events)) < 40
+    assert token_ids(events) == expected_completion(PROMPT, 7, 40, VOCAB)
+
+
+@pytest.mark.parametrize("minimum", [0, 1, 4, 100])
+async def test_min_delta_tokens_changes_the_cut_alone(minimum):
+    async with running() as bench:
+        events = await bench.collect(request={"min_delta_tokens": minimum}, max_tokens=10)
+    assert token_ids(events) == expected_completion(PROMPT, 7, 10, VOCAB)
+    assert all(len(d.token_ids) >= minimum for d in deltas(events)[:-1])
+
+
+async def test_a_stop_string_ends_the_sequence_and_the_computation():
+    tokens = expected_completion(PROMPT, 7, 60, VOCAB)
+    decoded = byte_codec().decode(tokens)
+    stop = next(c for c in decoded if c.isascii() and c.isprintable())
+    async with running() as bench:
+        events = await bench.collect(stop=(stop,), max_tokens=60)
+        await bench.until_free()
+    last = deltas(events)[-1]
+    assert (last.finish_reason, last.stop_string) == (FinishReason.STOP, stop)
+    assert text(events) == decoded[: decoded.index(stop)]
+    used = token_ids(events)
+    assert used == tokens[: len(used)]
+    assert used[-1] == ord(stop)
+    assert events[-1].completion_tokens == len(used)
+
+
+async def test_eos_ends_a_sequence_and_is_counted_but_not_shown():
+    tokens = expected_completion(PROMPT, 7, 10, VOCAB)
+    eos = next(t for t in tokens[2:] if t not in tokens[:2])
+    async with running(eos=[eos]) as bench:
+        events = await bench.collect(max_tokens=50)
+        ignored = await bench.collect(max_tokens=10, ignore_eos=True)
+    shown = token_ids(events)
+    assert shown[-1] == eos
+    assert deltas(events)[-1].stop_token_id == eos
+    assert text(events) == bench.codec.decode(shown[:-1])
+    assert token_ids(ignored) == tokens
+
+
+async def test_token_ids_in_and_out_need_no_text():
+    async with running() as bench:
+        bench.engine.codec = None
+        events = await bench.collect(detokenize=False)
+    assert text(events) == ""
+    assert len(token_ids(events)) == 6
+
+
+async def test_closing_the_iterator_frees_the_blocks():
+    async with running() as bench:
+        stream = bench.engine.generate(PROMPT, SamplingParams(seed=7, n=3))
+        await anext(stream)
+        await stream.aclose()
+        await bench.until_free()
+
+
+async def test_cancelling_the_reader_frees_the_blocks():
+    async with running() as bench:
+        bench.executor.gate.clear()
+        task = asyncio.create_task(bench.collect())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        bench.executor.gate.set()
+        await bench.until_free()
+        assert await bench.collect()
+
+
+async def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers():
+    async with running() as bench:
+        with pytest.raises(ContextLengthExceeded) as refusal:
+            await bench.collect([1] * 128)
+        events = await bench.collect([1] * 127, max_tokens=None)
+    assert (refusal.value.num_prompt_tokens, refusal.value.max_context_tokens) == (128, 128)
+    assert deltas(events)[-1].finish_reason is FinishReason.CONTEXT
+
+
+async def test_an_empty_text_and_a_chat_without_template_are_refused():
+    async with running() as bench:
+        for prompt, field in (("", "text"), (Chat([{"role": "user", "content": "hi"}]), "chat")):
+            with pytest.raises(InvalidRequest) as refusal:
+                await bench.collect(prompt)
+            assert refusal.value.violations[0].field == field
+
+
+async def test_one_request_above_the_queue_bound_is_refused_and_the_others_run():
+    async with running(max_num_seqs=1, max_waiting=3) as bench:
+        bench.executor.gate.clear()
+        tasks = [asyncio.create_task(bench.collect()) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Overloaded) as refusal:
+            await bench.collect()
+        assert refusal.value.retry_after_s > 0
+        bench.executor.gate.set()
+        for events in await asyncio.gather(*tasks):
+            assert isinstance(events[-1], Finished)
+        assert await bench.collect()
+
+
+async def test_refused_and_cancelled_requests_leave_the_queue():
+    async with running(max_waiting=2) as bench:
+        for _ in range(5):
+            with pytest.raises(ContextLengthExceeded):
+                await bench.collect([1] * 500)
+        bench.executor.gate.clear()
+        for _ in range(5):
+            task = asyncio.create_task(bench.collect())
+            await asyncio.sleep(0.01)
+            task.cancel()
+        bench.executor.gate.set()
+        assert await bench.collect()
+
+
+async def test_deadline_cuts_a_waiting_and_a_running_request():
+    async with running(max_num_seqs=1) as bench:
+        with pytest.raises(DeadlineExceeded) as failure:
+            await bench.collect(request={"timeout_s": 0.0})
+        assert failure.value.phase == "waiting"
+        bench.executor.gate.clear()
+        run = asyncio.create_task(bench.collect(request={"timeout_s": 0.1}, max_tokens=100))
+        wait = asyncio.create_task(bench.collect(request={"timeout_s": 0.1}))
+        await asyncio.sleep(0.2)
+        bench.executor.gate.set()
+        for task, phase in ((run, "running"), (wait, "waiting")):
+            with pytest.raises(DeadlineExceeded) as failure:
+                await task
+            assert failure.value.phase == phase
+        await bench.until_free()
+
+
+async def test_time_limit_is_an_ordinary_end():
+    async with running() as bench:
+        events = await bench.collect(time_limit_s=1e-9, max_tokens=100)
+    assert deltas(events)[-1].finish_reason is FinishReason.TIME_LIMIT
+    assert isinstance(events[-1], Finished)
+
+
+async def test_operator_cancels_by_label_every_request_that_bears_it():
+    async with running() as bench:
+        bench.executor.gate.clear()
+        doomed = [asyncio.create_task(bench.collect(request={"label": "x"})) for _ in range(2)]
+        spared = asyncio.create_task(bench.collect(request={"label": "y"}))
+        await asyncio.sleep(0.05)
+        assert bench.engine.cancel("x") == 2
+        assert bench.engine.cancel("nobody") == 0
+        bench.executor.gate.set()
+        for task in doomed:
+            with pytest.raises(CancelledByOperator):
+                await task
+        assert isinstance((await spared)[-1], Finished)
+        await bench.until_free()
+
+
+async def test_a_failed_step_fails_its_requests_alone():
+    async with running() as bench:
+        bench.executor.is_broken = True
+        with pytest.raises(EngineFailure):
+            await bench.collect()
+        bench.executor.is_broken = False
+        assert isinstance((await bench.collect())[-1], Finished)
+
+
+async def test_an_error_in_delivery_fails_that_request_alone(monkeypatch):
+    async with running() as bench:
+        real = bench.codec.detokenizer
+
+        def explode(**options):
+            detokenizer = real(**options)
+            monkeypatch.setattr(bench.codec, "detokenizer", real)
+            monkeypatch.setattr(detokenizer, "feed", lambda _: 1 / 0)
+            return detokenizer
+
+        monkeypatch.setattr(bench.codec, "detokenizer", explode)
+        bad, good = await asyncio.gather(bench.collect(), bench.collect(), return_exceptions=True)
+        assert isinstance(bad, EngineFailure)
+        assert isinstance(good[-1], Finished)
+        await bench.until_free()
+
+
+async def test_a_dead_engine_thread_is_unhealthy_and_refuses_at_once(monkeypatch):
+    async with running() as bench:
+        monkeypatch.setattr(bench.scheduler, "commit", lambda *_: 1 / 0)
+        with pytest.raises(EngineFailure):
+            await bench.collect()
+        bench.core._thread.join(SECONDS)
+        assert "died" in bench.engine.health()
+        with pytest.raises(NotReady):
+            await bench.collect()
+        with pytest.raises(NotReady):
+            await bench.engine.reset_cache()
+
+
+async def test_a_stalled_step_is_unhealthy_until_steps_resume():
+    async with running(step_timeout_s=0.05) as bench:
+        assert bench.engine.health() is None
+        bench.executor.gate.clear()
+        task = asyncio.create_task(bench.collect())
+        await asyncio.sleep(0.3)
+        assert "no step has ended" in bench.engine.health()
+        bench.executor.gate.set()
+        await task
+        assert bench.engine.health() is None
+
+
+async def test_drain_refuses_new_requests_and_waits_for_running_ones():
+    async with running() as bench:
+        bench.executor.gate.clear()
+        task = asyncio.create_task(bench.collect())
+        await asyncio.sleep(0.05)
+        drain = asyncio.create_task(bench.engine.drain(SECONDS))
+        await asyncio.sleep(0.01)
+        assert "draining" in bench.engine.health()
+        with pytest.raises(NotReady):
+            await bench.collect()
+        bench.executor.gate.set()
+        await drain
+        assert isinstance((await task)[-1], Finished)
+
+
+async def test_drain_cuts_what_outlasts_its_bound():
+    async with running() as bench:
+        bench.executor.gate.clear()
+        task = asyncio.create_task(bench.collect())
+        await asyncio.sleep(0.05)
+        await bench.engine.drain(0.05)
+        with pytest.raises(NotReady):
+            await task
+
+
+async def test_a_long_prompt_does_not_hold_up_other_streams(monkeypatch):
+    async with running() as bench:
+        encoding = threading.Event()
+        real = bench.codec.encode_prompt
+
+        def slow(prompt):
+            assert encoding.wait(SECONDS)
+            return real(prompt)
+
+        monkeypatch.setattr(bench.codec, "encode_prompt", slow)
+        waiting = asyncio.create_task(bench.collect("once upon"))
+        assert isinstance((await bench.collect(PROMPT))[-1], Finished)
+        assert not waiting.done()
+        encoding.set()
+        assert isinstance((await waiting)[-1], Finished)
+
+
+async def test_statistics_and_cache_reset():
+    async with running() as bench:
+        await bench.collect(list(range(20)))
+        await bench.collect(list(range(20)))
+        stats = bench.engine.stats()
+        assert stats.prefix_hit_ratio == 16 / 40
+        assert stats.tokens_per_s == 12 / 10
+        assert stats.scheduler.num_cached_blocks == 6
+        assert await bench.engine.reset_cache() == 6
+        assert bench.engine.stats().scheduler.num_cached_blocks == 0
+
+
+def test_rolling_sum_forgets(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("nanoserve.engine.engine.time.monotonic", lambda: now)
+    total = RollingSum(10)
+    total.add(3)
+    now = 105.5
+    total.add(4)
+    assert total.total == 7
+    now = 110.1
+    assert total.total == 4
+    now = 120.0
+    assert total.total == 0
