@@ -118,11 +118,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gpt-neox": _make(hf.GPTNeoXConfig, rotary_pct=0.5),
     "gpt-oss": _make(
-        hf.GptOssConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW, layer_types=SLIDING
+        hf.GptOssConfig,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
+        layer_types=SLIDING,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
     "deepseek-v3": _make(
         hf.DeepseekV3Config,
         num_key_value_heads=4,
+        head_dim=4,
         n_routed_experts=4,
         num_experts_per_tok=2,
         n_group=2,
