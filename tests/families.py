@@ -3,6 +3,7 @@ that a prompt of LONGEST tokens is longer than all of them.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers as hf
@@ -191,4 +192,15 @@ def tiny_model(family: str, **config_changes: object) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model
+
+
+def save_tiny_model(family: str, folder: Path, **config_changes: object) -> PreTrainedModel:
+    """Write the model's folder in Hub format, and return the model."""
+    model = tiny_model(family, **config_changes)
+    bar = hf.utils.logging.is_progress_bar_enabled()
+    hf.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    if bar:
+        hf.utils.logging.enable_progress_bar()
     return model

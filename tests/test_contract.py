@@ -5,6 +5,7 @@ engine that does as a test says (errors in mid-stream, drain, deadlines).
 """
 
 import asyncio
+import functools
 import math
 import re
 from collections.abc import AsyncIterator, Callable
@@ -24,11 +25,27 @@ from nanoserve_client.v1 import (
 from nanoserve_client.v1 import generation_pb2 as pb
 from raw_http2 import DATA, END_STREAM, HEADERS, RawConnection
 
-from nanoserve.config import ServerConfig
+from nanoserve.build import assemble
+from nanoserve.config import CacheOptions, ModelOptions, Options, ServerConfig
 from nanoserve.engine.engine import Engine
+from nanoserve.engine.text import TextCodec
+from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.rpc.server import Server
 
-ENGINES: dict[str, Callable[[], Any]] = {"fake": FakeEngine}
+
+@functools.cache
+def built_in_model() -> tuple[LoadedModel, TextCodec]:
+    model = load_model(ModelOptions(device="cpu", dtype="float32"))
+    return model, TextCodec.load(str(model.folder))
+
+
+def real_engine() -> Engine:
+    engine = assemble(*built_in_model(), Options(cache=CacheOptions(kv_memory_bytes=8 << 20)))
+    engine.start()
+    return engine
+
+
+ENGINES: dict[str, Callable[[], Any]] = {"fake": FakeEngine, "built-in": real_engine}
 GENERATE = "/nanoserve.v1.GenerationService/Generate"
 PROMPT = "Once upon a time, a"
 # Enough variety that a cut in the wrong place shows, and the same at every run.
@@ -88,8 +105,11 @@ class Answer:
 
 
 @pytest.fixture(params=ENGINES)
-async def engine(request: pytest.FixtureRequest) -> Engine:
-    return ENGINES[request.param]()
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    engine = ENGINES[request.param]()
+    yield engine
+    if isinstance(engine, Engine):
+        await engine.close()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from nanoserve.engine.scheduler import Scheduler
 from nanoserve.engine.text import TextCodec
 from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache, plan_kv
-from nanoserve.model.loader import load_model
+from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
 
@@ -28,6 +28,11 @@ def build_engine(options: Options) -> Engine:
     """
     model = load_model(options.model)
     codec = TextCodec.load(str(model.folder), trust_remote_code=options.model.trust_remote_code)
+    return assemble(model, codec, options)
+
+
+def assemble(model: LoadedModel, codec: TextCodec, options: Options) -> Engine:
+    """Build an engine around a loaded model. Raises ConfigError if the KV cache does not fit."""
     plan = plan_kv(
         model.kv_specs,
         options.cache.block_size,

@@ -106,25 +106,23 @@ async def serve(options: Options) -> int:
 
     started_s = time.monotonic()
     server = Server(options.server)
-    port = await server.start()
-    logger.info("listening on %s:%d, not ready yet: loading %s", options.server.host, port, options.model.path)
-    serving = asyncio.create_task(server.run_until_signal())
-    loading = asyncio.create_task(asyncio.to_thread(_build, options))
-    await asyncio.wait([serving, loading], return_when=asyncio.FIRST_COMPLETED)
-    if not loading.done():
-        # A signal came first, and nothing can stop a thread that loads a model.
-        logging.shutdown()
-        os._exit(0)
     try:
+        address = f"{options.server.host}:{await server.start()}"
+        logger.info("listening on %s, not ready yet: loading %s", address, options.model.path)
+        serving = asyncio.create_task(server.run_until_signal())
+        loading = asyncio.create_task(asyncio.to_thread(_build, options))
+        await asyncio.wait([serving, loading], return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            # A signal came first, and nothing can stop a thread that loads a model.
+            logging.shutdown()
+            os._exit(0)
         engine = loading.result()
     except ConfigError:
         await server.stop()
         raise
     engine.start()
     server.set_engine(engine)
-    logger.info(
-        "ready after %.1f s: %s on %s:%d", time.monotonic() - started_s, engine.model.name, options.server.host, port
-    )
+    logger.info("ready after %.1f s: %s on %s", time.monotonic() - started_s, engine.model.name, address)
     await serving
     await engine.close()
     logger.info("stopped")

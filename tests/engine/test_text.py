@@ -122,10 +122,16 @@ def nested_strip() -> Tokenizer:
     return tokenizer
 
 
+def held_back_twice() -> Tokenizer:
+    tokenizer = byte_fallback(strips=False)
+    tokenizer.decoder = decoders.Sequence([decoders.BPEDecoder("▁"), decoders.ByteFallback()])
+    return tokenizer
+
+
 def opaque() -> Tokenizer:
     """Its decoder is not among the known ones."""
     tokenizer = byte_level()
-    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(Regex("fox|cat"), "animal")])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(Regex("[xc]"), "<>")])
     return tokenizer
 
 
@@ -143,6 +149,7 @@ CODECS = {
     "word level": codec_of(word_level()),
     "end of word": codec_of(end_of_word()),
     "nested and stripped": codec_of(nested_strip()),
+    "held back twice": codec_of(held_back_twice()),
 }
 BYTE_LEVEL = CODECS["byte level"]
 OPAQUE = codec_of(opaque())
@@ -178,13 +185,15 @@ EMOJI_AND_GARBAGE = "a👍🏽é日e\u0301 👩‍👩‍👧".encode() + b"\xff
 
 
 @pytest.mark.parametrize("name", CODECS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data(), CUTS, st.booleans())
 def test_a_stream_gives_what_the_one_shot_decode_gives(
     name: str, data: st.DataObject, cuts: list[int], skip: bool
 ) -> None:
     codec = CODECS[name]
-    ids = data.draw(st.lists(st.integers(0, codec.vocab_size + 2), max_size=30))
+    # Most of some vocabularies are bytes; words are drawn as often.
+    words = [i for i in range(codec.vocab_size) if codec.token(i) not in BYTES]
+    ids = data.draw(st.lists(st.integers(0, codec.vocab_size + 2) | st.sampled_from(words), max_size=30))
     whole = codec.decode(ids, skip_special_tokens=skip)
     assert joined(texts(ids, codec, cuts, skip_special_tokens=skip)) == whole
     assert codec._backend.decode(ids, skip_special_tokens=skip) == whole
@@ -193,7 +202,7 @@ def test_a_stream_gives_what_the_one_shot_decode_gives(
 
 
 @pytest.mark.parametrize("name", ["byte level", "byte fallback", "byte fallback without strip"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.one_of(st.text(max_size=3).map(str.encode), st.binary(max_size=4))).map(b"".join),
     CUTS,
@@ -233,13 +242,13 @@ def test_an_unfinished_character_comes_at_the_end() -> None:
     assert [piece.text for piece in texts(ids, cuts=[len(ids)])] == ["a", "\ufffd"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="fox cat日👍é.", max_size=30), CUTS)
 def test_an_unknown_decoder_streams_text_too(text: str, cuts: list[int]) -> None:
-    # Its pattern may not span tokens, so each word is one.
+    # What it does depends on one character at a time.
     assert isinstance(OPAQUE.detokenizer(skip_special_tokens=True), detokenizer.Window)
-    ids = [i for word in text.split(" ") for i in OPAQUE.encode(word + " ")]
-    assert joined(texts(ids, OPAQUE, cuts)) == BYTE_LEVEL.decode(ids)
+    ids = OPAQUE.encode(text)
+    assert joined(texts(ids, OPAQUE, cuts)) == OPAQUE.decode(ids) == text.replace("x", "<>").replace("c", "<>")
 
 
 def test_a_window_does_not_wait_for_ever_and_stays_small() -> None:
@@ -259,6 +268,7 @@ def test_a_window_does_not_wait_for_ever_and_stays_small() -> None:
         decoders.Sequence([decoders.Fuse(), decoders.Metaspace()]),
         decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")]),
         decoders.Sequence([decoders.Fuse(), decoders.ByteLevel()]),
+        decoders.Sequence([decoders.ByteLevel(), decoders.Metaspace()]),
     ],
 )
 def test_a_decoder_that_cannot_be_streamed_is_not_guessed_at(decoder: decoders.Decoder) -> None:
@@ -282,7 +292,7 @@ STOPS = st.lists(st.text(alphabet="ab 日👍", min_size=1, max_size=5), max_siz
 
 
 @pytest.mark.parametrize("name", ["byte level", "byte fallback"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(STOPPY, STOPS, CUTS, st.booleans())
 @example("aaab", ["aab"], [1] * 9, False)
 @example("abcd aab", ["ab ", "b", "aab"], [2, 1], True)
@@ -303,7 +313,7 @@ def test_stop_strings_are_found_as_in_the_whole_text(
         assert joined(pieces) == text[: end if include else end - len(stop)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(STOPPY, STOPS, CUTS, st.integers(0, 12))
 def test_cuts_change_neither_text_nor_token_count(
     text: str, stops: list[str], cuts: list[int], min_tokens: int
@@ -355,6 +365,8 @@ def test_stop_strings_do_not_match_before_min_tokens() -> None:
     # It may begin before, if it is complete only then.
     assert texts(ids, stop=("bx",), min_tokens=3)[0] == TextPiece("a", 3, "bx")
     assert texts(ids, stop=("ab",), min_tokens=6)[0] == TextPiece("abxabx", 6)
+    # One that came too early may be the start of the one that counts.
+    assert texts(single_tokens("ababa"), stop=("aba",), min_tokens=4)[0] == TextPiece("ab", 5, "aba")
 
 
 def test_a_stop_string_may_be_complete_only_at_the_end() -> None:
@@ -430,7 +442,7 @@ def test_special_tokens_are_added_to_text_and_not_to_chat() -> None:
     assert codec.encode("a", add_special_tokens=False) == plain[1:]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(max_size=40))
 def test_encode_gives_the_tokens_of_transformers(text: str) -> None:
     for codec in CODECS.values():
@@ -581,7 +593,7 @@ def test_a_tokenizer_in_python_works_too(text: str, cuts: list[int]) -> None:
 # ---------------------------------------------------------------------------------------------- chat templates
 
 CHATML = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content + '' }}"
     "{% for call in m.tool_calls %}{{ call.function.name }}:{{ call.function.arguments.city }}{% endfor %}{{ '\n' }}"
     "{% endfor %}{% if tools %}T{{ tools[0].function.name }}{% endif %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}{% if enable_thinking is false %}</think>{% endif %}"
@@ -636,6 +648,13 @@ def test_a_developer_is_the_system_where_the_template_knows_none() -> None:
     message = {"role": "developer", "content": "x"}
     assert rendered([message]) == "<|system|>x\n<|assistant|>"
     assert rendered([message], "{{ messages[0].role == 'developer' }}") == "True"
+    # The template in question is the one for tools, if there are any.
+    templates = {
+        "default": "{{ messages[0].role }}",
+        "tool_use": "{% if false %}developer{% endif %}!{{ messages[0].role }}",
+    }
+    assert rendered([message], templates) == "system"
+    assert rendered([message], templates, tools=[{"type": "function"}]) == "!developer"
 
 
 @pytest.mark.parametrize(

@@ -241,12 +241,20 @@ def test_draw_never_picks_a_zero_weight_and_finds_the_last_place() -> None:
     assert draw(weights, uniforms).tolist() == [999, 300, 999, 999]
 
 
+def test_draw_stays_inside_where_two_ways_to_sum_differ() -> None:
+    # In 4 of 10 such rows the sum of a block is above the last of its running sums.
+    weights = torch.zeros(50, 256, dtype=torch.float64)
+    weights[:, :100] = torch.rand(50, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert (weights.sum(1) > weights.cumsum(1)[:, -1]).any()
+    assert draw(weights, torch.full((50,), 1 - 2.0**-53, dtype=torch.float64)).tolist() == [99] * 50
+
+
 def test_draw_is_exact_over_a_large_vocabulary() -> None:
-    # Equal weights: place u * n, which a float32 running sum of 150 000 terms would miss.
+    # Equal weights: place u * n, which running sums in float32 miss where u * n is just above the place.
     num_tokens = 150_001
-    places = torch.tensor([0, 1, 127, 128, 77_777, 149_999, 150_000])
+    places = torch.tensor([0, 1, 127, 77_777, *range(128, num_tokens, 1280), num_tokens - 1])
     weights = torch.full((1, num_tokens), 0.1).expand(len(places), -1)
-    assert torch.equal(draw(weights, (places + 0.5).double() / num_tokens), places)
+    assert torch.equal(draw(weights, (places.double() + 1e-3) / num_tokens), places)
 
 
 @settings(max_examples=100, deadline=None)

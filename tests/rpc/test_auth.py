@@ -104,7 +104,9 @@ async def test_the_matrix_of_keys_and_services(serve, key_files, files, authoriz
 async def test_a_refusal_is_dressed_and_reads_no_message(serve, key_files):
     port = await serve(**key_files)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        stream = channel.stream_stream("/nanoserve.v1.GenerationService/Generate")(metadata=(("x-request-id", "r-1"),))
+        stream = channel.stream_stream("/nanoserve.v1.GenerationService/Generate")(
+            metadata=(("x-request-id", "r-1"),), timeout=20
+        )
         with pytest.raises(grpc.aio.AioRpcError) as caught:  # without ever writing a request
             await stream.read()
     refusal = failure(caught.value)
@@ -251,6 +253,7 @@ async def test_mtls_serves_only_certificates_of_the_client_ca(serve, authority, 
 )
 async def test_bad_tls_files_stop_the_start_with_one_line(authority, tmp_path, broken, message):
     cert, key = authority.issue("server")
+    encrypted = authority.issue("secret", b"password")
     garbage, missing = tmp_path / "garbage", tmp_path / "missing"
     garbage.write_text("garbage")
     files = {"tls_cert": cert, "tls_key": key, "tls_client_ca": authority.ca}
@@ -264,7 +267,7 @@ async def test_bad_tls_files_stop_the_start_with_one_line(authority, tmp_path, b
         "garbage key": {"tls_key": garbage},
         "garbage ca": {"tls_client_ca": garbage},
         "foreign key": {"tls_key": authority.issue("other")[1]},
-        "encrypted key": {"tls_key": authority.issue("secret", b"password")[1]},
+        "encrypted key": {"tls_cert": encrypted[0], "tls_key": encrypted[1]},
     }[broken]
     with pytest.raises(ServerError, match=message) as caught:
         Server(ServerConfig(grpc_port=0, **files), FakeEngine())

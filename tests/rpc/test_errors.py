@@ -2,7 +2,7 @@
 
 import grpc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanoserve_client.v1 import generation_pb2 as pb
 
@@ -152,6 +152,7 @@ def test_the_first_sixteen_violations_travel_and_the_count_of_all():
 TEXTS = st.text(max_size=3000) | st.text("€\U0001f600%\n", min_size=500, max_size=3000)
 
 
+@settings(deadline=None, max_examples=60)
 @given(violations=st.lists(st.builds(Violation, TEXTS, TEXTS), min_size=1, max_size=30), label=TEXTS)
 def test_trailers_stay_small_whatever_the_caller_sent(violations, label):
     for error in (InvalidRequest(violations), ModelNotFound(label, [label]), NotReady(label, 1e6)):

@@ -3,14 +3,18 @@
 import asyncio
 import hashlib
 import logging
+from types import SimpleNamespace
 
 import grpc
 import pytest
 from nanoserve_client.v1 import generation_pb2 as pb
+from nanoserve_client.v1 import model_pb2
 
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
 from nanoserve.request import EngineFailure, FinishReason, SamplingParams, TokenLogprob
 from nanoserve.rpc import messages
+from nanoserve.rpc.call import service_handler
+from nanoserve.rpc.generation import GenerationService
 
 HI = pb.GenerateRequest(text="hi")
 GENERATE = "/nanoserve.v1.GenerationService/Generate"
@@ -26,7 +30,7 @@ def script_of(*events):
     return script
 
 
-STARTED = Started(3, 2, SamplingParams(seed=5))
+STARTED = Started(3, 2, SamplingParams(seed=0))
 
 
 def delta(**fields):
@@ -112,6 +116,7 @@ async def test_every_event_becomes_its_message(served):
     started, prompt, first, second, third, fourth, finished = await read(served.generation.Generate(HI))
 
     assert (started.started.model, started.started.prompt_tokens, started.started.cached_tokens) == ("fake", 3, 2)
+    assert started.started.sampling.HasField("seed")
     assert prompt.prompt_logprobs == pb.PromptLogprobs(
         tokens=[
             pb.TokenLogprob(token_id=97, token=b"a"),
@@ -194,6 +199,25 @@ async def test_what_was_sent_before_an_error_arrives(served):
     assert caught.value.code() == grpc.StatusCode.INTERNAL
 
 
+async def test_nothing_is_sent_before_the_engines_first_event(served):
+    scheduled = asyncio.Event()
+
+    async def waiting(params):
+        await scheduled.wait()
+        yield Started(1, 0, params)
+
+    served.engine.script = waiting
+    call = served.generation.Generate(HI)
+    headers = asyncio.create_task(call.initial_metadata())
+    await until(lambda: served.engine.num_open == 1)
+    # Another call goes there and back meanwhile, so headers would have come.
+    await served.model.ListModels(model_pb2.ListModelsRequest())
+    assert not headers.done()
+    scheduled.set()
+    await headers
+    assert [event.WhichOneof("event") for event in await read(call)] == ["started"]
+
+
 # ------------------------------------------------------------------------------------------ the request id
 
 
@@ -262,7 +286,14 @@ async def test_a_caller_that_leaves_while_much_is_written_closes_the_engines_str
         while True:
             yield delta(text="a" * 100_000, token_ids=[97])
 
-    served.engine.script = torrent
+    streams = []
+
+    def generate(*args, **kwargs):
+        # With this reference, only the servicer closes the stream, not the garbage collector.
+        streams.append(type(served.engine).generate(served.engine, *args, **kwargs))
+        return streams[0]
+
+    served.engine.script, served.engine.generate = torrent, generate
     call = served.generation.Generate(HI)
     await call.read()
     call.cancel()
@@ -270,11 +301,33 @@ async def test_a_caller_that_leaves_while_much_is_written_closes_the_engines_str
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
+async def test_a_write_to_a_connection_that_is_gone_is_left_to_grpc(served, caplog):
+    """Its own errors are neither logged as ours nor answered."""
+
+    class BrokenContext:
+        def invocation_metadata(self):
+            return ()
+
+        def time_remaining(self):
+            return None
+
+        async def send_initial_metadata(self, _metadata):
+            raise grpc.aio.InternalError("the connection is gone")
+
+    service = pb.DESCRIPTOR.services_by_name["GenerationService"]
+    handler = service_handler(service, GenerationService(lambda: served.engine))
+    method = handler.service(SimpleNamespace(method=GENERATE, invocation_metadata=()))
+    with pytest.raises(grpc.aio.InternalError):
+        await method.unary_stream(HI, BrokenContext())
+    assert caplog.records == []
+    assert served.engine.num_open == 0
+
+
 async def test_the_deadline_closes_the_engines_stream_and_its_phase_is_logged(served, failure_of, caplog):
     caplog.set_level(logging.INFO, "nanoserve")
     served.engine.script = endless
     metadata = (("x-request-id", "r-1"),)
-    failure = await failure_of(served.generation.Generate(HI, timeout=0.2, metadata=metadata))
+    failure = await failure_of(served.generation.Generate(HI, timeout=1, metadata=metadata))
     assert failure.code == grpc.StatusCode.DEADLINE_EXCEEDED
     await until(lambda: served.engine.num_open == 0)
     await until(lambda: "request r-1: deadline passed while running, after 1 completion tokens" in caplog.text)

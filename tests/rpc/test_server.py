@@ -36,6 +36,21 @@ def _quick_health(monkeypatch):
     monkeypatch.setattr("nanoserve.rpc.server.HEALTH_POLL_S", 0.02)
 
 
+@pytest.fixture
+async def serve():
+    """Starts servers; returns each with its port."""
+    servers = []
+
+    async def start(engine: FakeEngine | None, **config) -> tuple[Server, int]:
+        server = Server(ServerConfig(grpc_port=0, **config), engine)
+        servers.append(server)
+        return server, await server.start()
+
+    yield start
+    for server in servers:
+        await server.stop()
+
+
 # --------------------------------------------------------------------------------------------------- health
 
 
@@ -79,9 +94,8 @@ async def test_a_watch_sees_each_change(served):
     watch.cancel()
 
 
-async def test_before_the_engine_is_loaded_callers_are_told_to_come_back(engine, failure_of):
-    server = Server(ServerConfig(grpc_port=0))
-    port = await server.start()
+async def test_before_the_engine_is_loaded_callers_are_told_to_come_back(serve, engine, failure_of):
+    server, port = await serve(None)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         health_stub = health_pb2_grpc.HealthStub(channel)
@@ -99,7 +113,6 @@ async def test_before_the_engine_is_loaded_callers_are_told_to_come_back(engine,
         while (await watch.read()).status != STATUS.SERVING:
             pass
         watch.cancel()
-    await server.stop()
 
 
 # ----------------------------------------------------------------------------------------------- reflection
@@ -163,12 +176,10 @@ async def test_a_port_that_is_taken_at_the_last_moment_is_not_shared(served, mon
         await second.start()
 
 
-async def test_ipv6_addresses_are_served():
-    server = Server(ServerConfig(host="::1", grpc_port=0), FakeEngine())
-    port = await server.start()
+async def test_ipv6_addresses_are_served(serve, engine):
+    _, port = await serve(engine, host="::1")
     async with grpc.aio.insecure_channel(f"[::1]:{port}") as channel:
         await channel.unary_unary("/grpc.health.v1.Health/Check")(b"")
-    await server.stop()
 
 
 async def is_cut_for_pinging(port: int) -> bool:
@@ -235,18 +246,20 @@ async def test_the_keepalive_option_makes_the_server_ping(serve_with):
 # ------------------------------------------------------------------------------------------------- the end
 
 
-async def slow_script(params):
-    yield Started(1, 0, params)
-    yield Delta(0, "a", [97], [], None, None, None)
-    await asyncio.sleep(0.3)
-    yield Delta(0, "b", [98], [], FinishReason.LENGTH, None, None)
-    yield Finished(1, 0, 2, 0.0, 0.0, 0.0, 0)
+async def test_a_drain_finishes_running_requests_and_refuses_new_ones(serve, engine, failure_of, monkeypatch):
+    # Readiness goes at once, not at the next poll.
+    monkeypatch.setattr("nanoserve.rpc.server.HEALTH_POLL_S", 1000)
+    was_refused = asyncio.Event()
 
+    async def script(params):
+        yield Started(1, 0, params)
+        yield Delta(0, "a", [97])
+        await was_refused.wait()
+        yield Delta(0, "b", [98], finish_reason=FinishReason.LENGTH)
+        yield Finished(1, 0, 2, 0.0, 0.0, 0.0, 0)
 
-async def test_a_drain_finishes_running_requests_and_refuses_new_ones(engine, failure_of):
-    engine.script = slow_script
-    server = Server(ServerConfig(grpc_port=0, drain_timeout_s=20), engine)
-    port = await server.start()
+    engine.script = script
+    server, port = await serve(engine, drain_timeout_s=60)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICES[1]))
@@ -255,9 +268,11 @@ async def test_a_drain_finishes_running_requests_and_refuses_new_ones(engine, fa
         assert (await running.read()).WhichOneof("event") == "started"
 
         stopping = asyncio.create_task(server.stop())
-        assert (await watch.read()).status == STATUS.NOT_SERVING
+        async with asyncio.timeout(20):
+            assert (await watch.read()).status == STATUS.NOT_SERVING
         refusal = await failure_of(stub.Generate(HI))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_READY")
+        was_refused.set()
         rest = []
         while (event := await running.read()) is not grpc.aio.EOF:
             rest.append(event.WhichOneof("event"))
@@ -268,14 +283,13 @@ async def test_a_drain_finishes_running_requests_and_refuses_new_ones(engine, fa
         await asyncio.open_connection("127.0.0.1", port)
 
 
-async def test_a_request_that_outlasts_the_drain_ends_with_an_error(engine):
+async def test_a_request_that_outlasts_the_drain_ends_with_an_error(serve, engine):
     async def endless(params):
         yield Started(1, 0, params)
         await asyncio.Event().wait()
 
     engine.script = endless
-    server = Server(ServerConfig(grpc_port=0, drain_timeout_s=0.05), engine)
-    port = await server.start()
+    server, port = await serve(engine, drain_timeout_s=0.05)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(HI)
         await call.read()
@@ -307,24 +321,42 @@ asyncio.run(main())
 """
 
 
-async def child_server(drain_timeout_s: float) -> tuple[asyncio.subprocess.Process, int]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", CHILD.format(drain_timeout_s=drain_timeout_s)),
-        env=CHILD_ENVIRONMENT,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    return process, int(await process.stdout.readline())
+@pytest.fixture
+async def child_server():
+    """Starts servers in processes of their own; returns the process and the port of each."""
+    processes = []
+
+    async def start(drain_timeout_s: float) -> tuple[asyncio.subprocess.Process, int]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", CHILD.format(drain_timeout_s=drain_timeout_s)),
+            env=CHILD_ENVIRONMENT,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        processes.append(process)
+        return process, int(await process.stdout.readline())
+
+    yield start
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def last_words(process: asyncio.subprocess.Process) -> tuple[int | None, bytes]:
+    """Its exit code and what it still printed."""
+    async with asyncio.timeout(60):
+        out, _ = await process.communicate()
+    return process.returncode, out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_the_process_in_order(number):
+async def test_a_signal_ends_the_process_in_order(child_server, number):
     process, port = await child_server(drain_timeout_s=0.05)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(HI)
         await call.read()
         process.send_signal(number)
-        out, _ = await process.communicate()
-        assert (process.returncode, out) == (0, b"stopped\n")
+        assert await last_words(process) == (0, b"stopped\n")
         assert await call.code() != grpc.StatusCode.OK
 
 
@@ -335,7 +367,7 @@ async def generate_until_refused(stub) -> None:
         call.cancel()
 
 
-async def test_a_second_signal_ends_the_process_at_once():
+async def test_a_second_signal_ends_the_process_at_once(child_server):
     process, port = await child_server(drain_timeout_s=1000)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -346,6 +378,5 @@ async def test_a_second_signal_ends_the_process_at_once():
             await generate_until_refused(stub)
         assert failure(caught.value).reason == "NOT_READY"
         process.send_signal(signal.SIGTERM)
-        out, _ = await process.communicate()
-        assert (process.returncode, out) == (128 + signal.SIGTERM, b"")
+        assert await last_words(process) == (128 + signal.SIGTERM, b"")
         assert await running.code() == grpc.StatusCode.UNAVAILABLE

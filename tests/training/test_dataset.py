@@ -96,7 +96,8 @@ def test_json_answers_parse(held_out: bool) -> None:
         task = json_task(rng, held_out)
         assert json.loads(task.answer) == task.value
         request, answer = copy_task(rng, held_out)
-        assert request and answer
+        assert request
+        assert answer
 
 
 @pytest.mark.parametrize("held_out", [False, True])

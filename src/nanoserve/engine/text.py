@@ -10,8 +10,8 @@ joined text of a stream is exactly what `TextCodec.decode` makes of its tokens, 
 
 import inspect
 import threading
-from collections import deque
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -41,7 +41,7 @@ class TextCodec:
 
     Any thread. After construction the tokenizer is only read. What transformers wraps around the `tokenizers` library
     changes settings in each call, which another thread would feel; so the library itself is called. A tokenizer of
-    another kind works under a lock.
+    another kind encodes under a lock; its decode only reads, and the event loop must not wait for a long prompt there.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -123,6 +123,11 @@ class TextCodec:
         except Exception as error:
             # A template raises what it likes, at a conversation that it cannot render.
             raise InvalidRequest([Violation("chat", f"the chat template refuses it: {error}")]) from error
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can spell a character that no text has.
+            raise InvalidRequest([Violation("chat", f"the prompt is not Unicode text: {error}")]) from error
         return text
 
     # ------------------------------------------------------------------------------------------------ decode
@@ -130,8 +135,8 @@ class TextCodec:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids. Bytes that are no UTF-8 become U+FFFD; ids that no token has are passed over."""
         if self._backend is None:
-            with self._lock:
-                return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+            known = [token_id for token_id in token_ids if token_id < self.vocab_size]
+            return str(self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens))
         # As in encode: the batch call runs without the interpreter lock.
         (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
         return str(text)
@@ -140,8 +145,8 @@ class TextCodec:
         """The token as the vocabulary spells it; empty for an id that no token has."""
         token = self._tokens.get(token_id)
         if token is None:
-            source = self._tokenizer.convert_ids_to_tokens if self._backend is None else self._backend.id_to_token
-            token = self._tokens[token_id] = source(token_id) or ""
+            spell = self._tokenizer.convert_ids_to_tokens if self._backend is None else self._backend.id_to_token
+            token = self._tokens[token_id] = (spell(token_id) or "") if token_id < self.vocab_size else ""
         return token
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -200,9 +205,8 @@ class TextStream:
     def __init__(self, codec: TextCodec, params: SamplingParams) -> None:
         self._detokenizer = codec.detokenizer(skip_special_tokens=params.skip_special_tokens)
         self._params = params
-        self._stops = _StopStrings.of(params.stop) if params.stop else None
-        # How far into stop strings the pending text is.
-        self._state = 0
+        # Longest first, for where several are complete at the same place.
+        self._stops = [_StopSearch(string) for string in sorted(params.stop, key=len, reverse=True)]
         self._pending = ""
         self._num_tokens = 0
         self._is_over = False
@@ -235,19 +239,18 @@ class TextStream:
 
     def _append(self, text: str) -> str | None:
         """Add text to what is pending, up to the end of the first stop string, which is returned."""
-        if self._stops is not None:
+        if self._stops:
             for i, char in enumerate(text):
-                self._state = self._stops.next_state(self._state, char)
-                length = self._stops.match_lengths[self._state]
-                if length and self._num_tokens >= self._params.min_tokens:
+                complete = [stop.string for stop in self._stops if stop.feed(char)]
+                if complete and self._num_tokens >= self._params.min_tokens:
                     self._pending += text[: i + 1]
-                    return self._pending[-length:]
+                    return complete[0]
         self._pending += text
         return None
 
     def _take(self, *, hold: bool) -> str:
         """Pending text; with `hold`, without the end that may become a stop string."""
-        num_held = self._stops.depths[self._state] if hold and self._stops is not None else 0
+        num_held = max((stop.progress for stop in self._stops), default=0) if hold else 0
         end = len(self._pending) - num_held
         text, self._pending = self._pending[:end], self._pending[end:]
         return text
@@ -260,53 +263,40 @@ class TextStream:
         return TextPiece(text, num_tokens, stop_string)
 
 
-class _StopStrings:
-    """A search for several strings at once (Aho and Corasick 1975), a bounded number of steps a character.
+class _StopSearch:
+    """Looks for one stop string in text that comes by the character (Knuth, Morris and Pratt 1977).
 
-    Each state is the start of a stop string: the longest one that the text ends with. State 0 is the empty start.
-    Immutable after construction, and shared by the sequences of a request.
+    A bounded number of steps a character, whatever the text nearly matches.
     """
 
-    @staticmethod
-    @lru_cache(maxsize=64)
-    def of(strings: tuple[str, ...]) -> "_StopStrings":
-        return _StopStrings(strings)
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self._borders = _borders(string)
+        # How much of the string's start the text ends with; never all of it.
+        self.progress = 0
 
-    def __init__(self, strings: tuple[str, ...]) -> None:
-        # By state: its longer starts by their next character, its length, the length of the longest stop string that
-        # it ends with (0 = none), and the longest other state that it ends with.
-        self._next: list[dict[str, int]] = [{}]
-        self.depths = [0]
-        self.match_lengths = [0]
-        self._fallbacks = [0]
-        for string in strings:
-            self._insert(string)
-        self._link()
+    def feed(self, char: str) -> bool:
+        """Whether the text, with this character, ends with the string."""
+        progress = _advance(self.string, self._borders, self.progress, char)
+        is_complete = progress == len(self.string)
+        self.progress = self._borders[-1] if is_complete else progress
+        return is_complete
 
-    def next_state(self, state: int, char: str) -> int:
-        while state and char not in self._next[state]:
-            state = self._fallbacks[state]
-        return self._next[state].get(char, 0)
 
-    def _insert(self, string: str) -> None:
-        state = 0
-        for char in string:
-            if char not in self._next[state]:
-                self._next[state][char] = len(self._next)
-                self._next.append({})
-                self.depths.append(self.depths[state] + 1)
-                self.match_lengths.append(0)
-                self._fallbacks.append(0)
-            state = self._next[state][char]
-        self.match_lengths[state] = len(string)
+def _advance(string: str, borders: Sequence[int], progress: int, char: str) -> int:
+    """The longest start of the string that `char` extends, given the longest before it."""
+    while progress and string[progress] != char:
+        progress = borders[progress - 1]
+    return progress + (string[progress] == char)
 
-    def _link(self) -> None:
-        """Find each state's fallback, short states first, since it is shorter than the state."""
-        queue = deque(self._next[0].values())
-        while queue:
-            state = queue.popleft()
-            fallback = self._fallbacks[state]
-            self.match_lengths[state] = self.match_lengths[state] or self.match_lengths[fallback]
-            for char, longer in self._next[state].items():
-                self._fallbacks[longer] = self.next_state(fallback, char)
-                queue.append(longer)
+
+@lru_cache(maxsize=256)
+def _borders(string: str) -> Sequence[int]:
+    """For each start of the string, the length of its longest other start that it also ends with.
+
+    Cached, since the sequences of a request have the same stop strings.
+    """
+    borders = array("I", [0])
+    for char in string[1:]:
+        borders.append(_advance(string, borders, borders[-1], char))
+    return borders

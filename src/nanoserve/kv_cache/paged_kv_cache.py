@@ -43,7 +43,7 @@ class KVSpec:
     key_width: int
     value_width: int
     dtype: torch.dtype
-    # Tokens that a query sees, itself included. None = all before it.
+    # Tokens that a query sees at most, itself included. None = all before it.
     window: int | None = None
 
     @property

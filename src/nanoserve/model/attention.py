@@ -126,13 +126,36 @@ class AttentionBatch:
             token += self.counts[sequence]
 
 
-Attend = Callable[
-    [AttentionBatch, AttentionLayer, Tensor, Tensor, Tensor, float, float | None, Tensor | None],
-    Tensor,
-]
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What one layer asks in a step."""
+
+    batch: AttentionBatch
+    layer: AttentionLayer
+    # [num_heads, num_tokens, key_width]
+    queries: Tensor
+    # [num_kv_heads, num_tokens, key_width], of the step's tokens; already in the cache too.
+    keys: Tensor
+    # [num_kv_heads, num_tokens, value_width]
+    values: Tensor
+    # Scores are scaling x query x key.
+    scaling: float
+    # Scores s become softcap x tanh(s / softcap). None = they stay.
+    softcap: float | None
+    # [num_heads]: a score that takes its share of the softmax and gives nothing. None = no such score.
+    sinks: Tensor | None
+
+    @property
+    def kv(self) -> LayerKV:
+        return self.batch.cache.layers[self.layer.index]
+
+    @property
+    def is_plain(self) -> bool:
+        """torch's fused attention can compute it."""
+        return self.softcap is None and self.sinks is None
 
 
-def _as_interface(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
+def _as_interface(attend: Callable[[AttentionCall], Tensor]) -> Callable[..., tuple[Tensor, None]]:
     """Give `attend` the signature that transformers calls."""
 
     def paged_attention(
@@ -140,7 +163,7 @@ def _as_interface(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
         query: Tensor,  # [1, num_heads, num_tokens, key_width]
         key: Tensor,  # [1, num_kv_heads, num_tokens, key_width]
         value: Tensor,  # [1, num_kv_heads, num_tokens, value_width]
-        attention_mask: None,
+        attention_mask: None = None,  # noqa: ARG001 (never made)
         *,
         paged: AttentionBatch,
         scaling: float | None = None,
@@ -156,8 +179,8 @@ def _as_interface(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
             q = (q * scale[:, None]).to(q.dtype)
         paged.cache.write(layer.index, paged.slots, k, v)
         scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-        out = attend(paged, layer, q, k, v, scaling, softcap, s_aux)  # [num_tokens, num_heads, value_width]
-        return out.unsqueeze(0), None
+        out = attend(AttentionCall(paged, layer, q, k, v, scaling, softcap, s_aux))
+        return out.unsqueeze(0), None  # [1, num_tokens, num_heads, value_width]
 
     return paged_attention
 
@@ -165,40 +188,29 @@ def _as_interface(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
 # ------------------------------------------------------------------------------------------- to be read first
 
 
-def attend_reference(
-    batch: AttentionBatch,
-    layer: AttentionLayer,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def attend_reference(call: AttentionCall) -> Tensor:
     """One sequence after the other, in float32:  softmax(scaling x q k^T, hidden keys left out) v
 
-    queries: [num_heads, num_tokens, key_width]. keys, values: of the step's tokens, already in the cache.
-    softcap: scores s become softcap x tanh(s / softcap). sinks: [num_heads], a score that takes its share of the
-    softmax and gives nothing. Returns [num_tokens, num_heads, value_width].
+    Returns [num_tokens, num_heads, value_width].
     """
-    kv, block_size = batch.cache.layers[layer.index], batch.cache.block_size
+    batch, kv, queries = call.batch, call.kv, call.queries
     outputs = []
     token = 0
     for start, count, block_table in zip(batch.starts, batch.counts, batch.block_tables, strict=True):
         length = start + count
-        blocks = block_table[: -(-length // block_size)]
+        blocks = block_table[: -(-length // batch.cache.block_size)]
         k = kv.keys[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float()  # [num_kv_heads, length, key_width]
         v = kv.values[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float()
         group = queries.shape[0] // k.shape[0]  # query heads that share a KV head
         q = queries[:, token : token + count].float()  # [num_heads, count, key_width]
 
-        scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) * scaling  # [num_heads, count, length]
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) * call.scaling  # [num_heads, count, length]
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
         positions = torch.arange(length, device=q.device)
-        scores = scores.masked_fill(layer.hides(positions[start:, None], positions), -torch.inf)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, count, 1)], dim=-1)
+        scores = scores.masked_fill(call.layer.hides(positions[start:, None], positions), -torch.inf)
+        if call.sinks is not None:
+            scores = torch.cat([scores, call.sinks.float()[:, None, None].expand(-1, count, 1)], dim=-1)
         weights = scores.softmax(-1)[:, :, :length]
         outputs.append(weights @ v.repeat_interleave(group, 0))  # [num_heads, count, value_width]
         token += count
@@ -208,31 +220,23 @@ def attend_reference(
 # --------------------------------------------------------------------------------------- what serves requests
 
 
-def attend(
-    batch: AttentionBatch,
-    layer: AttentionLayer,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def attend(call: AttentionCall) -> Tensor:
     """The same as attend_reference: single-token sequences in groups, chunks one by one."""
-    out = queries.new_empty(queries.shape[1], queries.shape[0], values.shape[2])  # [num_tokens, num_heads, value_width]
+    batch, queries = call.batch, call.queries
+    out = queries.new_empty(queries.shape[1], queries.shape[0], call.values.shape[2])
     if batch.num_single:
-        for group in _groups(batch, layer, keys.shape[0], queries.dtype):
-            out[group.tokens] = _attend_group(batch, layer, group, queries, scaling, softcap, sinks)
+        for group in _groups(call):
+            out[group.tokens] = _attend_group(call, group)
     for sequence, token in batch.chunks():
-        tokens = slice(token, token + batch.counts[sequence])
-        out[tokens] = _attend_chunk(
-            batch, layer, sequence, queries[:, tokens], keys[:, tokens], values[:, tokens], scaling, softcap, sinks
-        )
-    return out
+        end = token + batch.counts[sequence]
+        _attend_chunk(call, sequence, token, out[token:end])
+    return out  # [num_tokens, num_heads, value_width]
 
 
-def _groups(batch: AttentionBatch, layer: AttentionLayer, num_kv_heads: int, dtype: torch.dtype) -> list[_Group]:
+def _groups(call: AttentionCall) -> list[_Group]:
     """The single-token sequences, cut into groups; the same for all layers that see the same and have as many heads."""
+    batch, layer, kv = call.batch, call.layer, call.kv
+    num_kv_heads, dtype = len(call.keys), call.queries.dtype
     key = ("groups", layer.window, layer.chunk, num_kv_heads, dtype)
     if key not in batch.shared:
         block_size = batch.cache.block_size
@@ -240,7 +244,6 @@ def _groups(batch: AttentionBatch, layer: AttentionLayer, num_kv_heads: int, dty
             (first := layer.first_key(start) // block_size, start // block_size - first + 1)
             for start in batch.starts[: batch.num_single]
         ]
-        kv = batch.cache.layers[layer.index]
         limit = CPU_GROUP_BYTES if batch.cache.device.type == "cpu" else DEVICE_GROUP_BYTES
         max_blocks = limit // (kv.keys[0].numel() * kv.keys.itemsize)
         batch.shared[key] = [
@@ -283,125 +286,104 @@ def _make_group(
     runs = blocks * num_kv_heads + heads  # [num_kv_heads, n, num_blocks]
     keys = first * block_size + torch.arange(len(step) * block_size, device=device)  # [n, num_keys]
     hidden = layer.hides(batch.positions[sequences, None], keys)  # [n, num_keys]
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-    return _Group(sequences, runs.flatten(), bias.repeat(num_kv_heads, 1)[:, None, None])
+    return _Group(sequences, runs.flatten(), _bias(hidden, dtype).repeat(num_kv_heads, 1)[:, None, None])
 
 
-def _attend_group(
-    batch: AttentionBatch,
-    layer: AttentionLayer,
-    group: _Group,
-    queries: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attend_group(call: AttentionCall, group: _Group) -> Tensor:
     """[n, num_heads, value_width]"""
-    n, heads_and_n = len(group.tokens), len(group.bias)  # heads_and_n = num_kv_heads * n
-    k, v = _copy_runs(batch, batch.cache.layers[layer.index], group.runs, heads_and_n)
-    # The heads that share a KV head become the queries of one matrix product.
-    q = queries[:, group.tokens].view(heads_and_n // n, -1, n, queries.shape[2]).transpose(1, 2)
-    q = q.reshape(heads_and_n, -1, 1, queries.shape[2])  # [num_kv_heads * n, heads a KV head, 1, key_width]
+    num_kv_heads, n = len(call.keys), len(group.tokens)
+    k, v = _copy_runs(call, group.runs, num_kv_heads * n)
+    q = call.queries[:, group.tokens].view(num_kv_heads, -1, n, k.shape[2])  # [num_kv_heads, heads a KV head, n, width]
+    q = q.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # [num_kv_heads * n, heads a KV head, 1, key_width]
+    sinks = call.sinks
     if sinks is not None:
-        sinks = sinks.view(-1, 1, q.shape[1], 1, 1).expand(-1, n, -1, -1, -1).flatten(0, 1)
-    out = _attend(q, k, v, group.bias, scaling, softcap, sinks)
-    return out.view(heads_and_n // n, n, q.shape[1], -1).transpose(0, 1).flatten(1, 2)
+        sinks = sinks.view(num_kv_heads, -1, 1, 1).repeat_interleave(n, 0)
+    out = _attend(call, q, k, v, group.bias, sinks)
+    return out.view(num_kv_heads, n, -1, v.shape[2]).transpose(0, 1).flatten(1, 2)
 
 
-def _attend_chunk(
-    batch: AttentionBatch,
-    layer: AttentionLayer,
-    sequence: int,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """queries: [num_heads, count, key_width] of one sequence. Returns [count, num_heads, value_width]."""
-    start, count = batch.starts[sequence], batch.counts[sequence]
-    end, num_kv_heads = start + count, keys.shape[0]
-    is_plain = softcap is None and sinks is None and keys.shape[2] == values.shape[2]
-    if is_plain and start == 0 and layer.first_key(end - 1) == 0:
-        out = functional.scaled_dot_product_attention(
-            queries[None], keys[None], values[None], is_causal=True, scale=scaling, enable_gqa=True
+def _attend_chunk(call: AttentionCall, sequence: int, token: int, out: Tensor) -> None:
+    """One sequence with several tokens. out: [count, num_heads, value_width], its part of the result."""
+    batch, layer, num_kv_heads = call.batch, call.layer, len(call.keys)
+    start, count, block_size = batch.starts[sequence], batch.counts[sequence], batch.cache.block_size
+    end = start + count
+    queries, keys, values = (t[:, token : token + count] for t in (call.queries, call.keys, call.values))
+    is_fused = call.is_plain and keys.shape[2] == values.shape[2]
+    if is_fused and start == 0 and layer.first_key(end - 1) == 0:
+        result = functional.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], is_causal=True, scale=call.scaling, enable_gqa=True
         )
-        return out[0].transpose(0, 1)
+        out.copy_(result[0].transpose(0, 1))
+        return
 
     base = 0  # position of the first of `keys`
     if start > 0:
-        first_block = layer.first_key(start) // batch.cache.block_size
-        base = first_block * batch.cache.block_size
-        blocks = batch.block_tables[sequence, first_block : -(-end // batch.cache.block_size)]
+        first_block = layer.first_key(start) // block_size
+        base = first_block * block_size
+        blocks = batch.block_tables[sequence, first_block : -(-end // block_size)]
         runs = blocks * num_kv_heads + torch.arange(num_kv_heads, device=blocks.device)[:, None]
-        keys, values = _copy_runs(batch, batch.cache.layers[layer.index], runs.flatten(), num_kv_heads)
-    if sinks is not None:
-        sinks = sinks.view(num_kv_heads, -1, 1, 1)
-    q = queries.unflatten(0, (num_kv_heads, -1))  # [num_kv_heads, heads a KV head, count, key_width]
-    width = end - layer.first_key(start)
-    size = max(1, (MAX_MASK if is_plain else MAX_SCORES // len(queries)) // width)
-    out = queries.new_empty(count, len(queries), values.shape[2])
+        keys, values = _copy_runs(call, runs.flatten(), num_kv_heads)
+    sinks = None if call.sinks is None else call.sinks.view(num_kv_heads, -1, 1, 1)
+    q = queries.view(num_kv_heads, -1, count, queries.shape[2])  # [num_kv_heads, heads a KV head, count, key_width]
+    size = max(1, (MAX_MASK if is_fused else MAX_SCORES // len(queries)) // (end - layer.first_key(start)))
     for a in range(0, count, size):
         b = min(a + size, count)
         first = layer.first_key(start + a)
         seen = slice(first - base, start + b - base)
-        bias = _chunk_bias(batch, layer, first, start + a, start + b, queries.dtype)  # [b - a, num_seen]
-        part = _attend(q[:, :, a:b], keys[:, seen], values[:, seen], bias, scaling, softcap, sinks)
+        bias = _chunk_bias(call, first, start + a, start + b)  # [b - a, num_seen]
+        part = _attend(call, q[:, :, a:b], keys[:, seen], values[:, seen], bias, sinks)
         out[a:b] = part.flatten(0, 1).transpose(0, 1)
-    return out
 
 
-def _chunk_bias(
-    batch: AttentionBatch, layer: AttentionLayer, first: int, start: int, end: int, dtype: torch.dtype
-) -> Tensor:
-    """0 or -inf for queries at start to end - 1 and keys at first to end - 1: [end - start, end - first]"""
-    key = ("bias", layer.window, layer.chunk, first, start, end, dtype)
-    if key not in batch.shared:
-        keys = torch.arange(first, end, device=batch.cache.device)
-        hidden = layer.hides(keys[start - first :, None], keys)
-        batch.shared[key] = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -torch.inf)
-    bias: Tensor = batch.shared[key]
+def _chunk_bias(call: AttentionCall, first: int, start: int, end: int) -> Tensor:
+    """For queries at start to end - 1 and keys at first to end - 1: [end - start, end - first]"""
+    layer, shared = call.layer, call.batch.shared
+    key = ("bias", layer.window, layer.chunk, first, start, end, call.queries.dtype)
+    if key not in shared:
+        keys = torch.arange(first, end, device=call.queries.device)
+        shared[key] = _bias(layer.hides(keys[start - first :, None], keys), call.queries.dtype)
+    bias: Tensor = shared[key]
     return bias
 
 
-def _copy_runs(batch: AttentionBatch, kv: LayerKV, runs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: -inf where hidden, else 0."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
+def _copy_runs(call: AttentionCall, runs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Copy runs of the cache next to each other: keys and values, [num_rows, num_keys, width]."""
     copies = []
-    for name, pool in (("keys", kv.keys), ("values", kv.values)):
+    for name, pool in (("keys", call.kv.keys), ("values", call.kv.values)):
         lines = pool.view(pool.shape[0] * pool.shape[1], -1)  # [num_blocks * num_kv_heads, block_size * width]
-        copy = batch.buffers.take(name, len(runs), lines)
+        copy = call.batch.buffers.take(name, len(runs), lines)
         torch.index_select(lines, 0, runs, out=copy)
         copies.append(copy.view(num_rows, -1, pool.shape[3]))
     return copies[0], copies[1]
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
+def _attend(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor | None) -> Tensor:
     """q: [n, group, count, key_width]; k, v: [n, num_keys, width]; bias and sinks broadcast to the scores
-    [n, group, count, num_keys or 1]. Returns [n, group, count, value_width]."""
+    [n, group, count, num_keys or 1]. Returns [n, group, count, value_width].
+
+    Few queries are computed by the formula, which for them is faster than torch's fused attention. The products sum
+    in float32 and round to the model's type, as in transformers' eager attention; all else is float32.
+    """
     n, group, count, _ = q.shape
-    if softcap is None and sinks is None:
-        if count == 1:  # the group as queries of one head
-            out = functional.scaled_dot_product_attention(
-                q.transpose(1, 2), k[:, None], v[:, None], attn_mask=bias, scale=scaling
-            )
-            return out.transpose(1, 2)
+    if call.is_plain and count > 1:
         out = functional.scaled_dot_product_attention(
-            q.reshape(1, n * group, count, -1), k[None], v[None], attn_mask=bias, scale=scaling, enable_gqa=True
+            q.flatten(0, 1)[None], k[None], v[None], attn_mask=bias, scale=call.scaling, enable_gqa=True
         )
         return out.view(n, group, count, -1)
-    scores = torch.bmm(q.reshape(n, group * count, -1).float(), k.float().transpose(1, 2)) * scaling
-    scores = scores.view(n, group, count, -1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + bias
+    scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).float().mul_(call.scaling)
+    scores = scores.view(n, group, count, -1)  # [n, group, count, num_keys]
+    if call.softcap is not None:
+        scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
+    scores += bias
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().expand(n, group, count, 1)], dim=-1)
-    weights = scores.softmax(-1)[..., : k.shape[1]]
-    out = torch.bmm(weights.reshape(n, group * count, -1), v.float())
-    return out.view(n, group, count, -1).to(q.dtype)
+    weights = scores.softmax(-1)[..., : k.shape[1]].to(v.dtype)
+    return torch.bmm(weights.flatten(1, 2), v).view(n, group, count, -1)
 
 
 AttentionInterface.register(NAME, _as_interface(attend))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -34,6 +34,11 @@ from nanoserve.request import SamplingParams
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 # The same weights once more, in other formats.
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
+# Layers of other types keep a state that is no KV cache, or choose the tokens that a query sees by their content.
+LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+SELECTING_MODULES = ("Indexer", "Compressor")
+# For a trial run of a model whose context is unknown.
+SOME_CONTEXT = 2048
 # Of each checkpoint file, for the fingerprint.
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 4096
@@ -75,6 +80,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
     """Load and check a model. Raises ModelLoadError."""
     folder = _find_folder(options)
     config = _read_config(folder, options)
+    generation = _read_json(folder / "generation_config.json")
     device = torch.device(_device_name(options.device))
     dtype = _resolve_dtype(options, config, folder, device)
     model = _load_weights(folder, config, dtype, options).to(device).eval()
@@ -82,14 +88,17 @@ def load_model(options: ModelOptions) -> LoadedModel:
     max_position = _max_position(config)
     try:
         trunk, head = _split(model)
+        _carry_argument(model)
         _take_over_temperature(model)
-        fix_rope(model, max_position)
-        kv_specs = learn_layers(model, trunk, max_position)
+        fix_rope(model, max_position or SOME_CONTEXT)
+        _refuse_selection(model)
+        kv_specs = learn_layers(model, trunk, max_position or SOME_CONTEXT)
     except NotServable as error:
         raise ModelLoadError(f"{architecture} cannot be served: {error}") from error
     except Exception as error:
         raise ModelLoadError(f"{architecture} cannot be served: a trial run failed: {error!r}") from error
-    generation = _read_json(folder / "generation_config.json")
+    if max_position is None:
+        raise ModelLoadError(f"the context of {architecture} is unknown: no max_position_embeddings in its config")
     return LoadedModel(
         model=model,
         trunk=trunk,
@@ -139,7 +148,10 @@ def _read_config(folder: Path, options: ModelOptions) -> PreTrainedConfig:
     except Exception as error:
         raise ModelLoadError(f"{folder / 'config.json'} cannot be read: {error}") from error
     if config.is_encoder_decoder:
-        raise ModelLoadError(f"{config.model_type} is an encoder-decoder; only decoders are served")
+        raise ModelLoadError(f"{config.model_type} cannot be served: it is an encoder-decoder")
+    others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
+    if others:
+        raise ModelLoadError(f"{config.model_type} cannot be served: it has layers of type {', '.join(sorted(others))}")
     return config
 
 
@@ -220,16 +232,19 @@ def _load_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, op
                 dtype=dtype,
                 attn_implementation=attention.NAME,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
+    except Exception as error:  # transformers lets through whatever a broken file provokes
+        if isinstance(error, KeyError) and error.args == (attention.NAME,):
+            raise ModelLoadError(f"{config.model_type} cannot be served: its attention cannot be replaced") from error
         raise ModelLoadError(f"{config.model_type} in {folder} cannot be loaded: {error}") from error
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
         if wrong := sorted(map(str, report[what])):
             raise ModelLoadError(
-                f"the checkpoint in {folder} does not fit {type(model).__name__}: {len(wrong)} {what.replace('_', ' ')},"
-                f" such as {', '.join(wrong[:4])}"
+                f"the checkpoint in {folder} does not fit {type(model).__name__}:"
+                f" {len(wrong)} {what.replace('_', ' ')}, such as {', '.join(wrong[:4])}"
             )
     loaded: PreTrainedModel = model
     return loaded
@@ -261,7 +276,12 @@ class _HiddenStates(nn.Module):
         def __getattr__(self, name: str) -> Tensor | None:
             return self[0] if name == "last_hidden_state" else None
 
-    def forward(self, *, inputs_embeds: Tensor, **_: object) -> tuple[Tensor]:
+    @property
+    def decoder(self) -> "_HiddenStates":
+        """OPT's head calls the decoder in its trunk."""
+        return self
+
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> tuple[Tensor]:
         return self.Output((inputs_embeds,))
 
 
@@ -279,12 +299,32 @@ def _split(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return model.get_submodule(trunks[0]), head
 
 
+def _refuse_selection(model: nn.Module) -> None:
+    """A trial run is too short to show an attention that leaves tokens out of long prompts."""
+    for module in model.modules():
+        name = type(module).__name__
+        if any(part in name for part in SELECTING_MODULES):
+            raise NotServable(f"its attention leaves tokens out by their content ({name})")
+
+
+def _carry_argument(model: nn.Module) -> None:
+    """StableLM's decoder layer drops keyword arguments: hand `paged` past it."""
+    for layer in model.modules():
+        if type(layer).__name__ == "StableLmDecoderLayer":
+            box: dict[str, object] = {}
+            layer.register_forward_pre_hook(lambda _, __, kw, box=box: box.update(paged=kw["paged"]), with_kwargs=True)
+            layer.get_submodule("self_attn").register_forward_pre_hook(
+                lambda _, args, kw, box=box: (args, {**kw, **box}), with_kwargs=True
+            )
+
+
 def _take_over_temperature(model: nn.Module) -> None:
     """Llama 4 scales queries by their place in the batch instead of their position: attention does it instead."""
     for module in model.modules():
         if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "use_rope") and not module.use_rope:
             module.attn_temperature_tuning = False  # type: ignore[assignment]
-            module.query_temperature = (float(module.floor_scale), float(module.attn_scale))  # type: ignore
+            floor, strength = getattr(module, "floor_scale"), getattr(module, "attn_scale")  # noqa: B009
+            module.query_temperature = (float(floor), float(strength))  # type: ignore[assignment]
 
 
 def fix_rope(model: nn.Module, max_context_tokens: int) -> None:
@@ -312,7 +352,7 @@ def _depends_on_length(rope_type: str) -> bool:
 
 
 def _set_frequencies(module: nn.Module, kind: str, layer_type: str | None, length: int) -> None:
-    config: PreTrainedConfig = module.config  # type: ignore[assignment]
+    config: Any = module.config
     prefix = "" if layer_type is None else f"{layer_type}_"
     current: Tensor = getattr(module, f"{prefix}inv_freq")
     arguments = {} if layer_type is None else {"layer_type": layer_type}
@@ -324,15 +364,16 @@ def _set_frequencies(module: nn.Module, kind: str, layer_type: str | None, lengt
 # -------------------------------------------------------------------------------------- what the checkpoint says
 
 
-def _max_position(config: PreTrainedConfig) -> int:
-    """The longest context: what the config says, or what its YaRN stretches the original length to."""
+def _max_position(config: PreTrainedConfig) -> int | None:
+    """The longest context: what the config says, or what its RoPE stretches the original length to. None = unknown."""
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
     if not longest:
-        raise ModelLoadError(f"the config of {config.model_type} has no max_position_embeddings: its context is unknown")
+        return None
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
-        longest = max(longest, int(rope["original_max_position_embeddings"] * rope["factor"]))
+    if rope.get("rope_type") in ("yarn", "dynamic"):
+        original = rope.get("original_max_position_embeddings") or longest
+        longest = max(longest, original * rope.get("factor", 1.0))
     return int(longest)
 
 

@@ -22,6 +22,8 @@ from nanoserve.request import ScheduledSequence, SequenceResult, StepPlan, StepR
 
 # Logits of prompt positions are made for so many numbers at a time, to bound memory.
 PROMPT_LOGITS_AT_ONCE = 1 << 24
+# Where a Linux container finds how much CPU time it may use: "quota period" in microseconds, or "max period".
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class ModelRunner:
@@ -91,7 +93,7 @@ class ModelRunner:
     # ------------------------------------------------------------------------------------------------- the rows
 
     def _update_block_tables(self, sequences: list[ScheduledSequence]) -> None:
-        """Write new block ids behind those that the row has. Their number is committed later, so a retry is harmless."""
+        """Write new block ids behind those that the row has. The row's number of blocks is not changed yet."""
         rows, columns, blocks = [], [], []
         for s in sequences:
             first = 0 if s.admission is not None else self._num_blocks[s.row]
@@ -152,9 +154,9 @@ class ModelRunner:
             return set()
         counts = torch.tensor(batch.counts, device=bad.device)
         sequence = torch.arange(len(batch.counts), device=bad.device).repeat_interleave(counts)  # [num_tokens]
-        corrupt = sequence[bad].unique()
-        self._cache.clear(batch.slots[torch.isin(sequence, corrupt)])
-        return set(corrupt.tolist())
+        corrupt = set(sequence[bad].tolist())
+        self._cache.clear(batch.slots[torch.isin(sequence, torch.tensor(list(corrupt), device=bad.device))])
+        return corrupt
 
     # ----------------------------------------------------------------------------------------------- the results
 
@@ -202,9 +204,8 @@ def usable_cpus(available: int) -> int:
 
     Threads beyond the quota do not only idle: the kernel then stops all of them for parts of every period.
     """
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.exists():
-        limit, period = quota.read_text().split()
+    if CPU_QUOTA.exists():
+        limit, period = CPU_QUOTA.read_text().split()
         if limit != "max":
             return max(1, min(available, math.ceil(int(limit) / int(period))))
     return available

@@ -7,7 +7,6 @@ Servicers only raise; what is common to all RPCs (the request id, a message that
 
 import asyncio
 import hashlib
-import logging
 import string
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
@@ -27,8 +26,6 @@ MAX_REQUEST_ID_CHARS = 128
 _REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 # Smaller messages are checked and converted on the event loop; a thread would cost more than it saves.
 _LARGE_MESSAGE_BYTES = 64 * 1024
-
-logger = logging.getLogger(__name__)
 
 Metadata = Iterable[tuple[str, str | bytes]]
 _P = ParamSpec("_P")

@@ -18,6 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from nanoserve.config import ConfigError
 from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
@@ -43,8 +44,8 @@ _PLAIN_MESSAGE_BYTES = "".join(chr(c) for c in range(0x20, 0x7F) if chr(c) != "%
 logger = logging.getLogger(__name__)
 
 
-class ServerError(Exception):
-    """The server cannot start. The message is one line for the operator."""
+class ServerError(ConfigError):
+    """The server cannot start."""
 
 
 class Unauthenticated(RequestError):

@@ -480,7 +480,9 @@ class Stopping(_message.Message):
     ignore_eos: _builtins.bool
     """EOS is a token like any other."""
     include_match: _builtins.bool
-    """Keeps the matched stop string or stop token's text in the output's text. EOS is never in the text."""
+    """Keeps the matched stop string or stop token's text in the output's text. It says nothing of EOS, whose text is left
+    out unless OutputOptions.keep_special_tokens.
+    """
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that end the sequence, at most 16 of at most 1,024 characters, none empty. They may span tokens. Not with

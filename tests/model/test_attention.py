@@ -1,0 +1,138 @@
+"""The batched attention computes what the reference computes, for every shape of step and layer."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanoserve.kv_cache.paged_kv_cache import KVSpec, PagedKVCache
+from nanoserve.model import attention
+from nanoserve.model.attention import AttentionBatch, AttentionCall, AttentionLayer, Buffers, attend, attend_reference
+
+BLOCK_SIZE = 4
+NUM_HEADS = 4
+CPU = torch.device("cpu")
+# (start, count): single tokens at short, long and equal lengths, chunks from the beginning and from the middle.
+STEPS = {
+    "single": [(0, 1), (3, 1), (70, 1), (71, 1), (40, 1)],
+    "chunks": [(0, 9), (30, 17), (5, 2)],
+    "mixed": [(12, 1), (63, 1), (0, 33), (21, 5)],
+}
+LAYERS = {
+    "full": AttentionLayer(0),
+    "window": AttentionLayer(0, window=6),
+    "wide window": AttentionLayer(0, window=40),
+    "chunk": AttentionLayer(0, chunk=8),
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "one KV head": {"num_kv_heads": 1},
+    "narrow values": {"value_width": 6},
+}
+
+
+def make_call(
+    step: list[tuple[int, int]],
+    layer: AttentionLayer,
+    *,
+    num_kv_heads: int = 2,
+    value_width: int = 8,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> AttentionCall:
+    """A step over a cache full of random numbers, the step's own keys and values among them."""
+    generator = torch.Generator().manual_seed(0)
+    starts, counts = [start for start, _ in step], [count for _, count in step]
+    num_blocks = [-(-(start + count) // BLOCK_SIZE) for start, count in step]
+    order = torch.randperm(sum(num_blocks), generator=generator)
+    tables = torch.zeros(len(step), max(num_blocks), dtype=torch.long)
+    for row, (end, num) in enumerate(zip(itertools.accumulate(num_blocks), num_blocks, strict=True)):
+        tables[row, :num] = order[end - num : end]
+    cache = PagedKVCache([KVSpec(num_kv_heads, 8, value_width, dtype)], sum(num_blocks), BLOCK_SIZE, CPU)
+    for pool in (cache.layers[0].keys, cache.layers[0].values):
+        pool.copy_(torch.randn(pool.shape, generator=generator))
+    positions = torch.cat([torch.arange(start, start + count) for start, count in step])
+    rows = torch.arange(len(step)).repeat_interleave(torch.tensor(counts))
+    slots = tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    batch = AttentionBatch(cache, Buffers(), starts, counts, slots, positions, tables)
+    q, k, v = (
+        torch.randn(heads, len(positions), width, generator=generator).to(dtype)
+        for heads, width in ((NUM_HEADS, 8), (num_kv_heads, 8), (num_kv_heads, value_width))
+    )
+    cache.write(0, slots, k, v)
+    return AttentionCall(batch, layer, q, k, v, 0.4, softcap, sinks)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("step", STEPS)
+def test_both_implementations_agree(step: str, layer: str, form: str) -> None:
+    call = make_call(STEPS[step], LAYERS[layer], **FORMS[form])
+    torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["plain", "softcap"])
+def test_they_agree_however_the_work_is_cut(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "CPU_GROUP_BYTES", 20 * BLOCK_SIZE * 2 * 8 * 4)
+    monkeypatch.setattr(attention, "MAX_MASK", 64)
+    monkeypatch.setattr(attention, "MAX_SCORES", 64 * NUM_HEADS)
+    for step, layer in itertools.product(STEPS.values(), LAYERS.values()):
+        call = make_call(step, layer, **FORMS[form])
+        torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_as_near_as_its_precision_allows() -> None:
+    call = make_call(STEPS["mixed"], LAYERS["full"], dtype=torch.bfloat16)
+    torch.testing.assert_close(attend(call), attend_reference(call), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("implementation", [attend, attend_reference])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_nan_of_one_sequence_stays_in_it(implementation: Any, layer: str) -> None:
+    """In one step, before anything is cleared: sequences share groups and copies, but no block."""
+    step = STEPS["single"] + STEPS["chunks"]
+    clean = make_call(step, LAYERS[layer])
+    for victim, (start, count) in enumerate(step):
+        call = make_call(step, LAYERS[layer])
+        first = sum(call.batch.counts[:victim])
+        tokens = slice(first, first + count)
+        keys, values = call.keys.clone(), call.values.clone()
+        keys[:, tokens], values[:, tokens] = torch.nan, torch.nan
+        call.batch.cache.write(0, call.batch.slots, keys, values)
+        out = implementation(replace(call, keys=keys, values=values))
+        others = torch.ones(len(out), dtype=torch.bool)
+        others[tokens] = False
+        assert out[tokens].isnan().all(), f"sequence at {start}"
+        assert torch.equal(out[others], implementation(clean)[others])
+
+
+def test_single_tokens_of_very_different_length_are_not_padded_to_the_longest() -> None:
+    call = make_call([(400, 1), *[(5, 1)] * 20], LAYERS["full"])
+    groups = attention._groups(call)
+    assert sorted(len(group.tokens) for group in groups) == [1, 20]
+
+
+def test_a_window_reads_only_the_blocks_it_sees() -> None:
+    call = make_call([(400, 1), (200, 1)], LAYERS["window"])
+    (group,) = attention._groups(call)
+    assert len(group.runs) <= 2 * 2 * (6 // BLOCK_SIZE + 2)
+
+
+def test_llama4_queries_grow_with_their_position() -> None:
+    """1 + strength x ln(1 + floor((p + 1) / floor)), from the position and not from the place in the step."""
+    layer = AttentionLayer(0, temperature=(8.0, 0.5))
+    call = make_call([(15, 1), (100, 1)], layer)
+    module = torch.nn.Module()
+    module.paged_layer = layer  # type: ignore[assignment]
+    out, _ = attention._as_interface(attend_reference)(
+        module, call.queries[None], call.keys[None], call.values[None], None, paged=call.batch, scaling=0.4
+    )
+    scale = 1 + 0.5 * torch.tensor([16 // 8, 101 // 8]).log1p()
+    want = attend_reference(replace(call, queries=call.queries * scale[:, None]))
+    torch.testing.assert_close(out[0], want)

@@ -1,0 +1,76 @@
+"""`nanoserve serve` as a user starts it: a process of its own, and a port that answers."""
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+START_S = 120
+
+
+class ServeProcess:
+    """A running server; its log lines are read as they come."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [str(Path(sys.executable).parent / "nanoserve"), "serve", "--grpc-port", "0", *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.log: list[str] = []
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._news:
+                self.log.append(line)
+                self._news.notify_all()
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """The first match in the log, which may still be to come."""
+
+        def find() -> re.Match[str] | None:
+            return next((m for line in self.log if (m := re.search(pattern, line))), None)
+
+        with self._news:
+            assert self._news.wait_for(lambda: find() or not self._reader.is_alive(), START_S)
+        match = find()
+        assert match is not None, "".join(self.log)
+        return match
+
+    @property
+    def address(self) -> str:
+        return self.wait_for(r"listening on (\S+:\d+)")[1]
+
+    def wait_until_ready(self) -> None:
+        self.wait_for("ready after")
+
+    def resident_bytes(self) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Signal it, and return its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(START_S)
+
+
+@contextlib.contextmanager
+def serving(*arguments: str) -> Iterator[ServeProcess]:
+    """A server that is ready; ended whatever happens."""
+    server = ServeProcess(*arguments)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server._reader.join()
+        assert server.process.stderr is not None
+        server.process.stderr.close()
