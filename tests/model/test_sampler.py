@@ -102,6 +102,7 @@ FILTERS = {
     "top_p": SamplingParams(top_p=0.8),
     "top_p tiny": SamplingParams(top_p=1e-6),
     "top_p almost one": SamplingParams(top_p=0.999, temperature=4.0),
+    "top_p and top_k of all": SamplingParams(top_p=0.8, top_k=VOCAB),
     "min_p": SamplingParams(min_p=0.05),
     "min_p 1": SamplingParams(min_p=1.0),
     "top_k and top_p": SamplingParams(top_k=10, top_p=0.7),

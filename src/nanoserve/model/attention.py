@@ -31,7 +31,7 @@ REFERENCE_NAME = "nanoserve-reference"
 
 # Single-token sequences are computed in groups whose keys take at most this much: on a CPU what stays in its caches
 # between copying and multiplying.
-CPU_GROUP_BYTES = 8 << 20
+CPU_GROUP_BYTES = 4 << 20
 DEVICE_GROUP_BYTES = 256 << 20
 # A group is padded to its longest sequence, which may be this much longer than its shortest.
 MAX_PADDING = 1.25

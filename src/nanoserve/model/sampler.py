@@ -305,12 +305,13 @@ def candidates(scores: Tensor, width: int, params: list[SamplingParams]) -> tupl
     vocab_size = scores.shape[1]
     token_ids = most_likely(scores, width)
     weights = scores.gather(1, token_ids).double().exp()
-    top_k = _column(weights, [p.top_k or vocab_size for p in params])
+    limits = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
+    top_k = _column(weights, limits)
     weights.masked_fill_(torch.arange(width, device=scores.device) >= top_k, 0)
     cumulative = weights.cumsum(dim=1)
     # Of what top_k left, keep the tokens before which there is less than top_p of the mass.
     total = cumulative[:, -1:]
-    if any(p.top_k == 0 and p.top_p < 1 for p in params):
+    if vocab_size in limits:
         everything = scores.exp().sum(dim=1, keepdim=True, dtype=torch.float64)  # [m, 1]
         total = torch.where(top_k < vocab_size, total, everything)
     top_p = _column(weights, [p.top_p if p.top_p < 1 else torch.inf for p in params])
