@@ -103,7 +103,7 @@ class FakeEngine:
         self.why_not_ready = "draining"
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self.num_open:  # noqa: ASYNC110
+                while self.num_open:
                     await asyncio.sleep(0.01)
 
     def until_operator_cancel(self, label: str) -> Script:

@@ -62,11 +62,10 @@ class ServeProcess:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str) -> Iterator[ServeProcess]:
-    """A server that is ready; ended whatever happens."""
+def starting(*arguments: str) -> Iterator[ServeProcess]:
+    """A server that is about to start; ended whatever happens."""
     server = ServeProcess(*arguments)
     try:
-        server.wait_until_ready()
         yield server
     finally:
         server.process.kill()
@@ -74,3 +73,11 @@ def serving(*arguments: str) -> Iterator[ServeProcess]:
         server._reader.join()
         assert server.process.stderr is not None
         server.process.stderr.close()
+
+
+@contextlib.contextmanager
+def serving(*arguments: str) -> Iterator[ServeProcess]:
+    """A server that is ready."""
+    with starting(*arguments) as server:
+        server.wait_until_ready()
+        yield server

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from nanoserve_client import AsyncClient, Client, NanoserveError
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc
-from serve_process import ServeProcess, serving
+from serve_process import serving, starting
 
 from nanoserve.cli import main
 
@@ -139,30 +139,28 @@ def test_sigterm_lets_a_running_stream_finish_and_a_new_one_is_refused():
             next(iter(stream))
             server.process.send_signal(signal.SIGTERM)
             server.wait_for("draining")
-            with Client(server.address) as late:
-                refusal = pytest.raises(NanoserveError, late.chat("Hello!", timeout=1).result)
+            with Client(server.address) as late, pytest.raises(NanoserveError) as refusal:
+                late.chat("Hello!", timeout=1).result()
             assert refusal.value.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
             assert stream.result().usage.completion_tokens == 300
         assert server.process.wait(60) == 0
 
 
 def test_a_second_signal_ends_the_server_at_once():
-    with serving() as server:
-        with Client(server.address) as client:
-            stream = client.chat("Hello!", max_tokens=1900, ignore_eos=True)
-            next(iter(stream))
-            server.process.send_signal(signal.SIGTERM)
-            server.wait_for("draining")
-            assert server.end(signal.SIGINT) == 128 + signal.SIGINT
-            pytest.raises(NanoserveError, stream.result)
+    with serving() as server, Client(server.address) as client:
+        stream = client.chat("Hello!", max_tokens=1900, ignore_eos=True)
+        next(iter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+        assert server.end(signal.SIGINT) == 128 + signal.SIGINT
+        with pytest.raises(NanoserveError):
+            stream.result()
 
 
-def test_signals_while_the_model_loads_end_the_server():
-    server = ServeProcess()
-    server.wait_for("listening")
-    assert server.end() == 0
-    server._reader.join()
-    server.process.stderr.close()
+def test_a_signal_while_the_model_loads_ends_the_server():
+    with starting() as server:
+        server.wait_for("listening")
+        assert server.end() == 0
 
 
 def test_a_port_in_use_and_a_missing_model_are_one_line_each(server, capfd, tmp_path):
@@ -173,7 +171,7 @@ def test_a_port_in_use_and_a_missing_model_are_one_line_each(server, capfd, tmp_
         ([str(tmp_path), "--grpc-port", "0"], "no config.json"),
         (["--grpc-port", "0", "--max-context-tokens", "999999"], "context"),
         (["--grpc-port", "0", "--kv-memory", "10KB"], "KV cache"),
-        (["--grpc-port", "0", "--tls-cert", str(tmp_path / "nothing.pem")], "tls"),
+        (["--grpc-port", "0", "--tls-cert", str(tmp_path / "nothing.pem")], "TLS"),
     ):
         assert main(["serve", *arguments]) == 2
         error = capfd.readouterr().err

@@ -108,8 +108,9 @@ async def serve(options: Options) -> int:
     server = Server(options.server)
     try:
         address = f"{options.server.host}:{await server.start()}"
-        logger.info("listening on %s, not ready yet: loading %s", address, options.model.path)
         serving = asyncio.create_task(server.run_until_signal())
+        await asyncio.sleep(0)  # lets it take over the signals
+        logger.info("listening on %s, not ready yet: loading %s", address, options.model.path)
         loading = asyncio.create_task(asyncio.to_thread(_build, options))
         await asyncio.wait([serving, loading], return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():

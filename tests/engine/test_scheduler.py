@@ -431,7 +431,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.bench is not None)
     @rule()
     def reset_cache(self):
-        self.bench.scheduler.reset_cache()
+        self.bench.pool.reset_cache()
 
     @invariant()
     def accounts_balance(self):

@@ -17,7 +17,7 @@ NUM_HEADS = 4
 CPU = torch.device("cpu")
 # (start, count): single tokens at short, long and equal lengths, chunks from the beginning and from the middle.
 STEPS = {
-    "single": [(0, 1), (3, 1), (70, 1), (71, 1), (40, 1)],
+    "single": [(5, 1), (3, 1), (70, 1), (60, 1), (71, 1), (40, 1)],
     "chunks": [(0, 9), (30, 17), (5, 2)],
     "mixed": [(12, 1), (63, 1), (0, 33), (21, 5)],
 }
@@ -51,7 +51,8 @@ def make_call(
     starts, counts = [start for start, _ in step], [count for _, count in step]
     num_blocks = [-(-(start + count) // BLOCK_SIZE) for start, count in step]
     order = torch.randperm(sum(num_blocks), generator=generator)
-    tables = torch.zeros(len(step), max(num_blocks), dtype=torch.long)
+    # What a row does not use names a block of the first sequence: reading it would show.
+    tables = torch.full((len(step), max(num_blocks)), int(order[num_blocks[0] - 1]))
     for row, (end, num) in enumerate(zip(itertools.accumulate(num_blocks), num_blocks, strict=True)):
         tables[row, :num] = order[end - num : end]
     cache = PagedKVCache([KVSpec(num_kv_heads, 8, value_width, dtype)], sum(num_blocks), BLOCK_SIZE, CPU)

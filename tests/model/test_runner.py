@@ -68,7 +68,7 @@ def test_only_sequences_that_sample_get_tokens(feeder: Feeder) -> None:
     assert set(feeder.sampler.admitted) == {0, 1, 2, 3}
 
 
-def test_greedy_tokens_are_those_of_transformers(llama: LoadedModel, tmp_path: Path) -> None:
+def test_greedy_tokens_are_those_of_transformers(llama: LoadedModel) -> None:
     """With the real sampler, over several blocks."""
     prompt = PROMPTS[0][:6]
     cache = PagedKVCache(llama.kv_specs, 16, BLOCK_SIZE, llama.device)
@@ -111,7 +111,7 @@ def test_prompt_logprobs_are_those_of_the_prompt_tokens(llama: LoadedModel, monk
 # ------------------------------------------------------------------------------------------------- rows
 
 
-def test_a_row_serves_one_sequence_after_another(feeder: Feeder, llama: LoadedModel) -> None:
+def test_a_row_serves_one_sequence_after_another(feeder: Feeder) -> None:
     """The second is shorter, and takes other blocks."""
     first = ScheduledSequence(0, 0, PROMPTS[0][:30], feeder.block_tables[0][:8], True, admission(PROMPTS[0][:30]))
     second = ScheduledSequence(0, 0, PROMPTS[1][:9], feeder.block_tables[1][:3], True, admission(PROMPTS[1][:9]))
@@ -146,7 +146,10 @@ def test_a_step_that_fails_changes_nothing(feeder: Feeder, llama: LoadedModel, m
     torch.testing.assert_close(feeder.all_logits(1, 0, 12), want[1, :12], rtol=1e-4, atol=1e-4)
 
 
-def test_warming_up_leaves_no_trace(feeder: Feeder) -> None:
+def test_warming_up_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model whose token 0 is not all zeros, as a padding token is."""
+    save_tiny_model("gpt2", tmp_path)
+    feeder = Feeder(load(tmp_path), CONTEXT, monkeypatch)
     feeder.runner.warm_up()
     assert not any(kv.keys.any() or kv.values.any() for kv in feeder.cache.layers)
     assert not feeder.sampler.admitted

@@ -61,7 +61,7 @@ async def health(served, service: str) -> int:
 
 async def until_health(served, service: str, status: int) -> None:
     async with asyncio.timeout(20):
-        while await health(served, service) != status:  # noqa: ASYNC110
+        while await health(served, service) != status:
             await asyncio.sleep(0.01)
 
 

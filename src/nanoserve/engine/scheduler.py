@@ -152,10 +152,6 @@ class Scheduler:
             if index is None or sequence.index == index:
                 self._remove(sequence)
 
-    def reset_cache(self) -> int:
-        """Forget all prefixes; returns the blocks this freed."""
-        return self.pool.reset_cache()
-
     def fail_all(self) -> list[Event]:
         """Give up every request."""
         return [self._fail(request_id, FailureReason.ENGINE_FAILURE) for request_id in list(self._requests)]

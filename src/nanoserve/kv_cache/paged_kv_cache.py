@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanoserve.config import ConfigError
+
 GIB = 1 << 30
 # Without a size from the operator: this share of the free memory of a machine without an accelerator, but no more
 # than the limit, because that memory is not ours alone.
@@ -30,7 +32,7 @@ DEVICE_SHARE = 0.9
 DEVICE_ACTIVATION_BYTES = 1 * GIB
 
 
-class KVCacheTooSmall(ValueError):
+class KVCacheTooSmall(ConfigError):
     """The memory for the KV cache does not hold one sequence of the context that was asked for."""
 
 
@@ -113,7 +115,7 @@ def plan_kv(
     less if the memory is.
     """
     if max_context is not None and max_context > model_max:
-        raise ValueError(f"a context of {max_context} tokens was asked for; the model's limit is {model_max}")
+        raise ConfigError(f"a context of {max_context} tokens was asked for; the model's limit is {model_max}")
     blocks_of_context = -(-(max_context or model_max) // block_size)
     plan = KVPlan(tuple(specs), block_size, 0, 0, "as asked", max_context or model_max)
     if memory_bytes is None:

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from nanoserve.config import ModelOptions
+from nanoserve.config import ConfigError, ModelOptions
 from nanoserve.kv_cache.paged_kv_cache import KVSpec
 from nanoserve.model import attention
 from nanoserve.model.probe import NotServable, learn_layers
@@ -44,7 +44,7 @@ NUM_SAMPLES = 64
 SAMPLE_BYTES = 4096
 
 
-class ModelLoadError(Exception):
+class ModelLoadError(ConfigError):
     """The model cannot be loaded or not be served; the message says why."""
 
 
