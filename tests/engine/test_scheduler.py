@@ -282,6 +282,15 @@ def test_time_limit_ends_with_what_there_is():
     bench.started("waiting")
 
 
+def test_a_request_starts_once_even_if_its_first_sequence_is_over_when_the_time_is():
+    bench = Bench(max_num_seqs=1)
+    bench.add("a", prompt_of(4), max_tokens=1, n=2, time_limit_s=1)
+    bench.run()
+    bench.started("a")
+    assert bench.finish_reason("a", 0) is FinishReason.LENGTH
+    assert bench.finish_reason("a", 1) is FinishReason.TIME_LIMIT
+
+
 def test_abort_frees_everything_at_once_wherever_the_request_is():
     bench = Bench(max_num_seqs=2)
     bench.add("running", prompt_of(9), n=3)
@@ -446,6 +455,8 @@ class Life(RuleBasedStateMachine):
         assert pool.num_owned == 0
         assert pool.num_free + pool.num_cached == pool.num_blocks
         for request_id, request in self.requests.items():
+            starts = [e for e in self.bench.events if isinstance(e, RequestStarted) and e.request_id == request_id]
+            assert len(starts) <= 1
             for index in range(request.params.n):
                 completion = self.bench.completion(request_id, index)
                 assert completion == expected_completion(request.prompt_token_ids, 7 + index, len(completion), 1000)

@@ -51,7 +51,7 @@ class Sequence:
     row: int | None = None
     # The model side has not been told yet of the sequence in this row.
     is_new_in_row: bool = False
-    # Whether it ever ran.
+    # The start of its request was reported.
     has_started: bool = False
     num_preemptions: int = 0
     # Of the prompt's tokens, the first included, which has none.
@@ -210,8 +210,7 @@ class Scheduler:
             self._waiting.pop(0)
             if not sequence.has_started:
                 sequence.has_started = True
-                if sequence.index == 0:
-                    self._events.append(RequestStarted(sequence.request.id, now, sequence.num_computed_tokens))
+                self._events.append(RequestStarted(sequence.request.id, now, sequence.num_computed_tokens))
             self._schedule_running(sequence, step)
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -344,6 +343,7 @@ class Scheduler:
             # The prompt's blocks are computed and named: the siblings find them.
             for sibling in self._requests[sequence.request.id]:
                 if sibling is not sequence:
+                    sibling.has_started = True
                     self._enqueue(sibling)
         kept, reason = self._append(sequence, outcome.token_ids)
         if kept or reason or outcome.prompt_logprobs:
