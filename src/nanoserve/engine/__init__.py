@@ -1,0 +1,1 @@
+"""Requests, schedule, steps and text. Imports no torch."""
