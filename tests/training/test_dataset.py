@@ -18,7 +18,7 @@ from dataset import outside  # noqa: E402
 from dataset.conversations import contains_keys, evaluation_cases, training_chats  # noqa: E402
 from dataset.facts import questions, topics  # noqa: E402
 from dataset.json_tasks import copy_task, json_task  # noqa: E402
-from dataset.phrasings import normalize  # noqa: E402
+from dataset.phrasings import ACTION, DIFFERENCE, FACETS, FOLLOW_UPS, normalize  # noqa: E402
 from dataset.tool_tasks import tool_task  # noqa: E402
 
 
@@ -43,6 +43,11 @@ def test_no_phrasing_is_both_trained_and_held_out() -> None:
     trained = {normalize(text) for q in questions() for text in q.train}
     held_out = {normalize(text) for q in questions() for text in q.held_out}
     assert not trained & held_out
+
+
+def test_no_template_is_both_trained_and_held_out() -> None:
+    for forms in (*FACETS.values(), *FOLLOW_UPS.values(), ACTION, DIFFERENCE):
+        assert not {normalize(form) for form in forms.train} & {normalize(form) for form in forms.held}
 
 
 def test_no_phrasing_asks_for_two_answers() -> None:
