@@ -124,7 +124,13 @@ async def serve(options: Options) -> int:
     engine.start()
     server.set_engine(engine)
     logger.info("ready after %.1f s: %s on %s", time.monotonic() - started_s, engine.model.name, address)
-    await serving
+    ended = asyncio.create_task(engine.wait_until_ended())
+    await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
+    if ended.done():
+        # Nothing mends it in this process; whoever watches over it starts another.
+        logger.critical("the engine is gone; stopping")
+        await server.stop()
+        return 1
     await engine.close()
     logger.info("stopped")
     return 0

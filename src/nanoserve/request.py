@@ -228,7 +228,12 @@ class CacheWasReset:
     num_freed_blocks: int
 
 
-Event = RequestStarted | SequenceOutput | RequestFailed | CacheWasReset
+@dataclass(frozen=True, slots=True)
+class EngineEnded:
+    """The engine thread is gone: nothing that was posted, or will be, is answered any more."""
+
+
+Event = RequestStarted | SequenceOutput | RequestFailed | CacheWasReset | EngineEnded
 
 
 # ------------------------------------------------------------------- what the scheduler is told besides requests

@@ -13,6 +13,7 @@ from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.request import (
     Abort,
     CacheWasReset,
+    EngineEnded,
     FailureReason,
     FinishReason,
     Request,
@@ -83,7 +84,7 @@ def bench():
     bench.core.start(bench.deliver)
     yield bench
     bench.executor.gate.set()
-    bench.core.stop()
+    bench.core.stop(SECONDS)
     assert not bench.core.is_alive
 
 
@@ -140,29 +141,44 @@ def test_a_step_that_hangs_shows_as_a_stall_and_recovers(bench):
     assert bench.core.stalled_s == 0
 
 
-def test_stop_gives_up_what_runs_and_refuses_what_comes_later(bench):
+def test_stop_ends_the_thread_and_what_comes_later_is_answered(bench):
     bench.executor.gate.clear()
     bench.core.post(request("a", [1, 2, 3], max_tokens=100))
     assert bench.executor.is_in_step.wait(SECONDS)
     threading.Timer(0.05, bench.executor.gate.set).start()
-    bench.core.stop()
-    assert bench.next_event(RequestFailed).request_id == "a"
+    bench.core.stop(SECONDS)
+    bench.next_event(EngineEnded)
     bench.core.post(request("late", [1]))
-    assert bench.next_event(RequestFailed).request_id == "late"
-    bench.core.post(ResetCache())
-    assert bench.next_event(CacheWasReset) == CacheWasReset(0)
+    bench.next_event(EngineEnded)
 
 
-def test_a_bug_in_the_scheduler_fails_every_request_instead_of_hanging_them(bench, monkeypatch, caplog):
-    def explode(*_):
-        raise ZeroDivisionError
+def test_stop_does_not_wait_for_a_step_that_hangs(bench):
+    bench.executor.gate.clear()
+    bench.core.post(request("a", [1]))
+    assert bench.executor.is_in_step.wait(SECONDS)
+    bench.core.stop(0.05)
+    assert bench.core.is_alive
 
-    monkeypatch.setattr(bench.core._scheduler, "commit", explode)
+
+@pytest.mark.parametrize("method", ["add", "schedule", "commit"])
+def test_a_bug_in_the_scheduler_ends_the_engine_with_an_event(bench, monkeypatch, caplog, method):
+    monkeypatch.setattr(bench.core._scheduler, method, lambda *_: 1 / 0)
     bench.core.post(request("a", [1, 2, 3]))
-    assert bench.next_event(RequestFailed) == RequestFailed("a", FailureReason.ENGINE_FAILURE)
+    bench.next_event(EngineEnded)
     bench.core._thread.join(SECONDS)
     assert not bench.core.is_alive
     assert "engine thread died" in caplog.text
+
+
+def test_failed_steps_are_counted_until_one_succeeds(bench):
+    bench.executor.poison = 666
+    for count in (1, 2):
+        bench.core.post(request("bad", [666]))
+        bench.next_event(RequestFailed)
+        assert bench.core.num_failed_steps == count
+    bench.core.post(request("good", [1]))
+    bench.completion("good")
+    assert bench.core.num_failed_steps == 0
 
 
 def test_time_limit_ends_a_request_that_runs(bench):

@@ -342,6 +342,69 @@ async def test_a_dead_engine_thread_is_unhealthy_and_refuses_at_once(monkeypatch
             await bench.engine.reset_cache()
 
 
+@pytest.mark.parametrize("method", ["add", "schedule", "commit"])
+async def test_nobody_waits_for_an_engine_that_died(monkeypatch, method):
+    async with running() as bench:
+        bench.executor.gate.clear()
+        tasks = [asyncio.create_task(bench.collect()) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        monkeypatch.setattr(bench.scheduler, method, lambda *_: 1 / 0)
+        tasks.append(asyncio.create_task(bench.collect()))
+        bench.executor.gate.set()
+        async with asyncio.timeout(SECONDS):
+            await bench.engine.wait_until_ended()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert isinstance(result, EngineFailure | NotReady)
+
+
+async def test_steps_that_keep_failing_are_unhealthy_until_one_succeeds():
+    async with running() as bench:
+        bench.executor.is_broken = True
+        for _ in range(3):
+            assert bench.engine.health() is None
+            with pytest.raises(EngineFailure):
+                await bench.collect()
+        assert "the last 3 steps failed" in bench.engine.health()
+        bench.executor.is_broken = False
+        await bench.collect()
+        assert bench.engine.health() is None
+
+
+async def test_a_token_that_only_the_tokenizer_knows_is_refused_and_harms_nobody():
+    async with running() as bench:
+        bench.codec._backend.add_special_tokens(["<image>"])
+        good, bad = await asyncio.gather(bench.collect(), bench.collect("a <image>"), return_exceptions=True)
+        assert isinstance(good[-1], Finished)
+        assert isinstance(bad, InvalidRequest)
+        assert "the model knows 0 to 255" in str(bad)
+
+
+async def test_the_engine_refuses_an_empty_list_of_tokens():
+    async with running() as bench:
+        with pytest.raises(InvalidRequest):
+            await bench.collect([])
+        assert bench.engine.health() is None
+
+
+async def test_operator_cancels_a_request_that_is_being_encoded(monkeypatch):
+    async with running() as bench:
+        encoding, begun = threading.Event(), asyncio.Event()
+        loop, real = asyncio.get_running_loop(), bench.codec.encode_prompt
+
+        def slow(prompt):
+            loop.call_soon_threadsafe(begun.set)
+            assert encoding.wait(SECONDS)
+            return real(prompt)
+
+        monkeypatch.setattr(bench.codec, "encode_prompt", slow)
+        task = asyncio.create_task(bench.collect("once", request={"label": "x"}))
+        await begun.wait()
+        assert bench.engine.cancel("x") == 1
+        encoding.set()
+        with pytest.raises(CancelledByOperator):
+            await task
+
+
 async def test_a_stalled_step_is_unhealthy_until_steps_resume():
     async with running(step_timeout_s=0.05) as bench:
         assert bench.engine.health() is None

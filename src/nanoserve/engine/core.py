@@ -14,12 +14,11 @@ from nanoserve.engine.scheduler import Scheduler, SchedulerStats
 from nanoserve.request import (
     Abort,
     CacheWasReset,
+    EngineEnded,
     Event,
     Executor,
-    FailureReason,
     Message,
     Request,
-    RequestFailed,
     ResetCache,
     StepResult,
 )
@@ -41,6 +40,7 @@ class EngineCore:
         self._deliver: Callable[[list[Event]], None] = lambda _: None
         self._thread = threading.Thread(target=self._run, name="nanoserve-engine", daemon=True)
         self._has_ended = False
+        self._num_failed_steps = 0
         self._is_busy = False
         self._last_progress_s = time.monotonic()
         self._stats = scheduler.stats()
@@ -54,13 +54,13 @@ class EngineCore:
         """Hand over a message; it is read before the next step."""
         self._messages.put(message)
         if self._has_ended:
-            self._refuse_messages()
+            self._deliver([EngineEnded()])
 
-    def stop(self) -> None:
-        """Let the current step end, then give up what is left."""
+    def stop(self, timeout_s: float) -> None:
+        """Let the current step end, then give up what is left. A step that hangs is left to die with the process."""
         if self._thread.is_alive():
             self._messages.put(None)
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     @property
     def is_alive(self) -> bool:
@@ -70,6 +70,11 @@ class EngineCore:
     def stalled_s(self) -> float:
         """Seconds since the last step ended while work is pending; 0 if there is none."""
         return time.monotonic() - self._last_progress_s if self._is_busy else 0.0
+
+    @property
+    def num_failed_steps(self) -> int:
+        """How many of the last steps failed, one after the other."""
+        return self._num_failed_steps
 
     @property
     def stats(self) -> SchedulerStats:
@@ -89,18 +94,9 @@ class EngineCore:
         except Exception:
             logger.exception("the engine thread died")
         finally:
+            # In this order: a message that is posted in between is answered twice rather than never.
             self._has_ended = True
-            self._deliver(self._scheduler.fail_all())
-            self._refuse_messages()
-
-    def _refuse_messages(self) -> None:
-        """Answer what nobody will read any more, so that no caller waits for ever."""
-        while not self._messages.empty():
-            match self._messages.get():
-                case Request(id=request_id):
-                    self._deliver([RequestFailed(request_id, FailureReason.ENGINE_FAILURE)])
-                case ResetCache():
-                    self._deliver([CacheWasReset(0)])
+            self._deliver([EngineEnded()])
 
     def _take_messages(self) -> Iterator[Message | None]:
         """All that was posted; waits for the first if there is no work."""
@@ -126,8 +122,10 @@ class EngineCore:
             result = self._executor.execute(plan) if plan.sequences else StepResult([])
         except Exception:
             logger.exception("a step failed; its %d sequences are given up", len(plan.sequences))
+            self._num_failed_steps += 1
             events = self._scheduler.fail(plan)
         else:
+            self._num_failed_steps = 0
             events = self._scheduler.commit(plan, result, time.monotonic())
         self._note_progress()
         self._deliver(events)

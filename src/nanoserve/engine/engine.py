@@ -26,6 +26,7 @@ from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
     DeadlineExceeded,
+    EngineEnded,
     EngineFailure,
     Event,
     FailureReason,
@@ -48,6 +49,10 @@ logger = logging.getLogger(__name__)
 Prompt = str | list[int] | Chat
 
 RETRY_AFTER_S = 1.0
+# Steps that fail one after the other before the engine calls itself unhealthy.
+MAX_FAILED_STEPS = 3
+# How long a step may go on when the engine is closed.
+CLOSE_TIMEOUT_S = 5.0
 # Window of Stats.tokens_per_s and of Stats.prefix_hit_ratio.
 THROUGHPUT_WINDOW_S = 10
 HIT_RATIO_WINDOW_S = 60
@@ -78,6 +83,15 @@ class Stats:
     # Generated, over the last 10 s.
     tokens_per_s: float
     uptime_s: float
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """A request whose prompt is being encoded."""
+
+    # The caller's name for it.
+    label: str
+    is_cancelled: bool = False
 
 
 class RollingSum:
@@ -121,14 +135,16 @@ class Engine:
         self._max_waiting = max_waiting
         self._step_timeout_s = step_timeout_s
         # Encoding of prompts: long ones must not hold up the event loop.
-        self._text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="nanoserve-text")
+        self._text_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="nanoserve-text")
         self._ids = itertools.count(1)
+        # By identity: requests that are not posted yet.
+        self._arrivals: dict[int, _Arrival] = {}
         # Of requests that were posted and are not over.
         self._streams: dict[str, RequestStream] = {}
         # Set when the last stream ends.
         self._is_idle = asyncio.Event()
-        # Requests that are encoded or wait for their first step.
-        self._num_waiting = 0
+        # Set when the engine thread is gone.
+        self._has_ended = asyncio.Event()
         self._cache_resets: deque[asyncio.Future[int]] = deque()
         self._is_draining = False
         self._started_s = time.monotonic()
@@ -148,7 +164,7 @@ class Engine:
 
     async def close(self) -> None:
         """Stop the engine thread after its current step; what still runs fails."""
-        await asyncio.to_thread(self._core.stop)
+        await asyncio.to_thread(self._core.stop, CLOSE_TIMEOUT_S)
         self._text_threads.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------------------------------- requests
@@ -175,30 +191,32 @@ class Engine:
         """
         arrival_s = time.monotonic()
         self._check_admission()
-        stream = None
-        self._num_waiting += 1
+        arrival = _Arrival(label)
+        self._arrivals[id(arrival)] = arrival
         try:
-            token_ids, _ = await self.tokenize(prompt)
+            token_ids, _ = await self._encode(prompt, self._text_threads)
             request = self._make_request(
                 token_ids, params, arrival_s, timeout_s, priority, cache_salt, skip_cache_read=skip_cache_read
             )
-            # Draining may have begun while the prompt was encoded.
+            # Things may have changed while the prompt was encoded.
             self._check_ready()
-            stream = RequestStream(request, self.codec, label=label, min_delta_tokens=min_delta_tokens)
-            self._streams[request.id] = stream
-            self._is_idle.clear()
+            if arrival.is_cancelled:
+                raise CancelledByOperator
+        finally:
+            del self._arrivals[id(arrival)]
+        stream = RequestStream(request, self.codec, label=label, min_delta_tokens=min_delta_tokens)
+        self._streams[request.id] = stream
+        self._is_idle.clear()
+        try:
             self._core.post(request)
             async for event in stream.read():
                 yield event
         finally:
-            if stream is None or not stream.has_started:
-                self._num_waiting -= 1
-            if stream is not None:
-                del self._streams[stream.request.id]
-                if not stream.is_over:
-                    self._core.post(Abort(stream.request.id))
-                if not self._streams:
-                    self._is_idle.set()
+            del self._streams[request.id]
+            if not stream.is_over:
+                self._core.post(Abort(request.id))
+            if not self._streams:
+                self._is_idle.set()
 
     def _check_ready(self) -> None:
         # A stalled step may yet end, so requests may queue behind it; a dead thread and a drain are final.
@@ -207,7 +225,8 @@ class Engine:
 
     def _check_admission(self) -> None:
         self._check_ready()
-        if self._num_waiting >= self._max_waiting:
+        num_waiting = len(self._arrivals) + sum(not stream.has_started for stream in self._streams.values())
+        if num_waiting >= self._max_waiting:
             raise Overloaded(self._max_waiting, RETRY_AFTER_S)
 
     def _make_request(
@@ -221,6 +240,10 @@ class Engine:
         *,
         skip_cache_read: bool,
     ) -> Request:
+        if max(token_ids) >= self.model.vocab_size:
+            # A tokenizer may know more tokens than the model; one such id would fail the whole step.
+            what = f"the prompt has token {max(token_ids)}; the model knows 0 to {self.model.vocab_size - 1}"
+            raise InvalidRequest([Violation("prompt", what)])
         if len(token_ids) >= self.model.max_context_tokens:
             raise ContextLengthExceeded(len(token_ids), self.model.max_context_tokens)
         if timeout_s is not None and time.monotonic() >= arrival_s + timeout_s:
@@ -245,12 +268,17 @@ class Engine:
 
         Raises InvalidRequest for a prompt of no tokens, or a conversation that the template refuses.
         """
+        return await self._encode(prompt, None)
+
+    async def _encode(self, prompt: Prompt, threads: ThreadPoolExecutor | None) -> tuple[list[int], str]:
+        """On other threads than those of `generate`, tokenizing does not hold up generation. None = asyncio's own."""
         if isinstance(prompt, list):
-            return prompt, ""
-        loop = asyncio.get_running_loop()
-        token_ids, text = await loop.run_in_executor(self._text_threads, self.codec.encode_prompt, prompt)
-        if not token_ids:
+            name, token_ids, text = "token_ids", prompt, ""
+        else:
             name = "chat" if isinstance(prompt, Chat) else "text"
+            loop = asyncio.get_running_loop()
+            token_ids, text = await loop.run_in_executor(threads, self.codec.encode_prompt, prompt)
+        if not token_ids:
             raise InvalidRequest([Violation(name, "the prompt has no tokens; at least one is needed")])
         return token_ids, text
 
@@ -258,10 +286,13 @@ class Engine:
 
     def cancel(self, label: str) -> int:
         """End every request that bears the caller's label; their callers get CancelledByOperator."""
+        arrivals = [arrival for arrival in self._arrivals.values() if arrival.label == label]
+        for arrival in arrivals:
+            arrival.is_cancelled = True
         streams = [stream for stream in self._streams.values() if stream.label == label]
         for stream in streams:
             self._give_up(stream, CancelledByOperator())
-        return len(streams)
+        return len(arrivals) + len(streams)
 
     async def reset_cache(self) -> int:
         """Forget all cached prefixes between two steps; returns the number of blocks that became free."""
@@ -287,9 +318,15 @@ class Engine:
             return "it is draining"
         if not self._core.is_alive:
             return "the engine thread has died"
+        if self._core.num_failed_steps >= MAX_FAILED_STEPS:
+            return f"the last {self._core.num_failed_steps} steps failed"
         if self._core.stalled_s > self._step_timeout_s:
             return f"no step has ended for {self._core.stalled_s:.0f} s"
         return None
+
+    async def wait_until_ended(self) -> None:
+        """Return when the engine thread is gone, for good."""
+        await self._has_ended.wait()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for the running ones; those that outlast the time-out fail with NotReady."""
@@ -306,9 +343,10 @@ class Engine:
         """Hand a step's events to their streams."""
         for event in events:
             if isinstance(event, CacheWasReset):
-                future = self._cache_resets.popleft()
-                if not future.done():
-                    future.set_result(event.num_freed_blocks)
+                self._answer_reset(event.num_freed_blocks)
+                continue
+            if isinstance(event, EngineEnded):
+                self._end_all()
                 continue
             # Unknown ids are requests that were aborted while the step ran.
             stream = self._streams.get(event.request_id)
@@ -323,7 +361,6 @@ class Engine:
     def _deliver_one(self, stream: RequestStream, event: RequestStarted | SequenceOutput | RequestFailed) -> None:
         match event:
             case RequestStarted():
-                self._num_waiting -= 1
                 self._prompt_tokens.add(len(stream.request.prompt_token_ids))
                 self._cached_tokens.add(event.num_cached_tokens)
                 stream.start(event)
@@ -336,6 +373,19 @@ class Engine:
                 stream.fail(DeadlineExceeded(phase, stream.num_completion_tokens))
             case RequestFailed():
                 stream.fail(EngineFailure())
+
+    def _answer_reset(self, num_freed_blocks: int) -> None:
+        future = self._cache_resets.popleft()
+        if not future.done():
+            future.set_result(num_freed_blocks)
+
+    def _end_all(self) -> None:
+        """Nobody must wait for an engine thread that is gone."""
+        self._has_ended.set()
+        for stream in self._streams.values():
+            stream.fail(EngineFailure())
+        while self._cache_resets:
+            self._answer_reset(0)
 
     def _give_up(self, stream: RequestStream, error: RequestError) -> None:
         stream.fail(error)

@@ -152,10 +152,6 @@ class Scheduler:
             if index is None or sequence.index == index:
                 self._remove(sequence)
 
-    def fail_all(self) -> list[Event]:
-        """Give up every request."""
-        return [self._fail(request_id, FailureReason.ENGINE_FAILURE) for request_id in list(self._requests)]
-
     def stats(self) -> SchedulerStats:
         """Current counts."""
         num_live = sum(map(len, self._requests.values()))

@@ -62,7 +62,12 @@ class ModelRunner:
         sequences = plan.sequences
         self._update_block_tables(sequences)
         batch, token_ids = self._pack(sequences)
-        hidden = self._run_trunk(batch, token_ids)  # [num_tokens, hidden_size]
+        try:
+            hidden = self._run_trunk(batch, token_ids)  # [num_tokens, hidden_size]
+        except Exception:
+            # Some layers have written, perhaps NaN, into blocks that others get next.
+            self._cache.clear(batch.slots)
+            raise
         corrupt = self._clear_corrupt(batch, hidden)
         self._commit_rows(sequences)
         ends = torch.tensor(batch.counts).cumsum(0).tolist()
