@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from nanoserve.config import ConfigError, ModelOptions
 from nanoserve.kv_cache.paged_kv_cache import KVSpec
 from nanoserve.model import attention
+from nanoserve.model.packing import can_pack, pack_linears
 from nanoserve.model.probe import NotServable, learn_layers
 from nanoserve.request import SamplingParams
 
@@ -86,6 +87,10 @@ def load_model(options: ModelOptions) -> LoadedModel:
     model = _load_weights(folder, config, dtype, options).to(device).eval()
     architecture = type(model).__name__
     max_position = _max_position(config)
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    num_parameters = sum(p.numel() for p in model.parameters())
+    if can_pack(device, dtype):
+        pack_linears(model)
     try:
         trunk, head = _split(model)
         _carry_argument(model)
@@ -107,12 +112,12 @@ def load_model(options: ModelOptions) -> LoadedModel:
         architecture=architecture,
         dtype=dtype,
         device=device,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
         max_position=max_position,
         eos_token_ids=_eos_token_ids(generation, config),
         default_params=_default_params(generation),
         kv_specs=tuple(kv_specs),
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num_parameters,
         fingerprint=_fingerprint(folder),
     )
 

@@ -1,0 +1,46 @@
+"""Weights in the layout that a CPU's matrix units want, made once at load.
+
+oneDNN multiplies bfloat16 in tiles. Given a plain weight it rearranges it in every call, which for a few rows costs as
+much as the product; given a packed one it does not. Packing changes no number and no result beyond rounding. Only
+plain linear layers are packed; experts that are 3-D tensors, and GPT-2's transposed layers, stay as they are.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# Rows that the layout is chosen for. On AVX-512 this one is as good at 1 and 1024 rows as those made for them.
+TYPICAL_ROWS = 32
+
+
+class PackedLinear(nn.Module):
+    """Stands for an nn.Linear whose weight is packed. Takes [..., in_features], gives [..., out_features]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        # Opaque: it has the shape of the weight, and no storage that torch can read.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), TYPICAL_ROWS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return out
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packing helps: bfloat16 on a CPU whose oneDNN computes in it."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replace every plain linear layer; originals are released one by one, so that memory stays flat.
+
+    A weight that the embedding shares stays there too.
+    """
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child))
