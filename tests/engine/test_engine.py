@@ -346,10 +346,12 @@ async def test_a_dead_engine_thread_is_unhealthy_and_refuses_at_once(monkeypatch
 async def test_nobody_waits_for_an_engine_that_died(monkeypatch, method):
     async with running() as bench:
         bench.executor.gate.clear()
-        tasks = [asyncio.create_task(bench.collect()) for _ in range(3)]
+        tasks = [asyncio.create_task(bench.collect(max_tokens=100)) for _ in range(3)]
         await asyncio.sleep(0.05)
         monkeypatch.setattr(bench.scheduler, method, lambda *_: 1 / 0)
-        tasks.append(asyncio.create_task(bench.collect()))
+        tasks.append(asyncio.create_task(bench.collect(max_tokens=100)))
+        # The shut gate holds a step until the fourth request is posted.
+        await asyncio.sleep(0.05)
         bench.executor.gate.set()
         async with asyncio.timeout(SECONDS):
             await bench.engine.wait_until_ended()

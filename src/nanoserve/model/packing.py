@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether packing helps: bfloat16 on a CPU whose oneDNN computes in it."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or dtype != torch.bfloat16 or not torch._C._has_mkldnn:
         return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
