@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nanoserve.kv_cache.paged_kv_cache import KVSpec, PagedKVCache
-from nanoserve.model import attention
-from nanoserve.model.attention import AttentionBatch, AttentionCall, AttentionLayer, Buffers, attend, attend_reference
+from nanoserve.model import attend as attend_module
+from nanoserve.model.attend import attend, attend_singles
+from nanoserve.model.attention import AttentionBatch, AttentionCall, AttentionLayer, Buffers, attend_reference
 
 BLOCK_SIZE = 4
 NUM_HEADS = 4
@@ -22,10 +23,10 @@ STEPS = {
     "mixed": [(12, 1), (63, 1), (0, 33), (21, 5)],
 }
 LAYERS = {
-    "full": AttentionLayer(0),
-    "window": AttentionLayer(0, window=6),
-    "wide window": AttentionLayer(0, window=40),
-    "chunk": AttentionLayer(0, chunk=8),
+    "full": AttentionLayer(),
+    "window": AttentionLayer(window=6),
+    "wide window": AttentionLayer(window=40),
+    "chunk": AttentionLayer(chunk=8),
 }
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -61,13 +62,13 @@ def make_call(
     positions = torch.cat([torch.arange(start, start + count) for start, count in step])
     rows = torch.arange(len(step)).repeat_interleave(torch.tensor(counts))
     slots = tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    batch = AttentionBatch(cache, Buffers(), starts, counts, slots, positions, tables)
+    batch = AttentionBatch(cache, [layer], attend, Buffers(), {}, starts, counts, slots, positions, tables)
     q, k, v = (
         torch.randn(heads, len(positions), width, generator=generator).to(dtype)
         for heads, width in ((NUM_HEADS, 8), (num_kv_heads, 8), (num_kv_heads, value_width))
     )
     cache.write(0, slots, k, v)
-    return AttentionCall(batch, layer, q, k, v, 0.4, softcap, sinks)
+    return AttentionCall(batch, layer, cache.layers[0], q, k, v, 0.4, softcap, sinks)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -78,11 +79,19 @@ def test_both_implementations_agree(step: str, layer: str, form: str) -> None:
     torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_formula_for_single_tokens_agrees(layer: str, form: str) -> None:
+    call = make_call(STEPS["single"], LAYERS[layer], **FORMS[form])
+    call.batch.compiled[call.form] = lambda *tensors: attend_singles(*tensors, call.softcap)
+    torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["plain", "softcap"])
 def test_they_agree_however_the_work_is_cut(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CPU_GROUP_BYTES", 20 * BLOCK_SIZE * 2 * 8 * 4)
-    monkeypatch.setattr(attention, "MAX_MASK", 64)
-    monkeypatch.setattr(attention, "MAX_SCORES", 64 * NUM_HEADS)
+    monkeypatch.setattr(attend_module, "CPU_GROUP_BYTES", 20 * BLOCK_SIZE * 2 * 8 * 4)
+    monkeypatch.setattr(attend_module, "MAX_MASK", 64)
+    monkeypatch.setattr(attend_module, "MAX_SCORES", 64 * NUM_HEADS)
     for step, layer in itertools.product(STEPS.values(), LAYERS.values()):
         call = make_call(step, layer, **FORMS[form])
         torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
@@ -115,25 +124,20 @@ def test_nan_of_one_sequence_stays_in_it(implementation: Any, layer: str) -> Non
 
 def test_single_tokens_of_very_different_length_are_not_padded_to_the_longest() -> None:
     call = make_call([(400, 1), *[(5, 1)] * 20], LAYERS["full"])
-    groups = attention._groups(call)
+    groups = attend_module._groups(call, must_copy=True)
     assert sorted(len(group.tokens) for group in groups) == [1, 20]
 
 
 def test_a_window_reads_only_the_blocks_it_sees() -> None:
     call = make_call([(400, 1), (200, 1)], LAYERS["window"])
-    (group,) = attention._groups(call)
+    (group,) = attend_module._groups(call, must_copy=True)
     assert len(group.runs) <= 2 * 2 * (6 // BLOCK_SIZE + 2)
 
 
 def test_llama4_queries_grow_with_their_position() -> None:
     """1 + strength x ln(1 + floor((p + 1) / floor)), from the position and not from the place in the step."""
-    layer = AttentionLayer(0, temperature=(8.0, 0.5))
-    call = make_call([(15, 1), (100, 1)], layer)
-    module = torch.nn.Module()
-    module.paged_layer = layer  # type: ignore[assignment]
-    out, _ = attention._as_interface(attend_reference)(
-        module, call.queries[None], call.keys[None], call.values[None], None, paged=call.batch, scaling=0.4
-    )
+    call = make_call([(15, 1), (100, 1)], AttentionLayer(temperature=(8.0, 0.5)))
+    out = call.batch.run_layer(0, call.queries, call.keys, call.values, call.scaling, None, None)
     scale = 1 + 0.5 * torch.tensor([16 // 8, 101 // 8]).log1p()
     want = attend_reference(replace(call, queries=call.queries * scale[:, None]))
-    torch.testing.assert_close(out[0], want)
+    torch.testing.assert_close(out, want)

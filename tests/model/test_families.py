@@ -3,6 +3,7 @@
 import functools
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from feeder import BLOCK_SIZE, Feeder
 from torch import Tensor
 
 from nanoserve.config import ModelOptions
-from nanoserve.model import attention
+from nanoserve.model import runner
+from nanoserve.model.attend import attend
+from nanoserve.model.attention import AttentionCall, attend_reference
 from nanoserve.model.loader import LoadedModel, load_model
 
 # Of the largest logit. float32 keeps 1e-7 of a number; sums in another order over two layers lose about a digit.
@@ -59,13 +62,13 @@ def test_a_prompt_in_chunks_of_seven_then_token_by_token(family: str, monkeypatc
     assert_equal_logits(feeder, 1, want[1])
 
 
-@pytest.mark.parametrize("implementation", [attention.NAME, attention.REFERENCE_NAME])
+@pytest.mark.parametrize("implementation", [attend, attend_reference])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_that_mix_chunks_and_single_tokens(
-    family: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+    family: str, implementation: Callable[[AttentionCall], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, want = family_model(family)
-    model.model.set_attn_implementation(implementation)
+    monkeypatch.setattr(runner, "attend", implementation)
     feeder = Feeder(model, LONGEST, monkeypatch)
     rng = random.Random(family)
     feeder.step(PROMPTS, {0: NUM_SHARED_BLOCKS * BLOCK_SIZE, 1: 2})
@@ -77,7 +80,6 @@ def test_steps_that_mix_chunks_and_single_tokens(
         num_mixed += 1 in counts.values() and max(counts.values()) > 1
         if counts:
             feeder.step(PROMPTS, counts)
-    model.model.set_attn_implementation(attention.NAME)
     assert num_mixed > 3
     for row in range(3):
         assert_equal_logits(feeder, row, want[row])

@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache, as one function that transformers calls in place of its own.
+"""Attention over the paged KV cache, as one operator that transformers calls in place of its own.
 
 A step packs the new tokens of all sequences into one row, without padding: first the sequences with one token, then
 the chunks of prompts.
@@ -7,45 +7,34 @@ the chunks of prompts.
     queries      every token of the step
     keys         of each sequence: all tokens so far, found through its block table
 
-For every layer the function stores the step's keys and values in the cache, then lets each query see the tokens of
-its own sequence up to itself, or the last `window` of them, or those of its own `chunk`. What differs from step to
-step arrives as one keyword argument, `paged`, that transformers hands through; what differs from layer to layer was
-attached to the module at load (`AttentionLayer`). No mask is built by transformers.
+For every layer the operator stores the step's keys and values in the cache, then lets each query see the tokens of
+its own sequence up to itself, or the last `window` of them, or those of its own `chunk`. No mask is built by
+transformers. The operator takes tensors and numbers only, so that a compiled layer can call it; all else that the
+step has to say (`AttentionBatch`) is set by `attending` before the model runs, and found by the layer's index.
 
-Read `attend_reference` first. `attend` computes the same, batched; a test compares them.
+Here are the vocabulary, the operator and `attend_reference`, to be read first; attend.py computes the same, batched,
+and is what serves requests. A test compares them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface
 
 from nanoserve.kv_cache.paged_kv_cache import LayerKV, PagedKVCache
 
 NAME = "nanoserve"
-REFERENCE_NAME = "nanoserve-reference"
-
-# Single-token sequences are computed in groups whose keys take at most this much: on a CPU what stays in its caches
-# between copying and multiplying.
-CPU_GROUP_BYTES = 4 << 20
-DEVICE_GROUP_BYTES = 256 << 20
-# A group is padded to its longest sequence, which may be this much longer than its shortest.
-MAX_PADDING = 1.25
-# Queries of a chunk are computed in slices, so that masks and scores stay below so many numbers.
-MAX_MASK = 1 << 22
-MAX_SCORES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """What is particular to one layer. Attached to its attention module as `paged_layer`."""
+    """What is particular to one layer, besides its place in the cache."""
 
-    # Its place in the cache.
-    index: int
     # A query sees so many tokens, itself included. None = all.
     window: int | None = None
     # A query sees its own chunk of so many tokens, up to itself. None = no chunks.
@@ -84,15 +73,15 @@ class Buffers:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """Single-token sequences of similar length, computed together."""
+class AttentionForm:
+    """What one compilation of `attend_singles` is made for."""
 
-    # [n]: their tokens in the step.
-    tokens: Tensor
-    # [num_kv_heads * n * num_blocks]: which runs of the cache to copy; a run is a block's keys of one head.
-    runs: Tensor
-    # [num_kv_heads * n, 1, 1, num_blocks * block_size]: 0 or -inf.
-    bias: Tensor
+    num_heads: int
+    num_kv_heads: int
+    key_width: int
+    value_width: int
+    softcap: float | None
+    has_sinks: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +89,13 @@ class AttentionBatch:
     """What attention must know of a step. Positions and lengths count tokens of a sequence from its beginning."""
 
     cache: PagedKVCache
+    # By their index.
+    layers: Sequence[AttentionLayer]
+    # What computes a layer; returns [num_tokens, num_heads, value_width].
+    attend: "Callable[[AttentionCall], Tensor]"
+    # Of attend.py: memory, and compiled functions by the form that they are for.
     buffers: Buffers
+    compiled: dict[AttentionForm, Callable[..., Tensor]]
     # Of each sequence: tokens computed before this step, and tokens in it.
     starts: list[int]
     counts: list[int]
@@ -125,6 +120,26 @@ class AttentionBatch:
             yield sequence, token
             token += self.counts[sequence]
 
+    def run_layer(
+        self,
+        index: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Store keys and values, and attend. Shapes are those of AttentionCall and `attend`."""
+        layer = self.layers[index]
+        if layer.temperature is not None:
+            floor, strength = layer.temperature
+            scale = 1 + strength * torch.log1p(((self.positions + 1) / floor).floor())  # [num_tokens]
+            queries = (queries * scale[:, None]).to(queries.dtype)
+        self.cache.write(index, self.slots, keys, values)
+        kv = self.cache.layers[index]
+        return self.attend(AttentionCall(self, layer, kv, queries, keys, values, scaling, softcap, sinks))
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
@@ -132,6 +147,7 @@ class AttentionCall:
 
     batch: AttentionBatch
     layer: AttentionLayer
+    kv: LayerKV
     # [num_heads, num_tokens, key_width]
     queries: Tensor
     # [num_kv_heads, num_tokens, key_width], of the step's tokens; already in the cache too.
@@ -146,8 +162,15 @@ class AttentionCall:
     sinks: Tensor | None
 
     @property
-    def kv(self) -> LayerKV:
-        return self.batch.cache.layers[self.layer.index]
+    def form(self) -> AttentionForm:
+        return AttentionForm(
+            self.queries.shape[0],
+            self.keys.shape[0],
+            self.keys.shape[2],
+            self.values.shape[2],
+            self.softcap,
+            self.sinks is not None,
+        )
 
     @property
     def is_plain(self) -> bool:
@@ -155,37 +178,73 @@ class AttentionCall:
         return self.softcap is None and self.sinks is None
 
 
-def _as_interface(attend: Callable[[AttentionCall], Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    """Give `attend` the signature that transformers calls."""
-
-    def paged_attention(
-        module: nn.Module,
-        query: Tensor,  # [1, num_heads, num_tokens, key_width]
-        key: Tensor,  # [1, num_kv_heads, num_tokens, key_width]
-        value: Tensor,  # [1, num_kv_heads, num_tokens, value_width]
-        attention_mask: None = None,  # noqa: ARG001 (never made)
-        *,
-        paged: AttentionBatch,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **_: object,
-    ) -> tuple[Tensor, None]:
-        layer: AttentionLayer = module.paged_layer  # type: ignore[assignment]
-        q, k, v = query[0], key[0], value[0]
-        if layer.temperature is not None:
-            floor, strength = layer.temperature
-            scale = 1 + strength * torch.log1p(((paged.positions + 1) / floor).floor())  # [num_tokens]
-            q = (q * scale[:, None]).to(q.dtype)
-        paged.cache.write(layer.index, paged.slots, k, v)
-        scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-        out = attend(AttentionCall(paged, layer, q, k, v, scaling, softcap, s_aux))
-        return out.unsqueeze(0), None  # [1, num_tokens, num_heads, value_width]
-
-    return paged_attention
+# ------------------------------------------------------------------------------------------------ the operator
 
 
-# ------------------------------------------------------------------------------------------- to be read first
+# Computes one layer of the step that runs in this thread. Arguments and result as of AttentionBatch.run_layer.
+RunLayer = Callable[[int, Tensor, Tensor, Tensor, float, float | None, Tensor | None], Tensor]
+_run_layer: ContextVar[RunLayer] = ContextVar("run_layer")
+
+
+@contextmanager
+def attending(run_layer: RunLayer) -> Iterator[None]:
+    """While it lasts, the attention of any model that runs in this thread is `run_layer`."""
+    token = _run_layer.set(run_layer)
+    try:
+        yield
+    finally:
+        _run_layer.reset(token)
+
+
+_library = torch.library.Library("nanoserve", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "paged_attention(Tensor layer, Tensor query, Tensor key, Tensor value, float scaling, float? softcap,"
+    " Tensor? sinks) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "paged_attention", "CompositeExplicitAutograd")
+def _operator(
+    layer: Tensor,  # []: index, on the CPU
+    query: Tensor,  # [1, num_heads, num_tokens, key_width]
+    key: Tensor,  # [1, num_kv_heads, num_tokens, key_width]
+    value: Tensor,  # [1, num_kv_heads, num_tokens, value_width]
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # [1, num_tokens, num_heads, value_width]
+    return _run_layer.get()(int(layer), query[0], key[0], value[0], scaling, softcap, sinks).unsqueeze(0)
+
+
+@torch.library.impl(_library, "paged_attention", "Meta")
+def _shape_of_operator(
+    _layer: Tensor, query: Tensor, _key: Tensor, value: Tensor, _scaling: float, _softcap: float | None, _sinks: object
+) -> Tensor:
+    return value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None = None,  # noqa: ARG001 (never made)
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The operator in the form that transformers calls. `module.paged_index`, a tensor, says which layer it is."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    index: Tensor = module.paged_index  # type: ignore[assignment]
+    return torch.ops.nanoserve.paged_attention(index, query, key, value, scaling, softcap, s_aux), None
+
+
+AttentionInterface.register(NAME, paged_attention)
+
+
+# ------------------------------------------------------------------------------------------ to be read first
 
 
 def attend_reference(call: AttentionCall) -> Tensor:
@@ -215,176 +274,3 @@ def attend_reference(call: AttentionCall) -> Tensor:
         outputs.append(weights @ v.repeat_interleave(group, 0))  # [num_heads, count, value_width]
         token += count
     return torch.cat(outputs, dim=1).transpose(0, 1).to(queries.dtype)
-
-
-# --------------------------------------------------------------------------------------- what serves requests
-
-
-def attend(call: AttentionCall) -> Tensor:
-    """The same as attend_reference: single-token sequences in groups, chunks one by one."""
-    batch, queries = call.batch, call.queries
-    out = queries.new_empty(queries.shape[1], queries.shape[0], call.values.shape[2])
-    if batch.num_single:
-        for group in _groups(call):
-            out[group.tokens] = _attend_group(call, group)
-    for sequence, token in batch.chunks():
-        end = token + batch.counts[sequence]
-        _attend_chunk(call, sequence, token, out[token:end])
-    return out  # [num_tokens, num_heads, value_width]
-
-
-def _groups(call: AttentionCall) -> list[_Group]:
-    """The single-token sequences, cut into groups; the same for all layers that see the same and have as many heads."""
-    batch, layer, kv = call.batch, call.layer, call.kv
-    num_kv_heads, dtype = len(call.keys), call.queries.dtype
-    key = ("groups", layer.window, layer.chunk, num_kv_heads, dtype)
-    if key not in batch.shared:
-        block_size = batch.cache.block_size
-        spans = [  # of each sequence: the first block that is seen, and how many
-            (first := layer.first_key(start) // block_size, start // block_size - first + 1)
-            for start in batch.starts[: batch.num_single]
-        ]
-        limit = CPU_GROUP_BYTES if batch.cache.device.type == "cpu" else DEVICE_GROUP_BYTES
-        max_blocks = limit // (kv.keys[0].numel() * kv.keys.itemsize)
-        batch.shared[key] = [
-            _make_group(batch, layer, members, spans, num_kv_heads, dtype)
-            for members in _similar([num for _, num in spans], max_blocks)
-        ]
-    groups: list[_Group] = batch.shared[key]
-    return groups
-
-
-def _similar(num_blocks: list[int], max_blocks: int) -> Iterator[list[int]]:
-    """Indices in groups of similar value, a group padded to its largest below max_blocks in sum."""
-    members: list[int] = []
-    for i in sorted(range(len(num_blocks)), key=lambda i: num_blocks[i]):
-        fits = (len(members) + 1) * num_blocks[i] <= max_blocks
-        if members and not (fits and num_blocks[i] <= num_blocks[members[0]] * MAX_PADDING + 1):
-            yield sorted(members)
-            members = []
-        members.append(i)
-    yield sorted(members)
-
-
-def _make_group(
-    batch: AttentionBatch,
-    layer: AttentionLayer,
-    members: list[int],
-    spans: list[tuple[int, int]],
-    num_kv_heads: int,
-    dtype: torch.dtype,
-) -> _Group:
-    device, block_size = batch.cache.device, batch.cache.block_size
-    sequences = torch.tensor(members, device=device)  # [n]
-    first = torch.tensor([[spans[i][0]] for i in members], device=device)  # [n, 1]
-    num = torch.tensor([[spans[i][1]] for i in members], device=device)  # [n, 1]
-    step = torch.arange(max(spans[i][1] for i in members), device=device)  # [num_blocks]
-    # Padding repeats a sequence's own last block: another's may hold NaN within this step.
-    columns = first + torch.minimum(step, num - 1)  # [n, num_blocks]
-    blocks = batch.block_tables[sequences].gather(1, columns)  # [n, num_blocks]
-    heads = torch.arange(num_kv_heads, device=device)[:, None, None]  # [num_kv_heads, 1, 1]
-    runs = blocks * num_kv_heads + heads  # [num_kv_heads, n, num_blocks]
-    keys = first * block_size + torch.arange(len(step) * block_size, device=device)  # [n, num_keys]
-    hidden = layer.hides(batch.positions[sequences, None], keys)  # [n, num_keys]
-    return _Group(sequences, runs.flatten(), _bias(hidden, dtype).repeat(num_kv_heads, 1)[:, None, None])
-
-
-def _attend_group(call: AttentionCall, group: _Group) -> Tensor:
-    """[n, num_heads, value_width]"""
-    num_kv_heads, n = len(call.keys), len(group.tokens)
-    k, v = _copy_runs(call, group.runs, num_kv_heads * n)
-    q = call.queries[:, group.tokens].view(num_kv_heads, -1, n, k.shape[2])  # [num_kv_heads, heads a KV head, n, width]
-    q = q.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # [num_kv_heads * n, heads a KV head, 1, key_width]
-    sinks = call.sinks
-    if sinks is not None:
-        sinks = sinks.view(num_kv_heads, -1, 1, 1).repeat_interleave(n, 0)
-    out = _attend(call, q, k, v, group.bias, sinks)
-    return out.view(num_kv_heads, n, -1, v.shape[2]).transpose(0, 1).flatten(1, 2)
-
-
-def _attend_chunk(call: AttentionCall, sequence: int, token: int, out: Tensor) -> None:
-    """One sequence with several tokens. out: [count, num_heads, value_width], its part of the result."""
-    batch, layer, num_kv_heads = call.batch, call.layer, len(call.keys)
-    start, count, block_size = batch.starts[sequence], batch.counts[sequence], batch.cache.block_size
-    end = start + count
-    queries, keys, values = (t[:, token : token + count] for t in (call.queries, call.keys, call.values))
-    is_fused = call.is_plain and keys.shape[2] == values.shape[2]
-    if is_fused and start == 0 and layer.first_key(end - 1) == 0:
-        result = functional.scaled_dot_product_attention(
-            queries[None], keys[None], values[None], is_causal=True, scale=call.scaling, enable_gqa=True
-        )
-        out.copy_(result[0].transpose(0, 1))
-        return
-
-    base = 0  # position of the first of `keys`
-    if start > 0:
-        first_block = layer.first_key(start) // block_size
-        base = first_block * block_size
-        blocks = batch.block_tables[sequence, first_block : -(-end // block_size)]
-        runs = blocks * num_kv_heads + torch.arange(num_kv_heads, device=blocks.device)[:, None]
-        keys, values = _copy_runs(call, runs.flatten(), num_kv_heads)
-    sinks = None if call.sinks is None else call.sinks.view(num_kv_heads, -1, 1, 1)
-    q = queries.view(num_kv_heads, -1, count, queries.shape[2])  # [num_kv_heads, heads a KV head, count, key_width]
-    size = max(1, (MAX_MASK if is_fused else MAX_SCORES // len(queries)) // (end - layer.first_key(start)))
-    for a in range(0, count, size):
-        b = min(a + size, count)
-        first = layer.first_key(start + a)
-        seen = slice(first - base, start + b - base)
-        bias = _chunk_bias(call, first, start + a, start + b)  # [b - a, num_seen]
-        part = _attend(call, q[:, :, a:b], keys[:, seen], values[:, seen], bias, sinks)
-        out[a:b] = part.flatten(0, 1).transpose(0, 1)
-
-
-def _chunk_bias(call: AttentionCall, first: int, start: int, end: int) -> Tensor:
-    """For queries at start to end - 1 and keys at first to end - 1: [end - start, end - first]"""
-    layer, shared = call.layer, call.batch.shared
-    key = ("bias", layer.window, layer.chunk, first, start, end, call.queries.dtype)
-    if key not in shared:
-        keys = torch.arange(first, end, device=call.queries.device)
-        shared[key] = _bias(layer.hides(keys[start - first :, None], keys), call.queries.dtype)
-    bias: Tensor = shared[key]
-    return bias
-
-
-def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: -inf where hidden, else 0."""
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-
-
-def _copy_runs(call: AttentionCall, runs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Copy runs of the cache next to each other: keys and values, [num_rows, num_keys, width]."""
-    copies = []
-    for name, pool in (("keys", call.kv.keys), ("values", call.kv.values)):
-        lines = pool.view(pool.shape[0] * pool.shape[1], -1)  # [num_blocks * num_kv_heads, block_size * width]
-        copy = call.batch.buffers.take(name, len(runs), lines)
-        torch.index_select(lines, 0, runs, out=copy)
-        copies.append(copy.view(num_rows, -1, pool.shape[3]))
-    return copies[0], copies[1]
-
-
-def _attend(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor | None) -> Tensor:
-    """q: [n, group, count, key_width]; k, v: [n, num_keys, width]; bias and sinks broadcast to the scores
-    [n, group, count, num_keys or 1]. Returns [n, group, count, value_width].
-
-    Few queries are computed by the formula, which for them is faster than torch's fused attention. The products sum
-    in float32 and round to the model's type, as in transformers' eager attention; all else is float32.
-    """
-    n, group, count, _ = q.shape
-    if call.is_plain and count > 1:
-        out = functional.scaled_dot_product_attention(
-            q.flatten(0, 1)[None], k[None], v[None], attn_mask=bias, scale=call.scaling, enable_gqa=True
-        )
-        return out.view(n, group, count, -1)
-    scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).float().mul_(call.scaling)
-    scores = scores.view(n, group, count, -1)  # [n, group, count, num_keys]
-    if call.softcap is not None:
-        scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
-    scores += bias
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.float().expand(n, group, count, 1)], dim=-1)
-    weights = scores.softmax(-1)[..., : k.shape[1]].to(v.dtype)
-    return torch.bmm(weights.flatten(1, 2), v).view(n, group, count, -1)
-
-
-AttentionInterface.register(NAME, _as_interface(attend))
-AttentionInterface.register(REFERENCE_NAME, _as_interface(attend_reference))

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from nanoserve.config import ConfigError, ModelOptions
 from nanoserve.kv_cache.paged_kv_cache import KVSpec
 from nanoserve.model import attention
+from nanoserve.model.attention import AttentionLayer
 from nanoserve.model.packing import can_pack, pack_linears
 from nanoserve.model.probe import NotServable, learn_layers
 from nanoserve.request import SamplingParams
@@ -70,9 +71,12 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     # The checkpoint's own, for requests that say nothing.
     default_params: SamplingParams
-    # What each layer keeps in the KV cache.
+    # What is particular to each attention layer, and what it keeps in the KV cache.
+    attention_layers: tuple[AttentionLayer, ...]
     kv_specs: tuple[KVSpec, ...]
     num_parameters: int
+    # Linear layers are PackedLinear.
+    is_packed: bool
     # Equal for equal weights, on every machine: part of every prefix hash.
     fingerprint: str
 
@@ -89,15 +93,15 @@ def load_model(options: ModelOptions) -> LoadedModel:
     max_position = _max_position(config)
     vocab_size = model.get_output_embeddings().weight.shape[0]
     num_parameters = sum(p.numel() for p in model.parameters())
-    if can_pack(device, dtype):
+    is_packed = can_pack(device, dtype)
+    if is_packed:
         pack_linears(model)
     try:
         trunk, head = _split(model)
-        _carry_argument(model)
         _take_over_temperature(model)
         fix_rope(model, max_position or SOME_CONTEXT)
         _refuse_selection(model)
-        kv_specs = learn_layers(model, trunk, max_position or SOME_CONTEXT)
+        attention_layers, kv_specs = learn_layers(model, trunk, max_position or SOME_CONTEXT)
     except NotServable as error:
         raise ModelLoadError(f"{architecture} cannot be served: {error}") from error
     except Exception as error:
@@ -116,10 +120,23 @@ def load_model(options: ModelOptions) -> LoadedModel:
         max_position=max_position,
         eos_token_ids=_eos_token_ids(generation, config),
         default_params=_default_params(generation),
+        attention_layers=tuple(attention_layers),
         kv_specs=tuple(kv_specs),
         num_parameters=num_parameters,
+        is_packed=is_packed,
         fingerprint=_fingerprint(folder),
     )
+
+
+def load_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without its weights, on torch's meta device, which has no memory."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
+        )
+    _take_over_temperature(model)
+    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------- finding the files
@@ -310,17 +327,6 @@ def _refuse_selection(model: nn.Module) -> None:
         name = type(module).__name__
         if any(part in name for part in SELECTING_MODULES):
             raise NotServable(f"its attention leaves tokens out by their content ({name})")
-
-
-def _carry_argument(model: nn.Module) -> None:
-    """StableLM's decoder layer drops keyword arguments: hand `paged` past it."""
-    for layer in model.modules():
-        if type(layer).__name__ == "StableLmDecoderLayer":
-            box: dict[str, object] = {}
-            layer.register_forward_pre_hook(lambda _, __, kw, box=box: box.update(paged=kw["paged"]), with_kwargs=True)
-            layer.get_submodule("self_attn").register_forward_pre_hook(
-                lambda _, args, kw, box=box: (args, {**kw, **box}), with_kwargs=True
-            )
 
 
 def _take_over_temperature(model: nn.Module) -> None:

@@ -24,8 +24,30 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), TYPICAL_ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return out
+        if torch.compiler.is_compiling():
+            compiled: Tensor = torch.ops.nanoserve.packed_linear(x, self._packed, self.bias, self.out_features)
+            return compiled
+        return _multiply(x, self._packed, self.bias, self.out_features)
+
+
+# oneDNN's product as an operator of our own: torch.compile would put its own in place, which wants its weight as a
+# constant.
+_library = torch.library.Library("nanoserve", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "packed_linear", "CPU")
+@torch.library.impl(_library, "packed_linear", "MkldnnCPU")
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, _out_features: int) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return out
+
+
+@torch.library.impl(_library, "packed_linear", "Meta")
+def _shape_of_product(x: Tensor, _packed: Tensor, _bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

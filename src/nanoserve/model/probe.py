@@ -9,11 +9,12 @@ The server relies on two things that no config states for every architecture:
    here. A mask of another form or an unknown argument breaks this.
 
 `learn_layers` tries both: it puts a stand-in for attention and for the making of masks into the model, watches what
-reaches them, and attaches an AttentionLayer to every attention module. A model that does something else is refused.
+reaches them, and gives every attention module its index. A model that does something else is refused.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +48,9 @@ class _Watch:
     masks: list[object] = field(default_factory=list)
 
 
+_watch: ContextVar[_Watch] = ContextVar("watch")
+
+
 @dataclass(frozen=True, slots=True)
 class _MaskRecipe:
     """Handed to the layers in place of a mask: the rule it would have been made by."""
@@ -54,10 +58,12 @@ class _MaskRecipe:
     rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def learn_layers(model: PreTrainedModel, trunk: nn.Module, max_position: int) -> list[KVSpec]:
-    """Attach an AttentionLayer to each attention module, and return what each keeps in the cache. Raises NotServable.
+def learn_layers(
+    model: PreTrainedModel, trunk: nn.Module, max_position: int
+) -> tuple[list[AttentionLayer], list[KVSpec]]:
+    """Number the attention modules, and return what is particular to each and what it keeps in the cache.
 
-    max_position: the longest context that can be asked for.
+    max_position: the longest context that can be asked for. Raises NotServable.
     """
     implementation = model.config._attn_implementation
     with _probing():
@@ -70,13 +76,14 @@ def learn_layers(model: PreTrainedModel, trunk: nn.Module, max_position: int) ->
         raise NotServable("it has no attention that can be replaced")
     if len(set(map(id, watch.modules))) != len(watch.modules):
         raise NotServable("an attention layer is used more than once for a token")
-    specs = []
+    layers, specs = [], []
     for index, (module, spec, mask) in enumerate(zip(watch.modules, watch.specs, watch.masks, strict=True)):
         window, chunk = _read_mask(mask, max_position)
         temperature = getattr(module, "query_temperature", None)
-        module.paged_layer = AttentionLayer(index, window, chunk, temperature)  # type: ignore[assignment]
+        module.paged_index = torch.tensor(index)  # a tensor: a compiled layer takes no other number
+        layers.append(AttentionLayer(window, chunk, temperature))
         specs.append(KVSpec(spec.num_kv_heads, spec.key_width, spec.value_width, spec.dtype, window or chunk))
-    return specs
+    return layers, specs
 
 
 @contextmanager
@@ -101,22 +108,19 @@ def _stand_in(
     key: Tensor,  # [1, num_kv_heads, num_tokens, key_width]
     value: Tensor,  # [1, num_kv_heads, num_tokens, value_width]
     attention_mask: object,
-    *,
-    paged: _Watch | None = None,
     **arguments: object,
 ) -> tuple[Tensor, None]:
     """Attention in which a token sees only itself, but which depends on all that it is given."""
-    if paged is None:
-        raise NotServable("its layers do not pass keyword arguments on to attention")
+    watch = _watch.get()
     is_causal = arguments.pop("is_causal", None)
     unknown = sorted(k for k, v in arguments.items() if k not in KNOWN_ARGUMENTS and v is not None and v is not False)
     if unknown:
         raise NotServable(f"its attention takes {', '.join(unknown)}, which the paged attention does not know")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise NotServable("its attention is not causal")
-    paged.modules.append(module)
-    paged.masks.append(attention_mask)
-    paged.specs.append(KVSpec(key.shape[1], key.shape[3], value.shape[3], key.dtype))
+    watch.modules.append(module)
+    watch.masks.append(attention_mask)
+    watch.specs.append(KVSpec(key.shape[1], key.shape[3], value.shape[3], key.dtype))
     group = query.shape[1] // key.shape[1]
     out = value + key.tanh().mean(-1, keepdim=True)  # [1, num_kv_heads, num_tokens, value_width]
     out = out.repeat_interleave(group, 1) + query.tanh().mean(-1, keepdim=True)
@@ -136,8 +140,9 @@ def _check_independence(model: PreTrainedModel, trunk: nn.Module, max_position: 
 
     def run(tokens: Tensor, positions: Tensor) -> tuple[Tensor, _Watch]:
         watch = _Watch()
+        _watch.set(watch)
         with torch.inference_mode():
-            out = trunk(input_ids=tokens[None], position_ids=positions[None], use_cache=False, paged=watch)
+            out = trunk(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         return out[0][0], watch  # [num_tokens, hidden]
 
     plain, watch = run(tokens, positions)
@@ -174,11 +179,11 @@ def _read_mask(mask: object, max_position: int) -> tuple[int | None, int | None]
     last = max_position - 1
     first = first_seen(last)
     if first == 0:
-        layer = AttentionLayer(0)
+        layer = AttentionLayer()
     elif first_seen(first) == first:  # the first of a chunk sees only itself
-        layer = AttentionLayer(0, chunk=first - first_seen(first - 1))
+        layer = AttentionLayer(chunk=first - first_seen(first - 1))
     else:
-        layer = AttentionLayer(0, window=last - first + 1)
+        layer = AttentionLayer(window=last - first + 1)
     around = {0, 1, 2, first - 1, first, first + 1, last // 2, last // 3, last - 1, last}
     if any(first_seen(q) != layer.first_key(q) for q in around if 0 <= q <= last):
         raise NotServable("its attention mask is neither full nor a window nor chunks")

@@ -9,13 +9,15 @@ runs only for positions whose logits are wanted.
 
 import ctypes
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
-from nanoserve.model.attention import AttentionBatch, Buffers
+from nanoserve.model.attend import attend
+from nanoserve.model.attention import AttentionBatch, AttentionForm, Buffers, attending
 from nanoserve.model.loader import LoadedModel, fix_rope
 from nanoserve.model.sampler import Sampler, token_logprobs
 from nanoserve.request import ScheduledSequence, SequenceResult, StepPlan, StepResult, TokenLogprob
@@ -45,6 +47,8 @@ class ModelRunner:
         self._cache = cache
         self._sampler = sampler
         self._buffers = Buffers()
+        # Filled while the server runs, by model/compiled.py.
+        self.compiled_attention: dict[AttentionForm, Callable[..., Tensor]] = {}
         max_num_blocks = -(-max_context_tokens // cache.block_size)
         # Row -> its blocks in order; beyond the row's own number of them the ids mean nothing.
         self._block_tables = torch.zeros(max_num_seqs, max_num_blocks, dtype=torch.long, device=model.device)
@@ -139,13 +143,23 @@ class ModelRunner:
         positions = torch.arange(sum(counts), device=device) + offset[sequence]  # [num_tokens]
         blocks = block_tables[sequence, positions // block_size]  # [num_tokens]
         slots = blocks * block_size + positions % block_size  # [num_tokens]
-        return AttentionBatch(self._cache, self._buffers, starts, counts, slots, positions, block_tables)
+        return AttentionBatch(
+            self._cache,
+            self._model.attention_layers,
+            attend,
+            self._buffers,
+            self.compiled_attention,
+            starts,
+            counts,
+            slots,
+            positions,
+            block_tables,
+        )
 
     def _run_trunk(self, batch: AttentionBatch, token_ids: Tensor) -> Tensor:
         """[num_tokens, hidden_size]"""
-        out = self._model.trunk(
-            input_ids=token_ids[None], position_ids=batch.positions[None], use_cache=False, paged=batch
-        )
+        with attending(batch.run_layer):
+            out = self._model.trunk(input_ids=token_ids[None], position_ids=batch.positions[None], use_cache=False)
         hidden: Tensor = out[0][0]
         return hidden
 

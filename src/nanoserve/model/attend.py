@@ -1,0 +1,252 @@
+"""What attention computes for requests: the same as attend_reference, batched.
+
+A step's single-token sequences (those that generate) are computed in groups of similar length, its chunks of prompts
+one by one. For groups there are two ways: by the plain formula over the blocks where they lie, which is fast only once
+it is compiled (compiled.py), and by copying the blocks next to each other for torch's batched products.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nanoserve.model.attention import AttentionBatch, AttentionCall, AttentionLayer
+
+# Single-token sequences are computed in groups whose keys take at most this much. On a CPU that copies them first: what
+# stays in its caches between copying and multiplying.
+CPU_GROUP_BYTES = 4 << 20
+GROUP_BYTES = 256 << 20
+# A group is padded to its longest sequence, which may be this much longer than its shortest.
+MAX_PADDING = 1.25
+# Queries of a chunk are computed in slices, so that masks and scores stay below so many numbers.
+MAX_MASK = 1 << 22
+MAX_SCORES = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Single-token sequences of similar length, computed together."""
+
+    # [n]: their tokens in the step.
+    tokens: Tensor
+    # [n, num_blocks]: the blocks that they see.
+    blocks: Tensor
+    # [n, num_blocks * block_size]: 0 or -inf.
+    bias: Tensor
+    num_kv_heads: int
+
+    @cached_property
+    def runs(self) -> Tensor:
+        """[num_kv_heads * n * num_blocks]: which runs of the cache to copy; a run is a block's keys of one head."""
+        heads = torch.arange(self.num_kv_heads, device=self.blocks.device)[:, None, None]
+        return (self.blocks * self.num_kv_heads + heads).flatten()
+
+    @cached_property
+    def head_bias(self) -> Tensor:
+        """[num_kv_heads * n, 1, 1, num_blocks * block_size]"""
+        return self.bias.repeat(self.num_kv_heads, 1)[:, None, None]
+
+
+def attend(call: AttentionCall) -> Tensor:
+    """The same as attend_reference: single-token sequences in groups, chunks one by one."""
+    batch, kv = call.batch, call.kv
+    out = call.queries.new_empty(call.queries.shape[1], call.queries.shape[0], call.values.shape[2])
+    if batch.num_single:
+        compiled = batch.compiled.get(call.form)
+        for group in _groups(call, must_copy=compiled is None):
+            if compiled is None:
+                out[group.tokens] = _attend_copies(call, group)
+            else:
+                queries = call.queries[:, group.tokens].transpose(0, 1).contiguous().float() * call.scaling
+                out[group.tokens] = compiled(queries, kv.keys, kv.values, group.blocks, group.bias, call.sinks)
+    for sequence, token in batch.chunks():
+        end = token + batch.counts[sequence]
+        _attend_chunk(call, sequence, token, out[token:end])
+    return out  # [num_tokens, num_heads, value_width]
+
+
+def attend_singles(
+    queries: Tensor,  # [n, num_heads, key_width]: float32, scaled
+    keys: Tensor,  # [num_blocks_of_cache, num_kv_heads, block_size, key_width]
+    values: Tensor,  # [num_blocks_of_cache, num_kv_heads, block_size, value_width]
+    blocks: Tensor,  # [n, num_blocks]
+    bias: Tensor,  # [n, num_blocks * block_size]
+    sinks: Tensor | None,  # [num_heads]
+    softcap: float | None,
+) -> Tensor:
+    """One query a sequence, by the formula, in float32. Returns [n, num_heads, value_width].
+
+    Compiled, it is one pass over the keys and one over the values; as it stands, it makes large tensors.
+    """
+    n, num_blocks = blocks.shape
+    _, num_kv_heads, block_size, _ = keys.shape
+    q = queries.view(n, 1, num_kv_heads, -1, 1, queries.shape[2])
+    scores = (q * keys[blocks].float()[:, :, :, None]).sum(-1)  # [n, num_blocks, num_kv_heads, group, block_size]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias.view(n, num_blocks, 1, 1, block_size)
+    largest = scores.amax((1, 4), keepdim=True)  # [n, 1, num_kv_heads, group, 1]
+    if sinks is not None:
+        sinks = sinks.float().view(1, 1, num_kv_heads, -1, 1)
+        largest = torch.maximum(largest, sinks)
+    weights = (scores - largest).exp()
+    total = weights.sum((1, 4), keepdim=True)
+    if sinks is not None:
+        total = total + (sinks - largest).exp()
+    weights = (weights / total).unsqueeze(-1)
+    out = (weights * values[blocks].float()[:, :, :, None]).sum((1, 4))  # [n, num_kv_heads, group, value_width]
+    return out.flatten(1, 2).to(values.dtype)
+
+
+def _groups(call: AttentionCall, *, must_copy: bool) -> list[_Group]:
+    """The single-token sequences, cut into groups; the same for all layers that see the same and have as many heads."""
+    batch, layer, kv = call.batch, call.layer, call.kv
+    num_kv_heads, dtype = len(call.keys), call.queries.dtype
+    key = ("groups", layer.window, layer.chunk, num_kv_heads, dtype, must_copy)
+    if key not in batch.shared:
+        block_size = batch.cache.block_size
+        spans = [  # of each sequence: the first block that is seen, and how many
+            (first := layer.first_key(start) // block_size, start // block_size - first + 1)
+            for start in batch.starts[: batch.num_single]
+        ]
+        limit = CPU_GROUP_BYTES if must_copy and batch.cache.device.type == "cpu" else GROUP_BYTES
+        max_blocks = limit // (kv.keys[0].numel() * kv.keys.itemsize)
+        batch.shared[key] = [
+            _make_group(batch, layer, members, spans, num_kv_heads, dtype)
+            for members in _similar([num for _, num in spans], max_blocks)
+        ]
+    groups: list[_Group] = batch.shared[key]
+    return groups
+
+
+def _similar(num_blocks: list[int], max_blocks: int) -> Iterator[list[int]]:
+    """Indices in groups of similar value, a group padded to its largest below max_blocks in sum."""
+    members: list[int] = []
+    for i in sorted(range(len(num_blocks)), key=lambda i: num_blocks[i]):
+        fits = (len(members) + 1) * num_blocks[i] <= max_blocks
+        if members and not (fits and num_blocks[i] <= num_blocks[members[0]] * MAX_PADDING + 1):
+            yield sorted(members)
+            members = []
+        members.append(i)
+    yield sorted(members)
+
+
+def _make_group(
+    batch: AttentionBatch,
+    layer: AttentionLayer,
+    members: list[int],
+    spans: list[tuple[int, int]],
+    num_kv_heads: int,
+    dtype: torch.dtype,
+) -> _Group:
+    device, block_size = batch.cache.device, batch.cache.block_size
+    sequences = torch.tensor(members, device=device)  # [n]
+    first = torch.tensor([[spans[i][0]] for i in members], device=device)  # [n, 1]
+    num = torch.tensor([[spans[i][1]] for i in members], device=device)  # [n, 1]
+    step = torch.arange(max(spans[i][1] for i in members), device=device)  # [num_blocks]
+    # Padding repeats a sequence's own last block: another's may hold NaN within this step.
+    columns = first + torch.minimum(step, num - 1)  # [n, num_blocks]
+    blocks = batch.block_tables[sequences].gather(1, columns)  # [n, num_blocks]
+    keys = first * block_size + torch.arange(len(step) * block_size, device=device)  # [n, num_keys]
+    hidden = layer.hides(batch.positions[sequences, None], keys)  # [n, num_keys]
+    return _Group(sequences, blocks, _bias(hidden, dtype), num_kv_heads)
+
+
+def _attend_copies(call: AttentionCall, group: _Group) -> Tensor:
+    """[n, num_heads, value_width]"""
+    num_kv_heads, n = len(call.keys), len(group.tokens)
+    k, v = _copy_runs(call, group.runs, num_kv_heads * n)
+    q = call.queries[:, group.tokens].view(num_kv_heads, -1, n, k.shape[2])  # [num_kv_heads, heads a KV head, n, width]
+    q = q.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # [num_kv_heads * n, heads a KV head, 1, key_width]
+    sinks = call.sinks
+    if sinks is not None:
+        sinks = sinks.view(num_kv_heads, -1, 1, 1).repeat_interleave(n, 0)
+    out = _attend(call, q, k, v, group.head_bias, sinks)
+    return out.view(num_kv_heads, n, -1, v.shape[2]).transpose(0, 1).flatten(1, 2)
+
+
+def _attend_chunk(call: AttentionCall, sequence: int, token: int, out: Tensor) -> None:
+    """One sequence with several tokens. out: [count, num_heads, value_width], its part of the result."""
+    batch, layer, num_kv_heads = call.batch, call.layer, len(call.keys)
+    start, count, block_size = batch.starts[sequence], batch.counts[sequence], batch.cache.block_size
+    end = start + count
+    queries, keys, values = (t[:, token : token + count] for t in (call.queries, call.keys, call.values))
+    is_fused = call.is_plain and keys.shape[2] == values.shape[2]
+    if is_fused and start == 0 and layer.first_key(end - 1) == 0:
+        result = functional.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], is_causal=True, scale=call.scaling, enable_gqa=True
+        )
+        out.copy_(result[0].transpose(0, 1))
+        return
+
+    base = 0  # position of the first of `keys`
+    if start > 0:
+        first_block = layer.first_key(start) // block_size
+        base = first_block * block_size
+        blocks = batch.block_tables[sequence, first_block : -(-end // block_size)]
+        runs = blocks * num_kv_heads + torch.arange(num_kv_heads, device=blocks.device)[:, None]
+        keys, values = _copy_runs(call, runs.flatten(), num_kv_heads)
+    sinks = None if call.sinks is None else call.sinks.view(num_kv_heads, -1, 1, 1)
+    q = queries.view(num_kv_heads, -1, count, queries.shape[2])  # [num_kv_heads, heads a KV head, count, key_width]
+    size = max(1, (MAX_MASK if is_fused else MAX_SCORES // len(queries)) // (end - layer.first_key(start)))
+    for a in range(0, count, size):
+        b = min(a + size, count)
+        first = layer.first_key(start + a)
+        seen = slice(first - base, start + b - base)
+        bias = _chunk_bias(call, first, start + a, start + b)  # [b - a, num_seen]
+        part = _attend(call, q[:, :, a:b], keys[:, seen], values[:, seen], bias, sinks)
+        out[a:b] = part.flatten(0, 1).transpose(0, 1)
+
+
+def _chunk_bias(call: AttentionCall, first: int, start: int, end: int) -> Tensor:
+    """For queries at start to end - 1 and keys at first to end - 1: [end - start, end - first]"""
+    layer, shared = call.layer, call.batch.shared
+    key = ("bias", layer.window, layer.chunk, first, start, end, call.queries.dtype)
+    if key not in shared:
+        keys = torch.arange(first, end, device=call.queries.device)
+        shared[key] = _bias(layer.hides(keys[start - first :, None], keys), call.queries.dtype)
+    bias: Tensor = shared[key]
+    return bias
+
+
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: -inf where hidden, else 0."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
+def _copy_runs(call: AttentionCall, runs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Copy runs of the cache next to each other: keys and values, [num_rows, num_keys, width]."""
+    copies = []
+    for name, pool in (("keys", call.kv.keys), ("values", call.kv.values)):
+        lines = pool.view(pool.shape[0] * pool.shape[1], -1)  # [num_blocks * num_kv_heads, block_size * width]
+        copy = call.batch.buffers.take(name, len(runs), lines)
+        torch.index_select(lines, 0, runs, out=copy)
+        copies.append(copy.view(num_rows, -1, pool.shape[3]))
+    return copies[0], copies[1]
+
+
+def _attend(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor | None) -> Tensor:
+    """q: [n, group, count, key_width]; k, v: [n, num_keys, width]; bias and sinks broadcast to the scores
+    [n, group, count, num_keys or 1]. Returns [n, group, count, value_width].
+
+    Few queries are computed by the formula, which for them is faster than torch's fused attention. The products sum
+    in float32 and round to the model's type, as in transformers' eager attention; all else is float32.
+    """
+    n, group, count, _ = q.shape
+    if call.is_plain and count > 1:
+        out = functional.scaled_dot_product_attention(
+            q.flatten(0, 1)[None], k[None], v[None], attn_mask=bias, scale=call.scaling, enable_gqa=True
+        )
+        return out.view(n, group, count, -1)
+    scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).float().mul_(call.scaling)
+    scores = scores.view(n, group, count, -1)  # [n, group, count, num_keys]
+    if call.softcap is not None:
+        scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
+    scores += bias
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().expand(n, group, count, 1)], dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[1]].to(v.dtype)
+    return torch.bmm(weights.flatten(1, 2), v).view(n, group, count, -1)

@@ -1,0 +1,98 @@
+"""The process that compiles: python -m nanoserve.model.compile_worker FOLDER, with a Job in FOLDER/job.
+
+Started by compiled.py, which reads what this leaves in the folder. It builds the model without its weights, gives
+memory only to the layers that it compiles, and ends when its standard input does, that is, with its parent.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from nanoserve.model.attend import attend_singles
+from nanoserve.model.attention import AttentionForm
+from nanoserve.model.compiled import NUM_TOKENS, Job, LayerJob
+from nanoserve.model.loader import load_skeleton
+from nanoserve.model.packing import pack_linears
+
+# Of the trial call of attend_singles: sizes that stand for any. Blocks and keys are tied by the block size.
+NUM_SEQUENCES = 7
+NUM_BLOCKS = 11
+CACHE_BLOCKS = 23
+
+
+def main(folder: Path) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.nice(10)
+    job: Job = torch.load(folder / "job", weights_only=False)
+    with torch.inference_mode():
+        for name, form in job.attention.items():
+            _make(folder, name, lambda form=form: compile_attention(form, job))  # type: ignore[misc]
+        model = load_skeleton(job.folder, job.dtype, trust_remote_code=job.trust_remote_code)
+        for name, layer in job.layers.items():
+            _make(folder, name, lambda layer=layer: compile_layer(model, layer, job))  # type: ignore[misc]
+
+
+def _die_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _make(folder: Path, name: str, compile: Callable[[], Any]) -> None:
+    try:
+        compile().save_compiled_function(str(folder / f"{name}.compiled"))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        (folder / f"{name}.error").write_text(f"{name}: {type(error).__name__}: {reason[0]}")
+
+
+def _compile(function: Callable[..., Any], *args: Any) -> Any:
+    # Without guards: compiled.py makes sure of what they would.
+    options: Any = {"guard_filter_fn": lambda guards: [False for _ in guards]}
+    compiled: Any = torch.compile(function, fullgraph=True, options=options)
+    return compiled.aot_compile((args, {}))
+
+
+def compile_layer(model: nn.Module, job: LayerJob, whole: Job) -> Any:
+    """For any number of tokens."""
+    layer = model.get_submodule(job.name).to_empty(device="cpu")
+    for name in job.attention_names:
+        layer.get_submodule(name).paged_index = torch.tensor(0)
+    if whole.is_packed:
+        pack_linears(layer)
+    for leaf in _pytree.tree_leaves((job.args, job.kwargs)):
+        if isinstance(leaf, Tensor):
+            for dimension, size in enumerate(leaf.shape):
+                if size == NUM_TOKENS:
+                    torch._dynamo.mark_dynamic(leaf, dimension)
+    return _compile(_run_layer, layer, job.args, job.kwargs)
+
+
+def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return layer(*args, **kwargs)
+
+
+def compile_attention(form: AttentionForm, job: Job) -> Any:
+    """For any number of sequences, of blocks a sequence, and of blocks in the cache."""
+    shape = CACHE_BLOCKS, form.num_kv_heads, job.block_size
+    queries = torch.zeros(NUM_SEQUENCES, form.num_heads, form.key_width)
+    keys = torch.zeros(*shape, form.key_width, dtype=job.dtype)
+    values = torch.zeros(*shape, form.value_width, dtype=job.dtype)
+    blocks = torch.zeros(NUM_SEQUENCES, NUM_BLOCKS, dtype=torch.long)
+    bias = torch.zeros(NUM_SEQUENCES, NUM_BLOCKS * job.block_size, dtype=job.dtype)
+    sinks = torch.zeros(form.num_heads, dtype=job.dtype) if form.has_sinks else None
+    for tensor, dimensions in ((queries, 1), (keys, 1), (values, 1), (blocks, 2), (bias, 2)):
+        for dimension in range(dimensions):
+            torch._dynamo.mark_dynamic(tensor, dimension)
+    return _compile(partial(attend_singles, softcap=form.softcap), queries, keys, values, blocks, bias, sinks)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,326 @@
+"""Parts of a step, compiled for a CPU: decoder layers, and attention of single tokens.
+
+    serving starts ──────▶ plain PyTorch ─────────────────────────────────▶ compiled parts
+          └▶ in the cache folder? ─no─▶ child process (compile_worker.py) ─▶ load ─▶ try ─▶ use
+
+Compiling takes a process of its own, because in this one it would hold the interpreter lock against the engine for
+seconds. What it makes is kept in the user's cache folder for the next start. torch.compile's guards are left out, which
+would cost more than a small layer; instead a compiled layer is used only for layers of the same make, and only if, on a
+trial call, it computes what the layer itself computes. Nothing here can fail a request: what cannot be compiled is
+served as it is.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from nanoserve.model import attend
+from nanoserve.model.attention import AttentionForm, attending
+from nanoserve.model.loader import LoadedModel
+
+# Below it, a step takes so little that compiling is not worth its minute of CPU time.
+MIN_PARAMETERS = 50_000_000
+# Of a trial call. Unlike any width in a model, so that a dimension of this size is known to count tokens.
+NUM_TOKENS = 37
+# How far the compiled and the plain layer may be apart: of what the layer adds to its input, or, where rounding of the
+# input is more than that, so many steps of its precision.
+TOLERANCE = 0.02
+TOLERATED_STEPS = 2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerJob:
+    """A decoder layer to be compiled."""
+
+    # Its path in the model.
+    name: str
+    # Of its submodules that are attention.
+    attention_names: list[str]
+    # Of a call that was watched.
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What compile_worker.py is told. Each part becomes a file NAME.compiled, or NAME.error that says why not."""
+
+    folder: Path
+    trust_remote_code: bool
+    dtype: torch.dtype
+    is_packed: bool
+    block_size: int
+    layers: dict[str, LayerJob]
+    attention: dict[str, AttentionForm]
+
+
+@dataclass(slots=True)
+class _Call:
+    """A layer, and what it was called with in the trial run."""
+
+    name: str
+    layer: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def make(self) -> str:
+        """Equal for layers whose forward does the same: their classes, shapes and constants."""
+        facts: list[Any] = [sorted(self.kwargs)]
+        for name, module in self.layer.named_modules():
+            constants = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | None)}
+            constants.pop("layer_idx", None)
+            facts.append((name, type(module).__name__, sorted(constants.items(), key=repr)))
+        facts += [(name, tuple(p.shape)) for name, p in self.layer.named_parameters()]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+class BackgroundCompiler:
+    """Compiles what a runner spends its time on, and puts it to use while it serves.
+
+    Make it before the first request: it runs the model once. Then a thread of its own does the rest. Replacing a
+    layer's forward, or adding a form of attention, is one assignment, and both ways compute the same, so it may happen
+    in the middle of a step.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        compiled_attention: dict[AttentionForm, Callable[..., Tensor]],
+        *,
+        block_size: int,
+        trust_remote_code: bool,
+    ) -> None:
+        self._model = model
+        self._compiled_attention = compiled_attention
+        self._calls, forms = watch_calls(model)
+        self._job = Job(
+            folder=model.folder,
+            trust_remote_code=trust_remote_code,
+            dtype=model.dtype,
+            is_packed=model.is_packed,
+            block_size=block_size,
+            layers={f"layer-{call.make}": _layer_job(call) for call in self._calls},
+            attention={f"attention-{i}": form for i, form in enumerate(sorted(forms, key=repr))},
+        )
+        self._thread = threading.Thread(target=self._run, name="nanoserve-compile", daemon=True)
+
+    def start(self) -> None:
+        """Begin in the background."""
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when all that can be compiled is in use."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        started_s = time.monotonic()
+        try:
+            folder = cache_folder(self._job)
+            if not all(_is_made(folder, name) for name in (*self._job.layers, *self._job.attention)):
+                logger.info("compiling for speed in the background; requests are served meanwhile")
+                make(self._job, folder)
+            with torch.inference_mode():
+                num_layers = self._use_layers(folder)
+                num_forms = self._use_attention(folder)
+        except Exception:
+            logger.exception("compiling failed; serving goes on without")
+            return
+        logger.info(
+            "compiled parts are in use after %.1f s: %d of %d layers, %d of %d forms of attention",
+            time.monotonic() - started_s,
+            num_layers,
+            len(self._calls),
+            num_forms,
+            len(self._job.attention),
+        )
+
+    def _use_layers(self, folder: Path) -> int:
+        run_layers = {name: _load(folder, name) for name in self._job.layers}
+        num_used = 0
+        for call in self._calls:
+            run_layer = run_layers[f"layer-{call.make}"]
+            if run_layer is not None and _computes_the_same(call, run_layer):
+                call.layer.forward = _forward(run_layer, call.layer)
+                num_used += 1
+        return num_used
+
+    def _use_attention(self, folder: Path) -> int:
+        num_used = 0
+        for name, form in self._job.attention.items():
+            attend_singles = _load(folder, name)
+            if attend_singles is not None:
+                self._compiled_attention[form] = attend_singles
+                num_used += 1
+        return num_used
+
+
+def can_compile(model: LoadedModel) -> bool:
+    """Whether compiling is worth while here, and possible."""
+    if model.device.type != "cpu" or model.num_parameters < MIN_PARAMETERS:
+        return False
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        logger.warning(
+            "there is no C++ compiler (%s): serving works, but would be up to twice as fast with one", compiler
+        )
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------- watching the model
+
+
+_is_watched: ContextVar[bool] = ContextVar("is_watched", default=False)
+
+
+def watch_calls(model: LoadedModel) -> tuple[list[_Call], set[AttentionForm]]:
+    """Run the model on a few tokens: its decoder layers with what they are called with, and the forms of attention."""
+    calls = [_Call(name, layer) for name, layer in decoder_layers(model.model)]
+    forms = set()
+
+    def watch(call: _Call) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call.args, call.kwargs = args, kwargs
+
+        return call.layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def run_layer(_: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, sinks: Any) -> Tensor:
+        forms.add(AttentionForm(q.shape[0], k.shape[0], k.shape[2], v.shape[2], softcap, sinks is not None))
+        return _stand_in(0, q, k, v, scaling, softcap, sinks)
+
+    hooks = [watch(call) for call in calls]
+    positions = torch.arange(NUM_TOKENS) % model.max_position
+    with torch.inference_mode(), attending(run_layer):
+        model.trunk(
+            input_ids=torch.arange(NUM_TOKENS)[None] % model.vocab_size, position_ids=positions[None], use_cache=False
+        )
+    for hook in hooks:
+        hook.remove()
+    return calls, forms
+
+
+def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, layer) of each item of a list of modules that has attention in it, outermost lists only."""
+    inside: set[nn.Module] = set()
+    for path, modules in model.named_modules():
+        if isinstance(modules, nn.ModuleList) and modules not in inside:
+            for index, layer in enumerate(modules):
+                if any(hasattr(inner, "paged_index") for inner in layer.modules()):
+                    inside.update(layer.modules())
+                    yield f"{path}.{index}", layer
+
+
+def _stand_in(
+    _: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention in which a token sees only itself, but which depends on all that it is given."""
+    scores = (q * scaling).tanh().mean(-1, keepdim=True)
+    if softcap is not None:
+        scores = scores / softcap
+    if sinks is not None:
+        scores = scores + sinks[:, None, None]
+    out = (v + k.tanh().mean(-1, keepdim=True)).repeat_interleave(len(q) // len(k), 0) * (1 + scores)
+    return out.transpose(0, 1).to(v.dtype).contiguous()
+
+
+def _layer_job(call: _Call) -> LayerJob:
+    names = [name for name, module in call.layer.named_modules() if hasattr(module, "paged_index")]
+    return LayerJob(call.name, names, call.args, call.kwargs)
+
+
+# -------------------------------------------------------------------------------------------- making and loading
+
+
+def cache_folder(job: Job) -> Path:
+    """Where what a job makes is kept: one folder for each machine, each version of what compiles, and each model."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    facts: list[Any] = [platform.machine(), sorted(torch.cpu.get_capabilities().items()), sys.version]
+    facts += [torch.__version__, transformers.__version__, job.dtype, job.is_packed, job.block_size]
+    facts += [(job.folder / "config.json").read_bytes(), *(source.read_bytes() for source in sources)]
+    return root / "nanoserve" / "compiled" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def make(job: Job, folder: Path) -> None:
+    """Run the worker, and move what it made to `folder`. If this process dies, so does the worker."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+        torch.save(job, Path(new) / "job")
+        command = [sys.executable, "-m", "nanoserve.model.compile_worker", new]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as worker:
+            worker.wait()
+        folder.mkdir(exist_ok=True)
+        for path in Path(new).iterdir():
+            if path.suffix in (".compiled", ".error"):
+                path.replace(folder / path.name)
+
+
+def _is_made(folder: Path, name: str) -> bool:
+    return any((folder / f"{name}.{suffix}").exists() for suffix in ("compiled", "error"))
+
+
+def _load(folder: Path, name: str) -> Callable[..., Any] | None:
+    """None, and a line in the log, if it could not be compiled."""
+    error = folder / f"{name}.error"
+    if error.exists():
+        logger.info("not compiled: %s", error.read_text())
+        return None
+    try:
+        with (folder / f"{name}.compiled").open("rb") as file:
+            function: Any = torch.compiler.load_compiled_function(file, f_globals={"torch": torch, **vars(attend)})
+    except Exception as exception:
+        logger.warning("not compiled: %s cannot be loaded: %r", name, exception)
+        return None
+    function.disable_guard_check()
+    return function  # type: ignore[no-any-return]
+
+
+def _forward(run_layer: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
+    """The layer's forward, compiled; and plain for good if that fails."""
+    plain = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run_layer(layer, args, kwargs)
+        except Exception:
+            logger.exception("a compiled layer failed; it is served uncompiled from now on")
+            layer.forward = plain
+            return plain(*args, **kwargs)
+
+    return forward
+
+
+def _computes_the_same(call: _Call, run_layer: Callable[..., Any]) -> bool:
+    """Whether a compiled layer gives what the layer gives."""
+    with attending(_stand_in):
+        hidden = call.args[0]
+        want = _first(call.layer.forward(*call.args, **call.kwargs)).float()
+        got = _first(run_layer(call.layer, call.args, call.kwargs)).float()
+    added = (want - hidden.float()).norm()
+    rounding = TOLERATED_STEPS * torch.finfo(hidden.dtype).eps * hidden.float().norm()
+    return bool((got - want).norm() <= TOLERANCE * added + rounding)
+
+
+def _first(out: Any) -> Tensor:
+    """Some layers return a tuple."""
+    first: Tensor = out[0] if isinstance(out, tuple) else out
+    return first

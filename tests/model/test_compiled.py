@@ -1,0 +1,193 @@
+"""Compiled parts compute what the plain ones do, and nothing that goes wrong with them is seen by a request."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, LONGEST, VOCAB_SIZE, save_tiny_model
+from feeder import BLOCK_SIZE, Feeder
+from torch import Tensor
+
+from nanoserve.config import ModelOptions
+from nanoserve.model import compiled
+from nanoserve.model.compiled import BackgroundCompiler, can_compile, watch_calls
+from nanoserve.model.loader import LoadedModel, load_model
+
+# Of the largest logit.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 0.05}
+RNG = random.Random(0)
+PROMPTS = [[RNG.randrange(3, VOCAB_SIZE) for _ in range(LONGEST)] for _ in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def tiny(family: str, folder: Path, dtype: str = "float32") -> tuple[LoadedModel, Tensor]:
+    """A model as we load it, and transformers' logits in float32: [3, LONGEST, vocab_size]."""
+    theirs = save_tiny_model(family, folder)
+    ours = load_model(ModelOptions(path=str(folder), dtype=dtype, device="cpu"))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        return ours, theirs(torch.tensor(PROMPTS)).logits
+
+
+def compiler(model: LoadedModel, feeder: Feeder) -> BackgroundCompiler:
+    return BackgroundCompiler(model, feeder.runner.compiled_attention, block_size=BLOCK_SIZE, trust_remote_code=False)
+
+
+def compile_and_wait(model: LoadedModel, feeder: Feeder) -> None:
+    background = compiler(model, feeder)
+    background.start()
+    background.wait()
+
+
+def num_compiled(model: LoadedModel) -> int:
+    return sum("forward" in vars(layer) for _, layer in compiled.decoder_layers(model.model))
+
+
+def largest_error(feeder: Feeder, want: Tensor) -> float:
+    """After feeding one prompt at once, and two side by side in a chunk and then token by token."""
+    feeder.step(PROMPTS, {0: LONGEST})
+    feeder.step(PROMPTS, {1: 5, 2: 17})
+    while feeder.num_fed[2] < LONGEST:
+        feeder.step(PROMPTS, {1: 1, 2: 1})
+    errors = [(feeder.all_logits(r, 0, feeder.num_fed[r]) - want[r][: feeder.num_fed[r]]).abs().max() for r in range(3)]
+    return float(max(errors) / want.abs().max())
+
+
+def check(family: str, folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    model, want = tiny(family, folder, dtype)
+    feeder = Feeder(model, LONGEST, monkeypatch)
+    compile_and_wait(model, feeder)
+    assert largest_error(feeder, want) < TOLERANCES[dtype]
+    assert feeder.runner.compiled_attention, "attention was not compiled"
+    return model
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("gemma2", "float32"), ("qwen3", "bfloat16")])
+def test_all_layers_are_compiled_and_compute_the_same(
+    family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = check(family, tmp_path, dtype, monkeypatch)
+    assert num_compiled(model) == len(list(compiled.decoder_layers(model.model)))
+
+    # The next start finds them made.
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("the worker was started again"))
+    again = load_model(ModelOptions(path=str(tmp_path), dtype=dtype, device="cpu"))  # type: ignore[arg-type]
+    compile_and_wait(again, Feeder(again, LONGEST, monkeypatch))
+    assert num_compiled(again) == num_compiled(model)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_the_same_compiled(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(family, tmp_path, "float32", monkeypatch)
+
+
+def made_by(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LoadedModel, Feeder, Tensor]:
+    """A model whose compiled parts are made by `make`, which gets the job and the folder."""
+    monkeypatch.setattr(compiled, "make", make)
+    model, want = tiny("qwen3", tmp_path)
+    feeder = Feeder(model, LONGEST, monkeypatch)
+    compile_and_wait(model, feeder)
+    return model, feeder, want
+
+
+def broken_file(job: compiled.Job, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in (*job.layers, *job.attention):
+        (folder / f"{name}.compiled").write_bytes(b"no pickle")
+
+
+def error_file(job: compiled.Job, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in (*job.layers, *job.attention):
+        (folder / f"{name}.error").write_text("a reason")
+
+
+def nothing(job: compiled.Job, folder: Path) -> None:
+    pass
+
+
+def disk_full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (broken_file, "cannot be loaded"),
+        (error_file, "a reason"),
+        (nothing, "cannot be loaded"),
+        (disk_full, "No space left"),
+    ],
+)
+def test_what_cannot_be_compiled_or_loaded_is_served_plain(
+    make: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    model, feeder, want = made_by(make, tmp_path, monkeypatch)
+    assert num_compiled(model) == 0
+    assert largest_error(feeder, want) < TOLERANCES["float32"]
+    assert message in caplog.text
+
+
+def test_a_layer_whose_compiled_form_computes_otherwise_is_served_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_folder: Path, name: str) -> Any:
+        return None if name.startswith("attention") else lambda _, args, __: args[0] * 1.01
+
+    monkeypatch.setattr(compiled, "_load", load)
+    model, _, _ = made_by(nothing, tmp_path, monkeypatch)
+    assert num_compiled(model) == 0
+
+
+def test_a_compiled_layer_that_fails_is_replaced_by_the_plain_one_within_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, want = tiny("qwen3", tmp_path)
+    feeder = Feeder(model, LONGEST, monkeypatch)
+    calls = []
+
+    def fails(*_: object) -> None:
+        calls.append(1)
+        raise RuntimeError("unexpected stride")
+
+    for _, layer in compiled.decoder_layers(model.model):
+        layer.forward = compiled._forward(fails, layer)
+    assert largest_error(feeder, want) < TOLERANCES["float32"]
+    assert len(calls) == len(list(compiled.decoder_layers(model.model)))
+
+
+def test_layers_that_differ_in_a_constant_are_not_of_one_make(tmp_path: Path) -> None:
+    model, _ = tiny("qwen3", tmp_path)
+    (first, second), _ = watch_calls(model)
+    assert first.make == second.make
+    second.layer.get_submodule("self_attn").scaling = 0.5  # type: ignore[assignment]
+    assert first.make != second.make
+
+
+def test_small_models_and_machines_without_a_compiler_are_served_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = tiny("qwen3", tmp_path)
+    assert not can_compile(model)
+    monkeypatch.setattr(compiled, "MIN_PARAMETERS", 1)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert can_compile(model)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not can_compile(model)
+    assert "no-such-compiler" in caplog.text
+
+
+def test_the_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "job")  # it waits for what is written here, that is, for ever
+    command = [sys.executable, "-m", "nanoserve.model.compile_worker", str(tmp_path)]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60, check=False).returncode == 1
