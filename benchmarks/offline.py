@@ -1,24 +1,23 @@
-"""Times the engine without a network, against transformers' own generate, on the same checkpoint and prompts.
+"""Times `nanoserve bench offline` against transformers' own generate, on the same checkpoint and prompts.
 
-    python benchmarks/offline.py make qwen3-0.6b DIR            a checkpoint of this shape with random weights
-    python benchmarks/offline.py run ENGINE DIR WORKLOAD ...    ENGINE: nanoserve or hf-generate; a JSON line a workload
-    python benchmarks/offline.py compare DIR WORKLOAD ...       both in turn, three times each; medians and their ratio
+    python benchmarks/offline.py make qwen3-0.6b DIR             a checkpoint of this shape with random weights
+    python benchmarks/offline.py hf-generate DIR WORKLOAD ...    generate on one padded batch; a JSON line a workload
+    python benchmarks/offline.py compare DIR WORKLOAD ...        both in turn, three times each; medians and their ratio
 
-WORKLOAD is N:IN:OUT[:SHARED]: N requests at once, of IN random tokens, the first SHARED the same in all (the prefix
-cache is on only then), and OUT greedy tokens each, EOS ignored. A first tiny batch (2:16:4) is outside all figures.
-Speed does not depend on the values of the weights, so a random checkpoint of a public model's exact shape is fair.
+WORKLOAD is N:IN:OUT[:SHARED], as in `nanoserve bench offline --help`; all runs are in bfloat16. Speed does not depend
+on the values of the weights, so a random checkpoint of a public model's exact shape is fair.
 """
 
 import argparse
-import asyncio
 import json
-import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+
+from nanoserve.bench.offline import Timing, time_workloads
+from nanoserve.bench.workload import BenchRequest, FixedWorkload
 
 SHAPES = {
     "qwen3-0.6b": dict(
@@ -27,31 +26,6 @@ SHAPES = {
     ),
 }  # fmt: skip
 NUM_ROUNDS = 3
-
-# Runs a batch of prompts to the given number of new tokens each; returns the tokens made.
-Run = Callable[[list[list[int]], int], int]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """N:IN:OUT[:SHARED]"""
-
-    text: str
-    num_requests: int
-    num_in: int
-    num_out: int
-    num_shared: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> "Workload":
-        """Raises ValueError or TypeError for another form."""
-        return cls(text, *map(int, text.split(":")))
-
-    def prompts(self) -> list[list[int]]:
-        rng = random.Random(self.num_requests * 1000 + self.num_in)
-        shared = [rng.randrange(10, 8000) for _ in range(self.num_shared)]
-        own = self.num_in - self.num_shared
-        return [shared + [rng.randrange(10, 8000) for _ in range(own)] for _ in range(self.num_requests)]
 
 
 def make(shape: str, folder: str) -> None:
@@ -70,105 +44,45 @@ def make(shape: str, folder: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def nanoserve(folder: str, workloads: list[Workload]) -> Run:
-    from nanoserve.build import build_engine
-    from nanoserve.config import CacheOptions, ModelOptions, Options, SchedulerConfig
-    from nanoserve.engine.engine import Engine
-    from nanoserve.engine.stream import Finished
-    from nanoserve.request import SamplingParams
-
-    most = max(w.num_requests for w in workloads)
-    options = Options(
-        model=ModelOptions(path=folder, dtype="bfloat16"),
-        cache=CacheOptions(kv_memory_bytes=4 * 2**30, enable_prefix_cache=any(w.num_shared for w in workloads)),
-        scheduler=SchedulerConfig(max_num_seqs=max(most, 2)),
-    )
-    loop = asyncio.new_event_loop()
-    engine = build_engine(options)
-
-    async def start() -> None:
-        engine.start()
-
-    async def one(engine: Engine, prompt: list[int], num_out: int) -> int:
-        params = SamplingParams(temperature=0, max_tokens=num_out, ignore_eos=True, detokenize=False)
-        async for event in engine.generate(prompt, params):
-            if isinstance(event, Finished):
-                return event.completion_tokens
-        raise AssertionError("the stream has no end")
-
-    async def all_of(prompts: list[list[int]], num_out: int) -> int:
-        return sum(await asyncio.gather(*(one(engine, prompt, num_out) for prompt in prompts)))
-
-    loop.run_until_complete(start())
-    return lambda prompts, num_out: loop.run_until_complete(all_of(prompts, num_out))
-
-
-def hf_generate(folder: str, _workloads: list[Workload]) -> Run:
+def hf_generate(folder: str, workloads: list[FixedWorkload]) -> Iterator[Timing]:
+    started_s = time.perf_counter()
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
-    def run(prompts: list[list[int]], num_out: int) -> int:
-        ids = torch.tensor(prompts)
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            min_new_tokens=num_out,
-            max_new_tokens=num_out,
-        )
+    def execute(requests: Sequence[BenchRequest]) -> int:
+        ids = torch.tensor([r.prompt for r in requests])
+        num_out = requests[0].num_out  # the same in all
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=num_out, max_new_tokens=num_out)
         return int(out.numel() - ids.numel())
 
-    return run
+    context = model.config.max_position_embeddings
+    return time_workloads("hf-generate", execute, workloads, started_s, model.config.vocab_size, context)
 
 
-ENGINES = {"nanoserve": nanoserve, "hf-generate": hf_generate}
-
-
-def run(engine: str, folder: str, workloads: list[Workload]) -> None:
-    """One JSON line a workload."""
-    start = time.perf_counter()
-    execute = ENGINES[engine](folder, workloads)
-    execute(Workload.parse("2:16:4").prompts(), 4)
-    ready_s = time.perf_counter() - start
-    for w in workloads:
-        prompts = w.prompts()
-        start = time.perf_counter()
-        produced = execute(prompts, w.num_out)
-        seconds = time.perf_counter() - start
-        assert produced == w.num_requests * w.num_out, produced
-        print(
-            json.dumps(
-                {
-                    "engine": engine,
-                    "n": w.num_requests,
-                    "in": w.num_in,
-                    "out": w.num_out,
-                    "shared": w.num_shared,
-                    "seconds": round(seconds, 2),
-                    "out_tok_s": round(produced / seconds, 1),
-                    "ready_s": round(ready_s, 1),
-                }
-            ),
-            flush=True,
-        )
-
-
-def compare(folder: str, workloads: list[Workload]) -> None:
+def compare(folder: str, workloads: list[FixedWorkload]) -> None:
     """Each engine in a fresh process, in turn, so that both meet the same moods of the machine."""
-    speeds: dict[str, list[list[float]]] = {engine: [] for engine in ENGINES}
+    texts = [w.text for w in workloads]
+    options = ["--dtype", "bfloat16", "--kv-memory", "4GiB", "--json"]
+    commands = {
+        "nanoserve": [sys.executable, "-m", "nanoserve", "bench", "offline", folder, *options, "--workload", *texts],
+        "hf-generate": [sys.executable, __file__, "hf-generate", folder, *texts],
+    }
+    speeds: dict[str, list[list[float]]] = {engine: [] for engine in commands}
     for _ in range(NUM_ROUNDS):
-        for engine in ENGINES:
-            command = [sys.executable, __file__, "run", engine, folder, *(w.text for w in workloads)]
+        for engine, command in commands.items():
             lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-            speeds[engine].append([json.loads(line)["out_tok_s"] for line in lines if line.startswith("{")])
+            runs = [line for line in lines if line.startswith("{")]
+            print(*runs, sep="\n", flush=True)
+            speeds[engine].append([json.loads(line)["out_tok_s"] for line in runs])
     print(
         f"{'workload':16} {'nanoserve':>12} {'hf-generate':>12} {'ratio':>7}   output tokens/s, medians of {NUM_ROUNDS}"
     )
-    for i, w in enumerate(workloads):
-        ours, theirs = (statistics.median(r[i] for r in speeds[engine]) for engine in ENGINES)
-        print(f"{w.text:16} {ours:12.1f} {theirs:12.1f} {ours / theirs:7.2f}")
+    for i, text in enumerate(texts):
+        ours, theirs = (statistics.median(speed[i] for speed in speeds[engine]) for engine in commands)
+        print(f"{text:16} {ours:12.1f} {theirs:12.1f} {ours / theirs:7.2f}")
 
 
 def main() -> None:
@@ -177,13 +91,18 @@ def main() -> None:
     make_parser = commands.add_parser("make")
     make_parser.add_argument("shape", choices=SHAPES)
     make_parser.add_argument("folder")
-    run_parser = commands.add_parser("run")
-    run_parser.add_argument("engine", choices=ENGINES)
-    for each in (run_parser, commands.add_parser("compare")):
+    for name in ("hf-generate", "compare"):
+        each = commands.add_parser(name)
         each.add_argument("folder")
-        each.add_argument("workloads", nargs="+", type=Workload.parse, metavar="N:IN:OUT[:SHARED]")
-    arguments = vars(parser.parse_args())
-    {"make": make, "run": run, "compare": compare}[arguments.pop("command")](**arguments)
+        each.add_argument("workloads", nargs="+", type=FixedWorkload.parse, metavar="N:IN:OUT[:SHARED]")
+    arguments = parser.parse_args()
+    if arguments.command == "make":
+        make(arguments.shape, arguments.folder)
+    elif arguments.command == "compare":
+        compare(arguments.folder, arguments.workloads)
+    else:
+        for timing in hf_generate(arguments.folder, arguments.workloads):
+            print(json.dumps(timing.as_json()), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,19 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+NANOSERVE = str(Path(sys.executable).parent / "nanoserve")
 START_S = 120
 
 
 class ServeProcess:
     """A running server; its log lines are read as they come."""
 
-    def __init__(self, *arguments: str) -> None:
-        command = [str(Path(sys.executable).parent / "nanoserve"), "serve", "--grpc-port", "0", *arguments]
+    def __init__(self, *arguments: str, sabotage: str = "") -> None:
+        """`sabotage`: Python that the process runs before anything else, for failures that no caller can provoke."""
+        command = [NANOSERVE]
+        if sabotage:
+            command = [sys.executable, "-c", f"{sabotage}\nimport sys, nanoserve.cli\nsys.exit(nanoserve.cli.main())"]
+        command += ["serve", "--grpc-port", "0", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []
         self._news = threading.Condition()
@@ -62,9 +67,9 @@ class ServeProcess:
 
 
 @contextlib.contextmanager
-def starting(*arguments: str) -> Iterator[ServeProcess]:
+def starting(*arguments: str, sabotage: str = "") -> Iterator[ServeProcess]:
     """A server that is about to start; ended whatever happens."""
-    server = ServeProcess(*arguments)
+    server = ServeProcess(*arguments, sabotage=sabotage)
     try:
         yield server
     finally:
@@ -76,8 +81,8 @@ def starting(*arguments: str) -> Iterator[ServeProcess]:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str) -> Iterator[ServeProcess]:
+def serving(*arguments: str, sabotage: str = "") -> Iterator[ServeProcess]:
     """A server that is ready."""
-    with starting(*arguments) as server:
+    with starting(*arguments, sabotage=sabotage) as server:
         server.wait_until_ready()
         yield server

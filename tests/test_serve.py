@@ -15,8 +15,6 @@ from nanoserve_client import AsyncClient, Client, NanoserveError
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc
 from serve_process import serving, starting
 
-from nanoserve.cli import main
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
@@ -161,23 +159,6 @@ def test_a_signal_while_the_model_loads_ends_the_server():
     with starting() as server:
         server.wait_for("listening")
         assert server.end() == 0
-
-
-def test_a_port_in_use_and_a_missing_model_are_one_line_each(server, capfd, tmp_path):
-    port = server.address.rsplit(":", 1)[1]
-    for arguments, words in (
-        (["--grpc-port", port], port),
-        ([str(tmp_path / "nothing"), "--grpc-port", "0"], "there is no folder"),
-        ([str(tmp_path), "--grpc-port", "0"], "no config.json"),
-        (["--grpc-port", "0", "--max-context-tokens", "999999"], "context"),
-        (["--grpc-port", "0", "--kv-memory", "10KB"], "KV cache"),
-        (["--grpc-port", "0", "--tls-cert", str(tmp_path / "nothing.pem")], "TLS"),
-    ):
-        assert main(["serve", *arguments]) == 2
-        error = capfd.readouterr().err
-        [line] = [line for line in error.splitlines() if line.startswith("nanoserve: ")]
-        assert words in line
-        assert "Traceback" not in error
 
 
 def test_api_keys_part_callers_and_admins(tmp_path):

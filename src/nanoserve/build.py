@@ -5,15 +5,23 @@ Read this to see what the server is made of. It is the only module that knows bo
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
-from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, Options
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, ConfigError, Options
 from nanoserve.engine.core import EngineCore
 from nanoserve.engine.engine import Engine, ServedModel
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.engine.text import TextCodec
 from nanoserve.kv_cache.block_pool import BlockPool
-from nanoserve.kv_cache.paged_kv_cache import PagedKVCache, plan_kv
+from nanoserve.kv_cache.paged_kv_cache import GIB, KVPlan, PagedKVCache, available_memory, plan_kv
+from nanoserve.model.compiled import BackgroundCompiler, can_compile
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
@@ -21,17 +29,92 @@ from nanoserve.model.sampler import Sampler
 logger = logging.getLogger(__name__)
 
 
-def build_engine(options: Options) -> Engine:
+class Report(Protocol):
+    """Who is told how the start goes."""
+
+    def stage(self, name: str, share: float | None = None) -> None:
+        """What is being done; share: how much of it is, 0 to 1, if that is known."""
+        ...
+
+    def fact(self, name: str, value: str) -> None:
+        """Something to know of what was built; the value may have several lines."""
+        ...
+
+
+class LogReport:
+    """For whoever has no other."""
+
+    def stage(self, name: str, share: float | None = None) -> None:
+        """Stages are short, and there is no need to hear of them twice."""
+
+    def fact(self, name: str, value: str) -> None:
+        logger.info("%s: %s", name, value)
+
+
+LOG_REPORT = LogReport()
+
+
+def build_engine(options: Options, *, wait_until_compiled: bool = False, report: Report = LOG_REPORT) -> Engine:
     """Load the model and build an engine that is warm but not started. Takes as long as the model does.
 
-    Raises ConfigError, whose one line says what to do.
+    On a CPU, parts of the model are compiled behind the back of the running engine, or first, which takes up to a
+    minute the first time. Raises ConfigError, whose one line says what to do.
     """
-    model = load_model(options.model)
-    codec = TextCodec.load(str(model.folder), trust_remote_code=options.model.trust_remote_code)
-    return assemble(model, codec, options)
+    report.stage("reading the model")
+    try:
+        with _weights_reported(report):
+            model = load_model(options.model)
+        codec = _load_codec(model.folder, options)
+        return assemble(model, codec, options, wait_until_compiled=wait_until_compiled, report=report)
+    except SafetensorError as error:
+        raise ConfigError(f"a checkpoint file in {options.model.path} cannot be read: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"the device has too little memory: {error}; lower --kv-memory, or serve less") from error
 
 
-def assemble(model: LoadedModel, codec: TextCodec, options: Options) -> Engine:
+def _load_codec(folder: Path, options: Options) -> TextCodec:
+    try:
+        codec = TextCodec.load(str(folder), trust_remote_code=options.model.trust_remote_code)
+        # Without files transformers makes a tokenizer that has no tokens.
+        if codec.encode("a", add_special_tokens=False):
+            return codec
+    except Exception as error:  # transformers lets through whatever a broken file provokes
+        raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    raise ConfigError(f"{folder} has no tokenizer: its tokenizer.json or tokenizer.model is missing")
+
+
+@contextmanager
+def _weights_reported(report: Report) -> Iterator[None]:
+    """Hear from transformers, which has a bar of its own, how many weights it has read."""
+
+    def watch(make_bar: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if not arguments:
+            return make_bar(**options)
+        items = list(arguments[0])
+
+        def watched() -> Iterator[Any]:
+            for i, item in enumerate(items):
+                report.stage("reading the weights", i / len(items))
+                yield item
+            report.stage("preparing the layers")
+
+        return watched()
+
+    before = transformers_logging.set_tqdm_hook(watch)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+
+
+def assemble(
+    model: LoadedModel,
+    codec: TextCodec,
+    options: Options,
+    *,
+    wait_until_compiled: bool = False,
+    report: Report = LOG_REPORT,
+) -> Engine:
     """Build an engine around a loaded model. Raises ConfigError if the KV cache does not fit."""
     plan = plan_kv(
         model.kv_specs,
@@ -42,19 +125,29 @@ def assemble(model: LoadedModel, codec: TextCodec, options: Options) -> Engine:
         options.scheduler.max_num_seqs,
         model.device,
     )
-    logger.info(
-        "%s, %.1f M parameters, %s on %s\n%s",
-        model.architecture,
-        model.num_parameters / 1e6,
-        str(model.dtype).removeprefix("torch."),
-        model.device,
-        plan.describe(),
-    )
+    _refuse_more_than_there_is(plan, model.device)
+    dtype = str(model.dtype).removeprefix("torch.")
+    size = f"{model.num_parameters / 1e6:.1f} M parameters"
+    report.fact("model", f"{served_name(options)}: {model.architecture}, {size}, {dtype} on {model.device}")
+    report.fact("KV cache", plan.describe())
+    limits = options.scheduler
+    report.fact("step", f"at most {limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens")
 
+    report.stage("warming up")
     cache = PagedKVCache(plan.specs, plan.num_blocks, plan.block_size, model.device)
     sampler = Sampler(options.scheduler.max_num_seqs, model.vocab_size, model.device)
     runner = ModelRunner(model, cache, sampler, options.scheduler.max_num_seqs, plan.max_context_tokens)
     runner.warm_up()
+    if options.model.compile and can_compile(model):
+        compiler = BackgroundCompiler(
+            model,
+            runner.compiled_attention,
+            block_size=plan.block_size,
+            trust_remote_code=options.model.trust_remote_code,
+        )
+        compiler.start()
+        if wait_until_compiled:
+            compiler.wait()
 
     scheduler = Scheduler(
         options.scheduler,
@@ -87,3 +180,13 @@ def served_name(options: Options) -> str:
     if options.model.served_name is not None:
         return options.model.served_name
     return BUILTIN_MODEL_NAME if path == str(BUILTIN_MODEL) else Path(path).name
+
+
+def _refuse_more_than_there_is(plan: KVPlan, device: torch.device) -> None:
+    """Main memory is given out before it is there; without this the system would end the process, later."""
+    free = available_memory()
+    if device.type == "cpu" and plan.num_bytes > free:
+        raise ConfigError(
+            f"a KV cache of {plan.num_bytes / GIB:.2f} GiB was asked for, and {free / GIB:.2f} GiB of memory are free;"
+            " lower --kv-memory"
+        )

@@ -1,29 +1,43 @@
 """What an operator may choose: frozen dataclasses, one for each part of the server.
 
-The command line is made from the fields below: an option's flag, type, default and help stand in one place. Every
-"auto" is resolved once, by `build.py`, before anything that depends on it is made.
+The command line, the configuration file, the environment variables and their reference page are made from the fields
+below: an option's name, type, default and help stand in one place. `Setting` is how they see a field. Every "auto" is
+resolved once, by `build.py`, before anything that depends on it is made.
 """
 
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 BUILTIN_MODEL = Path(__file__).parent / "builtin"
 BUILTIN_MODEL_NAME = "nanoserve-builtin"
-
-
-def option(default: Any, help: str, *, flag: str | None = None, at_least: float | None = None) -> Any:
-    """A field that is a flag of the command line; `flag` where it is not the field's name with dashes."""
-    return field(default=default, metadata={"help": help, "flag": flag, "at_least": at_least})
-
-
-def flag_of(option: "Field[Any]") -> str:
-    """The flag of a field made by `option`; one without dashes is positional."""
-    return option.metadata["flag"] or "--" + option.name.replace("_", "-")
+# Of environment variables: NANOSERVE_MAX_NUM_SEQS is --max-num-seqs.
+VARIABLE_PREFIX = "NANOSERVE_"
+SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+SWITCH_WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 class ConfigError(Exception):
     """The server cannot be started so; the message says which option is wrong, and what would do."""
+
+
+def option(default: Any, help: str, *, flag: str | None = None, at_least: float | None = None) -> Any:
+    """A field that people may set; `flag` where it is not the field's name with dashes.
+
+    A flag without leading dashes may stand alone on the command line. The flag of a switch that is on by default says
+    --no-something, and so does its help.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "at_least": at_least})
+
+
+def environment() -> Mapping[str, str]:
+    """The process's variables; nothing else in the server reads them."""
+    return os.environ
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +47,7 @@ class ModelOptions:
     path: str = option(
         str(BUILTIN_MODEL),
         "A folder in Hugging Face format, or a Hub id such as Qwen/Qwen3-0.6B. Default: the built-in model.",
-        flag="path",
+        flag="model",
     )
     revision: str | None = option(None, "Branch, tag or commit of a Hub id.")
     served_name: str | None = option(
@@ -43,6 +57,9 @@ class ModelOptions:
         "auto", "auto = the checkpoint's, but float32 on a CPU that has no fast arithmetic for it."
     )
     device: str = option("auto", "auto = cuda if there is one, else cpu.")
+    compile: bool = option(
+        True, "Do not compile parts of the model for speed; serve plain PyTorch.", flag="--no-compile"
+    )
     trust_remote_code: bool = option(False, "Run Python code that the checkpoint brings.")
     max_context_tokens: int | None = option(
         None,
@@ -105,6 +122,25 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """A running server to talk to, instead of a model in this process."""
+
+    target: str | None = option(None, "Address of the server, such as 127.0.0.1:50051.")
+    api_key: str | None = option(
+        None, "Key to call with. Better as NANOSERVE_API_KEY: other users of the machine see a command's arguments."
+    )
+    tls: bool = option(False, "Speak TLS.")
+    tls_ca: Path | None = option(None, "PEM file that the server's certificate is checked against; turns TLS on.")
+    client_cert: Path | None = option(None, "PEM file of the certificate to show, with --client-key; turns TLS on.")
+    client_key: Path | None = option(None, "PEM file of its key.")
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if (self.client_cert is None) != (self.client_key is None):
+            raise ConfigError("--client-cert and --client-key go together")
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """Everything `nanoserve serve` takes."""
 
@@ -115,16 +151,141 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be, or do not go together."""
-        for section in (self.model, self.cache, self.scheduler, self.server):
-            for each in fields(section):
-                value, least = getattr(section, each.name), each.metadata["at_least"]
-                # Not "value < least": that is false for NaN.
-                if least is not None and value is not None and not value >= least:
-                    raise ConfigError(f"{flag_of(each)} is {value}; it must be at least {least}")
+        for setting in settings("model", "cache", "scheduler", "server"):
+            value = getattr(getattr(self, setting.section), setting.field)
+            # Not "value < at_least": that is false for NaN.
+            if setting.at_least is not None and value is not None and not value >= setting.at_least:
+                raise ConfigError(f"{setting.flag} is {value}; it must be at least {setting.at_least}")
         if self.server.grpc_port > 65535:
             raise ConfigError(f"--grpc-port is {self.server.grpc_port}; it must be at most 65535")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.model.device):
+            raise ConfigError(f"--device is {self.model.device!r}; it must be auto, cpu, cuda or cuda:N")
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens {self.scheduler.max_num_batched_tokens} is below --max-num-seqs "
                 f"{self.scheduler.max_num_seqs}; each running sequence needs a token of every step"
             )
+
+
+SECTIONS: dict[str, Any] = {
+    "model": ModelOptions,
+    "cache": CacheOptions,
+    "scheduler": SchedulerConfig,
+    "server": ServerConfig,
+    "client": ClientOptions,
+}
+
+
+# --------------------------------------------------------------------------------- options as people see them
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """An option by its one name: `--max-num-seqs`, NANOSERVE_MAX_NUM_SEQS, `max-num-seqs` in a file."""
+
+    section: str
+    # Its field in the section's dataclass.
+    field: str
+    # The flag without leading dashes.
+    name: str
+    # bool = a switch; "size" = bytes, with a unit.
+    kind: type | Literal["size"]
+    # What may be chosen, if not everything of its kind.
+    choices: tuple[str, ...]
+    # May stand alone on the command line.
+    is_positional: bool
+    default: Any
+    at_least: float | None
+    # A sentence or two, with the default where it is not plain.
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name}"
+
+    @property
+    def opposite(self) -> str:
+        """The flag that turns a switch back."""
+        return f"--{self.name.removeprefix('no-')}" if self.name.startswith("no-") else f"--no-{self.name}"
+
+    @property
+    def variable(self) -> str:
+        return VARIABLE_PREFIX + self.name.upper().replace("-", "_")
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in help."""
+        if self.choices:
+            return "|".join(self.choices)
+        words: dict[Any, str] = {int: "N", float: "SECONDS", Path: "FILE", "size": "SIZE", bool: ""}
+        return "MODEL" if self.is_positional else words.get(self.kind, "TEXT")
+
+    @property
+    def full_help(self) -> str:
+        """The help with the default, unless it says it or there is none."""
+        is_plain = self.default is None or self.kind is bool or "Default:" in self.help
+        default = f"{self.default:g}" if isinstance(self.default, float) else self.default
+        return self.help if is_plain else f"{self.help} Default: {default}."
+
+    def parse(self, value: object) -> Any:
+        """The field's value for what stands in a flag or variable (text) or a file. Raises ValueError."""
+        if self.kind is bool:
+            is_given = SWITCH_WORDS.get(value.lower()) if isinstance(value, str) else value
+            if not isinstance(is_given, bool):
+                raise ValueError("it must be true or false")
+            # The flag of a switch that is on by default says no.
+            return is_given != self.default
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError(f"it must be {', '.join(self.choices[:-1])} or {self.choices[-1]}")
+            return value
+        if self.kind in (int, float, "size"):
+            return self._parse_number(value)
+        if not isinstance(value, str) or not value:
+            raise ValueError("it must be a text")
+        return Path(value) if self.kind is Path else value
+
+    def _parse_number(self, value: object) -> float:
+        if isinstance(value, str) and self.kind == "size":
+            return parse_size(value)
+        try:
+            if isinstance(value, str):
+                return float(value) if self.kind is float else int(value)
+        except ValueError:
+            pass  # refused below
+        # True is an int for Python only.
+        if not isinstance(value, bool) and isinstance(value, (int, float) if self.kind is float else int):
+            return value
+        raise ValueError("it must be a number" if self.kind is float else "it must be a whole number")
+
+
+def settings(*sections: str) -> list[Setting]:
+    """The options of these sections, in order."""
+    return [_setting(name, each) for name in sections for each in fields(SECTIONS[name])]
+
+
+def _setting(section: str, each: "Field[Any]") -> Setting:
+    hint = typing.get_type_hints(SECTIONS[section])[each.name]
+    if isinstance(hint, types.UnionType):
+        hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
+    is_choice = typing.get_origin(hint) is Literal
+    flag = each.metadata["flag"] or "--" + each.name.replace("_", "-")
+    return Setting(
+        section=section,
+        field=each.name,
+        name=flag.removeprefix("--"),
+        kind="size" if each.name.endswith("_bytes") else str if is_choice else hint,
+        choices=typing.get_args(hint) if is_choice else (),
+        is_positional=not flag.startswith("--"),
+        default=each.default,
+        at_least=each.metadata["at_least"],
+        help=each.metadata["help"],
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 2GiB, 512MB or 1000. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b|)", text.strip().lower())
+    if match is None:
+        raise ValueError("it must be a size such as 2GiB, 512MB or a number of bytes")
+    return int(float(match[1]) * SIZE_UNITS[match[2]])

@@ -201,13 +201,22 @@ def _fact_task(rng: random.Random, held_out: bool) -> JsonTask:
     return JsonTask(rng.choice(held_forms if held_out else forms), value)
 
 
+def _list_word(rng: random.Random, held_out: bool) -> str:
+    if held_out:
+        return rng.choice(HELD_WORDS)
+    kind = rng.random()
+    if kind < 0.2:
+        return invented_word(rng)
+    return rng.choice(known_words()) if kind < 0.6 else rng.choice(WORDS)
+
+
 def _list_task(rng: random.Random, held_out: bool) -> JsonTask:
     count = rng.randint(2, 5)
     values: list[Any]
     if rng.random() < 0.5:
         values, what = [rng.randint(0, 99) for _ in range(count)], "numbers"
     else:
-        values, what = [rng.choice(HELD_WORDS if held_out else WORDS) for _ in range(count)], "words"
+        values, what = [_list_word(rng, held_out) for _ in range(count)], "words"
     listed = ", ".join(map(str, values[:-1])) + " and " + str(values[-1])
     forms = (
         f"Return a JSON array with the {what} {listed}.",
@@ -217,6 +226,11 @@ def _list_task(rng: random.Random, held_out: bool) -> JsonTask:
         f"Put {listed} into a JSON array.",
         f"Produce a JSON list of {listed}.",
         f"Make a JSON array from {listed}.",
+        f"Make a JSON list from {listed}.",
+        f"Turn {listed} into a JSON list.",
+        f"Put {listed} in a JSON list, please.",
+        f"Create a JSON array from {listed}.",
+        f"Produce JSON: an array of {listed}.",
     )
     held_forms = (f"Produce a JSON array from {listed}.", f"Put {listed} into a JSON list.")
     return JsonTask(rng.choice(held_forms if held_out else forms), values)
@@ -225,7 +239,7 @@ def _list_task(rng: random.Random, held_out: bool) -> JsonTask:
 def json_task(rng: random.Random, held_out: bool = False) -> JsonTask:
     """One random task."""
     kind = rng.choice(
-        (_pair_task, _pair_task, _pair_task, _sentence_task, _sentence_task, _fact_task, _fact_task, _list_task)
+        (_pair_task, _pair_task, _pair_task, _sentence_task, _sentence_task, _fact_task, _list_task, _list_task)
     )
     return kind(rng, held_out)
 

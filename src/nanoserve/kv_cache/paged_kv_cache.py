@@ -115,7 +115,7 @@ def plan_kv(
     less if the memory is.
     """
     if max_context is not None and max_context > model_max:
-        raise ConfigError(f"a context of {max_context} tokens was asked for; the model's limit is {model_max}")
+        raise ConfigError(f"--max-context-tokens is {max_context}; the model's limit is {model_max}")
     blocks_of_context = -(-(max_context or model_max) // block_size)
     plan = KVPlan(tuple(specs), block_size, 0, 0, "as asked", max_context or model_max)
     if memory_bytes is None:
@@ -128,7 +128,8 @@ def plan_kv(
     if plan.num_blocks == 0 or (max_context is not None and plan.num_blocks < blocks_of_context):
         raise KVCacheTooSmall(
             f"the KV cache of {plan.budget_bytes} bytes ({plan.budget_source}) holds {plan.num_tokens} tokens;"
-            f" a context of {plan.max_context_tokens} tokens needs {blocks_of_context * plan.bytes_per_block} bytes"
+            f" a context of {plan.max_context_tokens} tokens needs {blocks_of_context * plan.bytes_per_block} bytes;"
+            " raise --kv-memory or lower --max-context-tokens"
         )
     return replace(plan, max_context_tokens=min(plan.max_context_tokens, plan.num_tokens))
 

@@ -12,7 +12,6 @@ served as it is.
 
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -21,7 +20,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from nanoserve.config import environment
 from nanoserve.model import attend
 from nanoserve.model.attention import AttentionForm, attending
 from nanoserve.model.loader import LoadedModel
@@ -177,7 +176,7 @@ def can_compile(model: LoadedModel) -> bool:
     """Whether compiling is worth while here, and possible."""
     if model.device.type != "cpu" or model.num_parameters < MIN_PARAMETERS:
         return False
-    compiler = os.environ.get("CXX", "g++")
+    compiler = environment().get("CXX", "g++")
     if shutil.which(compiler) is None:
         logger.warning(
             "there is no C++ compiler (%s): serving works, but would be up to twice as fast with one", compiler
@@ -187,9 +186,6 @@ def can_compile(model: LoadedModel) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- watching the model
-
-
-_is_watched: ContextVar[bool] = ContextVar("is_watched", default=False)
 
 
 def watch_calls(model: LoadedModel) -> tuple[list[_Call], set[AttentionForm]]:
@@ -252,7 +248,7 @@ def _layer_job(call: _Call) -> LayerJob:
 
 def cache_folder(job: Job) -> Path:
     """Where what a job makes is kept: one folder for each machine, each version of what compiles, and each model."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(environment().get("XDG_CACHE_HOME") or Path.home() / ".cache")
     sources = sorted(Path(__file__).parent.glob("*.py"))
     facts: list[Any] = [platform.machine(), sorted(torch.cpu.get_capabilities().items()), sys.version]
     facts += [torch.__version__, transformers.__version__, job.dtype, job.is_packed, job.block_size]

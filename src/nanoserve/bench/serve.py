@@ -1,0 +1,166 @@
+"""`nanoserve bench serve`: what a server's callers get under load, over gRPC, with its client.
+
+The client is part of what is measured: on the same machine it takes its share of the processor.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from nanoserve_client import AsyncClient, Model, NanoserveError, Unavailable
+from tqdm import tqdm
+
+from nanoserve.bench.load import Measurement, measure
+from nanoserve.bench.plot import check_plot, save_plot
+from nanoserve.bench.report import Limits, Report
+from nanoserve.bench.workload import WARM_UP, Workload, parse_workload
+from nanoserve.cli.connection import tls_of
+from nanoserve.cli.flags import Parser, add_options
+from nanoserve.cli.sources import Choices
+from nanoserve.cli.terminal import CommandError, write
+from nanoserve.config import ClientOptions, ConfigError
+
+DESCRIPTION = """
+    Send requests to a running server, and report how long callers wait.
+
+    TTFT is from the moment a request is due to its first token, E2E to its end. ITL is the time between tokens; tokens
+    that come together share it. Requests are greedy and ignore EOS. Prefixes are shared within a run alone, and a tiny
+    batch warms the server up before the first. Ctrl-C ends the run and reports what there is.
+"""
+EXAMPLES = """
+    nanoserve bench serve --target 127.0.0.1:50051 --workload 32:128:64
+    nanoserve bench serve --target 127.0.0.1:50051 --workload 64:512:64:384 --json -
+    nanoserve bench serve --target 127.0.0.1:50051 --workload sharegpt:200 --rate 4 --max-ttft-ms 500 --plot run.png
+"""
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.describe("--target ADDRESS --workload WORKLOAD... [OPTIONS]", DESCRIPTION, EXAMPLES)
+    group = parser.add_argument_group("What is sent")
+    group.add_argument(
+        "--workload",
+        nargs="+",
+        required=True,
+        type=parse_workload,
+        metavar="WORKLOAD",
+        help="N:IN:OUT[:SHARED] = N requests of IN random prompt tokens, the first SHARED the same in all, and OUT new "
+        "ones; or sharegpt:N = N requests of lengths like those of people's chats. Several run one after the other.",
+    )
+    group.add_argument(
+        "--rate",
+        type=_positive,
+        metavar="R",
+        help="Requests that arrive a second, at random times (a Poisson process). Default: all at once.",
+    )
+    group = parser.add_argument_group("What a good request is, for goodput: it completes within every limit given")
+    group.add_argument("--max-ttft-ms", type=_positive, metavar="MS", help="Time to first token.")
+    group.add_argument("--max-itl-ms", type=_positive, metavar="MS", help="Mean inter-token latency.")
+    group.add_argument("--max-e2e-ms", type=_positive, metavar="MS", help="Time to its end.")
+    group = parser.add_argument_group("Where the figures go")
+    group.add_argument(
+        "--json",
+        metavar="FILE",
+        help="A line of JSON a workload, besides the table; - = on standard output instead of it.",
+    )
+    group.add_argument("--plot", type=Path, metavar="FILE", help="A picture, .png or .svg. Needs nanoserve[bench].")
+    add_options(parser, ("client",))
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a number above 0")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns 1 if a request failed. Raises ConfigError or CommandError if nothing could be measured."""
+    client = Choices.of(arguments).client_options()
+    if client.target is None:
+        raise ConfigError("--target is missing; it is the address of the server, such as 127.0.0.1:50051")
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
+    limits = Limits(arguments.max_ttft_ms, arguments.max_itl_ms, arguments.max_e2e_ms)
+    with _open_json(arguments.json) as json_file:
+
+        def tell(text: str, measurement: Measurement) -> None:
+            _tell(Report.of(text, arguments.rate, measurement, limits), json_file)
+
+        measured = asyncio.run(_measure_all(client, arguments.workload, arguments.rate, tell))
+    if arguments.plot is not None and measured:
+        save_plot(arguments.plot, measured)
+    if len(measured) < len(arguments.workload) or measured[-1][1].is_interrupted:
+        return 128 + signal.SIGINT
+    return int(any(record.failure for _, measurement in measured for record in measurement.records))
+
+
+def _open_json(name: str | None) -> contextlib.AbstractContextManager[TextIO | None]:
+    """Opened before the run, which may be long. Raises ConfigError."""
+    if name is None or name == "-":
+        return contextlib.nullcontext(None if name is None else sys.stdout)
+    try:
+        return Path(name).open("w")
+    except OSError as error:
+        raise ConfigError(f"--json is {name!r}; it cannot be written: {error.strerror}") from None
+
+
+def _tell(report: Report, json_file: TextIO | None) -> None:
+    line = json.dumps(report.as_json()) + "\n"
+    write(line if json_file is sys.stdout else report.as_text())
+    if json_file is not None and json_file is not sys.stdout:
+        json_file.write(line)
+        json_file.flush()
+
+
+async def _measure_all(
+    options: ClientOptions, workloads: Sequence[Workload], rate: float | None, tell: Callable[[str, Measurement], None]
+) -> list[tuple[str, Measurement]]:
+    """Run one workload after the other, each with a bar, and tell of each as it ends; Ctrl-C makes it the last.
+
+    Raises ConfigError or CommandError if nothing can be measured.
+    """
+    async with _client(options) as client:
+        model = await _served_model(client, options)
+        # All before any is run, so that one which cannot run is told of at once.
+        prepared = [(w.text, w.requests(model.vocab_size, model.max_context_tokens)) for w in workloads]
+        warm_up = await measure(client, WARM_UP.requests(model.vocab_size, model.max_context_tokens), rate=None)
+        measured: list[tuple[str, Measurement]] = []
+        is_interrupted = warm_up.is_interrupted
+        for text, requests in prepared:
+            if is_interrupted:
+                break
+            # None = a bar on a terminal only.
+            with tqdm(total=len(requests), desc=text, unit="request", leave=False, disable=None) as bar:
+                measurement = await measure(client, requests, rate, bar.update)
+            measured.append((text, measurement))
+            tell(text, measurement)
+            is_interrupted = measurement.is_interrupted
+        return measured
+
+
+def _client(options: ClientOptions) -> AsyncClient:
+    """Raises CommandError if a file of keys or certificates cannot be read."""
+    assert options.target is not None
+    try:
+        return AsyncClient(options.target, api_key=options.api_key, tls=tls_of(options))
+    except OSError as error:
+        raise CommandError(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+async def _served_model(client: AsyncClient, options: ClientOptions) -> Model:
+    """Raises CommandError if the server does not say."""
+    try:
+        return (await client.list_models())[0]
+    except Unavailable as error:
+        raise CommandError(f"no server is ready at {options.target} ({error.message})") from None
+    except (NanoserveError, ValueError) as error:
+        raise CommandError(f"the server at {options.target} refuses: {error}") from None

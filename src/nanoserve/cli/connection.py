@@ -1,0 +1,82 @@
+"""A client for `generate` and `chat`: of a server elsewhere, or of one that is started in this process.
+
+The server in this process is the one that `nanoserve serve` runs, so that both ways lead through the same code.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+from nanoserve_client import Client, Model, NanoserveError, Tls, Unavailable
+
+from nanoserve.cli.flags import ENGINE_SECTIONS, Parser, add_options
+from nanoserve.cli.loading import Loading
+from nanoserve.cli.sources import Choices
+from nanoserve.cli.terminal import CommandError, StatusLine
+from nanoserve.config import ClientOptions, Options
+from nanoserve.local import LocalServer
+
+
+def add_connection(parser: Parser, *, has_positional: bool) -> None:
+    """Flags for both ways. has_positional: as in add_options."""
+    add_options(parser, ("client", *ENGINE_SECTIONS), has_positional=has_positional)
+
+
+@contextlib.contextmanager
+def connected(arguments: argparse.Namespace, status_line: StatusLine | None) -> Iterator[tuple[Client, Model]]:
+    """A client whose server is ready, and the model that it serves.
+
+    Raises ConfigError or CommandError if there is no such server.
+    """
+    choices = Choices.of(arguments)
+    remote = choices.client_options()
+    if remote.target is not None:
+        if useless := choices.flags(*ENGINE_SECTIONS):
+            raise CommandError(f"{', '.join(useless)} would change nothing: --target says that another process serves")
+        with _remote_client(remote) as client:
+            yield client, _served_by(client, remote.target)
+        return
+    with choices.origins_in_errors():
+        server = _start_server(choices.options(), status_line)
+    try:
+        with server.client() as client:
+            yield client, _served_by(client, server.address)
+    finally:
+        server.stop()
+
+
+def _start_server(options: Options, status_line: StatusLine | None) -> LocalServer:
+    """Raises ConfigError. Ctrl-C ends the process."""
+    try:
+        with Loading(status_line) as loading:
+            return LocalServer(options, loading)
+    except KeyboardInterrupt:
+        # Nothing can stop a thread that loads a model.
+        os._exit(128 + signal.SIGINT)
+
+
+def _remote_client(remote: ClientOptions) -> Client:
+    assert remote.target is not None
+    try:
+        return Client(remote.target, api_key=remote.api_key, tls=tls_of(remote))
+    except OSError as error:
+        raise CommandError(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+def tls_of(remote: ClientOptions) -> Tls | None:
+    """How to encrypt; None = not at all."""
+    if remote.tls or remote.tls_ca is not None or remote.client_cert is not None:
+        return Tls(remote.tls_ca, remote.client_cert, remote.client_key)
+    return None
+
+
+def _served_by(client: Client, address: str) -> Model:
+    """The model, once the server says that it is there."""
+    try:
+        return client.list_models()[0]
+    except Unavailable as error:
+        raise CommandError(f"no server is ready at {address} ({error.message}); `nanoserve serve` starts one") from None
+    except (NanoserveError, ValueError) as error:
+        raise CommandError(f"the server at {address} refuses: {error}") from None

@@ -1,0 +1,89 @@
+"""Flags: how they look in help, how a wrong one is refused, and those that are made from the options of config.py."""
+
+import argparse
+import difflib
+import inspect
+import shutil
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nanoserve.config import SECTIONS, Setting, settings
+
+SERVE_SECTIONS = ("model", "cache", "scheduler", "server")
+# What a model in this process needs.
+ENGINE_SECTIONS = ("model", "cache", "scheduler")
+CONFIGURATION = """\
+Every option but those of single requests may also stand in the environment, as
+NANOSERVE_MAX_NUM_SEQS, and in a file, as max-num-seqs = 32. A flag overrules a
+variable, a variable the file. A switch that one of them turned is turned back by its
+opposite: --compile for --no-compile, --no-tls for --tls."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help is for people, and whose errors are one line. No flag may be abbreviated: one that a later
+    version adds would make it mean two."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog=prog, formatter_class=HelpFormatter, allow_abbrev=False, add_help=False)
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
+    def describe(self, usage: str, description: str, examples: str) -> None:
+        """usage: what follows the command's name. examples: a command a line, each with what it does."""
+        self.usage = f"{self.prog} {usage}"
+        self.description = inspect.cleandoc(description)
+        self.epilog = "Examples:\n" + "\n".join(f"  {line}" for line in inspect.cleandoc(examples).splitlines())
+
+    def error(self, message: str) -> NoReturn:
+        wrong = message.rpartition(" ")[2].partition("=")[0]
+        known = [flag for flag, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
+        is_unknown = wrong.startswith("--") and wrong not in known
+        close = difflib.get_close_matches(wrong, known, n=1) if is_unknown else []
+        hint = f"; did you mean {close[0]}?" if close else "."
+        self.exit(2, f"{self.prog}: {message}{hint} See {self.prog} --help\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal, up to what is easy to read."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(100, shutil.get_terminal_size().columns - 2))
+
+
+def add_options(
+    parser: argparse.ArgumentParser, sections: Sequence[str] = SERVE_SECTIONS, *, has_positional: bool = True
+) -> None:
+    """A group of flags for each of these sections of config.SECTIONS, and --config; sources.py reads them.
+
+    has_positional: the model stands alone on the command line; else it is --model.
+    """
+    for name in sections:
+        group = parser.add_argument_group(SECTIONS[name].__doc__.splitlines()[0].removesuffix("."))
+        for setting in settings(name):
+            if setting.is_positional and has_positional:
+                help = escape(setting.full_help)
+                group.add_argument(destination(setting), nargs="?", metavar=setting.metavar, help=help)
+            else:
+                _add_flag(group, setting)
+    group = parser.add_argument_group("Configuration", CONFIGURATION)
+    group.add_argument("--config", metavar="FILE", help="TOML file of options.")
+
+
+def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    help = escape(setting.full_help)
+    place = destination(setting)
+    if setting.kind is not bool:
+        group.add_argument(setting.flag, dest=place, metavar=setting.metavar, help=help)
+        return
+    group.add_argument(setting.flag, dest=place, action="store_const", const=True, help=help)
+    # For a switch that a file or variable turned.
+    group.add_argument(setting.opposite, dest=place, action="store_const", const=False, help=argparse.SUPPRESS)
+
+
+def destination(setting: Setting) -> str:
+    """The setting's place in parsed arguments, where a command's own flags cannot be."""
+    return f"option {setting.name}"
+
+
+def escape(help: str) -> str:
+    """argparse takes a percent sign for the begin of a place for a value."""
+    return help.replace("%", "%%")

@@ -1,0 +1,86 @@
+"""Flags for the sampling parameters of a request: one for each field of SamplingParams.
+
+Types and explanations are those of the client's GenerateOptions, which takes the values. Ranges are the server's to
+check; its error names every violation.
+"""
+
+import argparse
+import inspect
+import re
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nanoserve_client import GenerateOptions
+
+from nanoserve.cli.flags import escape
+from nanoserve.request import SamplingParams
+
+# What callers call it, where that is not the engine's name. (`detokenize` they do not have, a terminal wants text.)
+CALLERS_NAMES = {"time_limit_s": "time_limit", "skip_special_tokens": "keep_special_tokens"}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingFlag:
+    """One sampling parameter."""
+
+    # The key of GenerateOptions.
+    name: str
+    help: str
+    # How argparse reads it.
+    reading: Mapping[str, Any]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def sampling_flags() -> list[SamplingFlag]:
+    """In the order of SamplingParams."""
+    hints = typing.get_type_hints(GenerateOptions)
+    helps = _explanations(GenerateOptions.__doc__ or "")
+    names = [CALLERS_NAMES.get(each.name, each.name) for each in fields(SamplingParams)]
+    return [SamplingFlag(name, helps.get(name, ""), _reading(hints[name])) for name in names if name in hints]
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
+    """A group of flags; one that is not given takes the model's own value."""
+    group = parser.add_argument_group("How tokens are drawn, by default in the model's own way, and when they end")
+    for each in sampling_flags():
+        if each.name not in leave_out:
+            repeats = " May be given several times." if each.reading.get("action") == "append" else ""
+            group.add_argument(each.flag, dest=each.name, help=escape(each.help) + repeats, **each.reading)
+
+
+def read_sampling(arguments: argparse.Namespace) -> GenerateOptions:
+    """What was given, for the client."""
+    given = {each.name: getattr(arguments, each.name, None) for each in sampling_flags()}
+    options = {name: value for name, value in given.items() if value is not None}
+    if "logit_bias" in options:
+        options["logit_bias"] = dict(options["logit_bias"])
+    return typing.cast(GenerateOptions, options)
+
+
+def _explanations(doc: str) -> dict[str, str]:
+    """What a docstring says of each of its Attributes."""
+    attributes = inspect.cleandoc(doc).partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _reading(hint: Any) -> dict[str, Any]:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if bool in kinds:
+        return {"action": "store_true", "default": None}
+    if float in kinds or int in kinds:
+        return {"type": float if float in kinds else int, "metavar": "X" if float in kinds else "N"}
+    if any(typing.get_origin(kind) is Mapping for kind in kinds):
+        return {"type": _bias, "action": "append", "metavar": "TOKEN=BIAS"}
+    return {"type": str if str in kinds else int, "action": "append", "metavar": "TEXT" if str in kinds else "TOKEN"}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    return int(token), float(bias)

@@ -1,0 +1,108 @@
+"""`nanoserve serve`: listen at once, load the model, serve until a signal."""
+
+import argparse
+import asyncio
+import logging
+import os
+import time
+from typing import TYPE_CHECKING
+
+from nanoserve.cli.flags import Parser, add_options
+from nanoserve.cli.loading import Loading
+from nanoserve.cli.sources import Choices
+from nanoserve.cli.terminal import start_logging
+from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, Options, ServerConfig
+
+if TYPE_CHECKING:
+    from nanoserve.engine.engine import Engine
+
+DESCRIPTION = """
+    Serve a model over gRPC. Without MODEL, the small one that is built in.
+"""
+EXAMPLES = """
+    nanoserve serve
+    nanoserve serve Qwen/Qwen3-0.6B --kv-memory 4GiB
+    nanoserve serve ./my-model --served-model-name assistant --host 0.0.0.0 --api-keys keys.txt
+    NANOSERVE_MAX_NUM_SEQS=16 nanoserve serve --config server.toml
+"""
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.describe("[MODEL] [OPTIONS]", DESCRIPTION, EXAMPLES)
+    add_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    loading = Loading(start_logging(logging.INFO))
+    choices = Choices.of(arguments)
+    options = choices.options()
+    with choices.origins_in_errors():
+        return asyncio.run(serve(options, loading))
+
+
+async def serve(options: Options, loading: Loading) -> int:
+    """Serve until a signal, or until the engine is gone. Returns the exit code. Raises ConfigError."""
+    # Imported here, because gRPC takes a moment, and --help should not.
+    from nanoserve.rpc.server import Server
+
+    started_s = time.monotonic()
+    server = Server(options.server)
+    try:
+        address = _address(options.server, await server.start())
+        serving = asyncio.create_task(server.run_until_signal())
+        await asyncio.sleep(0)  # lets it take over the signals
+        name = BUILTIN_MODEL_NAME if options.model.path == str(BUILTIN_MODEL) else options.model.path
+        logger.info("listening on %s, not ready yet: loading %s", address, name)
+        engine = await _load(options, loading, serving)
+    except Exception:
+        await server.stop()
+        raise
+    engine.start()
+    server.set_engine(engine)
+    loading.fact("gRPC", f"{address}, {_protection(options.server)}")
+    ready_after_s = time.monotonic() - started_s
+    logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())
+    ended = asyncio.create_task(engine.wait_until_ended())
+    await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
+    if ended.done():
+        # Nothing mends it in this process; whoever watches over it starts another.
+        logger.critical("the engine is gone; stopping")
+        await server.stop()
+        return 1
+    await engine.close()
+    logger.info("stopped")
+    return 0
+
+
+async def _load(options: Options, loading: Loading, serving: "asyncio.Task[None]") -> "Engine":
+    """Build the engine on another thread; a signal in the meantime ends the process."""
+    with loading:
+        building = asyncio.create_task(asyncio.to_thread(_build, options, loading))
+        await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
+    if not building.done():
+        # Nothing can stop a thread that loads a model.
+        logging.shutdown()
+        os._exit(0)
+    return building.result()
+
+
+def _build(options: Options, loading: Loading) -> "Engine":
+    loading.stage("importing torch and transformers")
+    from nanoserve.build import build_engine
+
+    return build_engine(options, report=loading)
+
+
+def _address(config: ServerConfig, port: int) -> str:
+    return f"[{config.host}]:{port}" if ":" in config.host else f"{config.host}:{port}"
+
+
+def _protection(config: ServerConfig) -> str:
+    """Who may connect and call, in a few words."""
+    if config.tls_cert is None:
+        transport = "in the clear"
+    else:
+        transport = "TLS" if config.tls_client_ca is None else "TLS with client certificates"
+    return f"{transport}, {'without keys' if config.api_keys is None else 'with API keys'}"

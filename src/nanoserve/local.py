@@ -1,0 +1,99 @@
+"""The server that `nanoserve serve` runs, inside this process, for the command line and the Python API.
+
+It listens on a free port of the loopback, so that every caller goes the same way.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import tempfile
+import threading
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nanoserve_client import AsyncClient, Client
+
+from nanoserve.config import ConfigError, Options, ServerConfig
+
+if TYPE_CHECKING:
+    from nanoserve.build import Report
+
+LOOPBACK = "127.0.0.1"
+
+T = TypeVar("T")
+
+
+class LocalServer:
+    """A server whose event loop has a thread of its own: the caller's is free. Any thread may use it.
+
+    Any process of the machine can reach the port, so it asks for a key that only this process knows.
+    """
+
+    def __init__(self, options: Options, report: "Report | None" = None) -> None:
+        """Load the model and serve it. Raises ConfigError."""
+        self._options = options
+        self._report = report
+        self._api_key = secrets.token_urlsafe()
+        # Set once it serves, or why it does not.
+        self._address: Future[str] = Future()
+        self._loop = asyncio.new_event_loop()
+        self._is_over = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="nanoserve-server", daemon=True)
+        self._thread.start()
+        self.address = self._address.result()
+
+    def client(self) -> Client:
+        """A new client of this server; its owner closes it."""
+        return Client(self.address, api_key=self._api_key)
+
+    def async_client(self) -> AsyncClient:
+        """The same for the event loop that runs."""
+        return AsyncClient(self.address, api_key=self._api_key)
+
+    def submit(self, task: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Run it on the server's event loop; cancelling the future cancels it."""
+        return asyncio.run_coroutine_threadsafe(task, self._loop)
+
+    def stop(self) -> None:
+        """End what runs, and wait until the port is closed. May be called again."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._is_over.set)
+            self._thread.join()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            try:
+                runner.run(self._serve())
+            except Exception as error:
+                if self._address.done():
+                    raise
+                self._address.set_exception(error)
+
+    async def _serve(self) -> None:
+        if self._report is not None:
+            self._report.stage("importing torch and transformers")
+        from nanoserve.build import LOG_REPORT, build_engine
+        from nanoserve.rpc.server import Server
+
+        engine = build_engine(self._options, report=self._report or LOG_REPORT)
+        with _file_of(self._api_key) as keys:
+            server = Server(ServerConfig(host=LOOPBACK, grpc_port=0, api_keys=keys, drain_timeout_s=0), engine)
+        engine.start()
+        self._address.set_result(f"{LOOPBACK}:{await server.start()}")
+        await self._is_over.wait()
+        await server.stop()
+        await engine.close()
+
+
+@contextlib.contextmanager
+def _file_of(key: str) -> Iterator[Path]:
+    """A file that nobody else can read, for as long as it takes to read it."""
+    try:
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write(key)
+            file.flush()
+            yield Path(file.name)
+    except OSError as error:
+        raise ConfigError(f"cannot write into {tempfile.gettempdir()}: {error.strerror}") from None

@@ -1,0 +1,103 @@
+"""The command as people start it: in a process of its own, through pipes or on a pseudo-terminal."""
+
+import contextlib
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+from serve_process import NANOSERVE, serving
+
+WAIT_S = 60
+# Makes its terminal the one that Ctrl-C is sent through, and becomes the command.
+ON_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+class PseudoTerminal:
+    """A command whose input and output are a terminal; what it writes is read when it is waited for."""
+
+    def __init__(self, *arguments, home):
+        self._master, slave = pty.openpty()
+        environment = {**os.environ, "HOME": str(home), "TERM": "xterm", "COLUMNS": "200"}
+        command = [sys.executable, "-c", ON_TERMINAL, NANOSERVE, *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
+        )
+        os.close(slave)
+        self.output = ""
+
+    def type(self, text):
+        os.write(self._master, text.encode())
+
+    def wait_for(self, text):
+        """Read until it comes; returns all that was read, and what follows is for the next call."""
+        deadline = time.monotonic() + WAIT_S
+        while text not in self.output:
+            assert select.select([self._master], [], [], deadline - time.monotonic())[0], self.output
+            try:
+                self.output += os.read(self._master, 4096).decode(errors="replace")
+            except OSError:  # the other end is closed
+                raise AssertionError(f"ended without {text!r}: {self.output}") from None
+        before, _, self.output = self.output.partition(text)
+        return before + text
+
+    def wait_for_exit(self):
+        """The exit code; what it still writes is thrown away."""
+        with contextlib.suppress(OSError):
+            while os.read(self._master, 4096):
+                pass
+        return self.process.wait(WAIT_S)
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture
+def on_terminal(tmp_path):
+    """Starts the command on a terminal."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments):
+            terminal = PseudoTerminal(*arguments, home=tmp_path)
+            stack.callback(terminal.close)
+            return terminal
+
+        yield start
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs the command to its end, with pipes."""
+
+    def run(*arguments, stdin="", variables=None, **options):
+        return subprocess.run(
+            [NANOSERVE, *arguments],
+            input=stdin,
+            env={**os.environ, "HOME": str(tmp_path), **(variables or {})},
+            text=True,
+            check=False,
+            timeout=WAIT_S,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+        )
+
+    return run
+
+
+@pytest.fixture(scope="package")
+def server():
+    """Serves the built-in model, in float32, where greedy answers do not depend on the batch."""
+    with serving("--dtype", "float32") as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def target(server):
+    """The server's address."""
+    return server.address
