@@ -4,11 +4,12 @@ It listens on a free port of the loopback, so that every caller goes the same wa
 """
 
 import asyncio
+import atexit
 import contextlib
 import secrets
 import tempfile
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,6 +44,8 @@ class LocalServer:
         self._thread = threading.Thread(target=self._run, name="nanoserve-server", daemon=True)
         self._thread.start()
         self.address = self._address.result()
+        # A thread that still serves while the interpreter goes down would take the process with it.
+        atexit.register(self.stop)
 
     def client(self) -> Client:
         """A new client of this server; its owner closes it."""
@@ -52,12 +55,15 @@ class LocalServer:
         """The same for the event loop that runs."""
         return AsyncClient(self.address, api_key=self._api_key)
 
-    def submit(self, task: Coroutine[Any, Any, T]) -> "Future[T]":
+    def submit(self, task: Callable[[], Coroutine[Any, Any, T]]) -> "Future[T]":
         """Run it on the server's event loop; cancelling the future cancels it."""
-        return asyncio.run_coroutine_threadsafe(task, self._loop)
+        if self._loop.is_closed():
+            raise RuntimeError("the model was closed")
+        return asyncio.run_coroutine_threadsafe(task(), self._loop)
 
     def stop(self) -> None:
         """End what runs, and wait until the port is closed. May be called again."""
+        atexit.unregister(self.stop)
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._is_over.set)
             self._thread.join()

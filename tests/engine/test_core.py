@@ -84,7 +84,8 @@ def bench():
     bench.core.start(bench.deliver)
     yield bench
     bench.executor.gate.set()
-    bench.core.stop(SECONDS)
+    bench.core.stop()
+    bench.core._thread.join(SECONDS)
     assert not bench.core.is_alive
 
 
@@ -146,7 +147,7 @@ def test_stop_ends_the_thread_and_what_comes_later_is_answered(bench):
     bench.core.post(request("a", [1, 2, 3], max_tokens=100))
     assert bench.executor.is_in_step.wait(SECONDS)
     threading.Timer(0.05, bench.executor.gate.set).start()
-    bench.core.stop(SECONDS)
+    bench.core.stop()
     bench.next_event(EngineEnded)
     bench.core.post(request("late", [1]))
     bench.next_event(EngineEnded)
@@ -156,7 +157,7 @@ def test_stop_does_not_wait_for_a_step_that_hangs(bench):
     bench.executor.gate.clear()
     bench.core.post(request("a", [1]))
     assert bench.executor.is_in_step.wait(SECONDS)
-    bench.core.stop(0.05)
+    bench.core.stop()
     assert bench.core.is_alive
 
 

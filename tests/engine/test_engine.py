@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from nanoserve.config import SchedulerConfig
 from nanoserve.engine.core import EngineCore
 from nanoserve.engine.detokenizer import _ByteLevel
-from nanoserve.engine.engine import Engine, RollingSum, ServedModel
+from nanoserve.engine.engine import LONG_PROMPT_CHARS, Engine, RollingSum, ServedModel
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
 from nanoserve.engine.text import Chat, TextCodec
@@ -459,6 +459,32 @@ async def test_a_long_prompt_does_not_hold_up_other_streams(monkeypatch):
         assert not waiting.done()
         encoding.set()
         assert isinstance((await waiting)[-1], Finished)
+
+
+async def test_long_prompts_do_not_hold_up_short_ones_however_many_they_are(monkeypatch):
+    async with running() as bench:
+        encoding = threading.Event()
+        real = bench.codec.encode_prompt
+
+        def slow_if_long(prompt):
+            if prompt != "once upon":
+                assert encoding.wait(SECONDS)
+            return real(prompt)
+
+        monkeypatch.setattr(bench.codec, "encode_prompt", slow_if_long)
+        chat = Chat([{"role": "user", "content": "a" * LONG_PROMPT_CHARS}])
+        long = [asyncio.create_task(bench.collect(p)) for p in ["a" * LONG_PROMPT_CHARS, chat] * 3]
+        await asyncio.sleep(0)  # they are all given to threads
+        assert isinstance((await bench.collect("once upon"))[-1], Finished)
+        encoding.set()
+        refusals = await asyncio.gather(*long, return_exceptions=True)
+        assert [type(r) for r in refusals] == [ContextLengthExceeded, InvalidRequest] * 3
+
+
+async def test_a_prompt_that_is_too_long_is_refused_before_a_look_at_its_tokens():
+    async with running() as bench:
+        with pytest.raises(ContextLengthExceeded):
+            await bench.collect([VOCAB] * 128)
 
 
 async def test_statistics_and_cache_reset():

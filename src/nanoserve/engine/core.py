@@ -56,11 +56,9 @@ class EngineCore:
         if self._has_ended:
             self._deliver([EngineEnded()])
 
-    def stop(self, timeout_s: float) -> None:
-        """Let the current step end, then give up what is left. A step that hangs is left to die with the process."""
-        if self._thread.is_alive():
-            self._messages.put(None)
-            self._thread.join(timeout_s)
+    def stop(self) -> None:
+        """Let the current step end, then give up what is left; EngineEnded is delivered when that is done."""
+        self._messages.put(None)
 
     @property
     def is_alive(self) -> bool:

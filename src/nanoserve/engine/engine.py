@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 Prompt = str | list[int] | Chat
 
 RETRY_AFTER_S = 1.0
+# A prompt of so many characters takes longer to encode than most callers' steps.
+LONG_PROMPT_CHARS = 1 << 16
 # Steps that fail one after the other before the engine calls itself unhealthy.
 MAX_FAILED_STEPS = 3
 # How long a step may go on when the engine is closed.
@@ -134,8 +136,10 @@ class Engine:
         self._core = core
         self._max_waiting = max_waiting
         self._step_timeout_s = step_timeout_s
-        # Encoding of prompts: long ones must not hold up the event loop.
+        # Encoding of prompts, which must not hold up the event loop. Long ones take seconds and a gigabyte, and so wait
+        # for each other, and not short ones for them.
         self._text_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="nanoserve-text")
+        self._long_text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoserve-long-text")
         self._ids = itertools.count(1)
         # By identity: requests that are not posted yet.
         self._arrivals: dict[int, _Arrival] = {}
@@ -164,8 +168,12 @@ class Engine:
 
     async def close(self) -> None:
         """Stop the engine thread after its current step; what still runs fails."""
-        await asyncio.to_thread(self._core.stop, CLOSE_TIMEOUT_S)
-        self._text_threads.shutdown(wait=False, cancel_futures=True)
+        if self._core.is_alive:
+            self._core.stop()
+            with contextlib.suppress(TimeoutError):  # a step that hangs is left to die with the process
+                await asyncio.wait_for(self._has_ended.wait(), CLOSE_TIMEOUT_S)
+        for threads in (self._text_threads, self._long_text_thread):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------------------------------- requests
 
@@ -194,7 +202,8 @@ class Engine:
         arrival = _Arrival(label)
         self._arrivals[id(arrival)] = arrival
         try:
-            token_ids, _ = await self._encode(prompt, self._text_threads)
+            threads = self._text_threads if _num_chars(prompt) < LONG_PROMPT_CHARS else self._long_text_thread
+            token_ids, _ = await self._encode(prompt, threads)
             request = self._make_request(
                 token_ids, params, arrival_s, timeout_s, priority, cache_salt, skip_cache_read=skip_cache_read
             )
@@ -240,12 +249,12 @@ class Engine:
         *,
         skip_cache_read: bool,
     ) -> Request:
+        if len(token_ids) >= self.model.max_context_tokens:
+            raise ContextLengthExceeded(len(token_ids), self.model.max_context_tokens)
         if max(token_ids) >= self.model.vocab_size:
             # A tokenizer may know more tokens than the model; one such id would fail the whole step.
             what = f"the prompt has token {max(token_ids)}; the model knows 0 to {self.model.vocab_size - 1}"
             raise InvalidRequest([Violation("prompt", what)])
-        if len(token_ids) >= self.model.max_context_tokens:
-            raise ContextLengthExceeded(len(token_ids), self.model.max_context_tokens)
         if timeout_s is not None and time.monotonic() >= arrival_s + timeout_s:
             raise DeadlineExceeded("waiting", 0)
         if params.seed is None:
@@ -390,3 +399,10 @@ class Engine:
     def _give_up(self, stream: RequestStream, error: RequestError) -> None:
         stream.fail(error)
         self._core.post(Abort(stream.request.id))
+
+
+def _num_chars(prompt: Prompt) -> int:
+    """What encoding a prompt takes depends on; of a conversation, the messages' part."""
+    if isinstance(prompt, Chat):
+        return sum(len(message.get("content", "")) for message in prompt.messages)
+    return len(prompt)

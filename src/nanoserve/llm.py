@@ -1,0 +1,298 @@
+"""A model in this process, from Python:
+
+    from nanoserve import LLM, SamplingParams
+
+    with LLM() as llm:                          # the built-in model; or LLM("Qwen/Qwen3-0.6B", max_num_seqs=16)
+        for output in llm.chat(["What is TTFT?", "What is a KV cache?"], SamplingParams(temperature=0)):
+            print(output.text)
+
+It is the server in this process and a client of it, so that rules, errors and results are those of every other caller.
+`LLM` is for threads, `AsyncLLM` for asyncio; `stream` gives the tokens of one request as they come.
+"""
+
+import asyncio
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Any, Self
+
+from nanoserve_client import (
+    AsyncClient,
+    AsyncGenerateStream,
+    Completion,
+    GenerateOptions,
+    GenerateStream,
+    Result,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
+from tqdm import tqdm
+
+from nanoserve.config import SECTIONS, Options
+from nanoserve.local import LocalServer
+from nanoserve.request import SamplingParams
+
+# A text, or token ids.
+Prompt = str | Sequence[int]
+# {"role": ..., "content": ...} each; a text is one message of the user.
+Conversation = str | Sequence[Mapping[str, Any]]
+# For all prompts, or one for each. None = the model's own values.
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+ENGINE_SECTIONS = ("model", "cache", "scheduler")
+# What callers of the service call it, where that is not the engine's name.
+CALLERS_NAMES = {"time_limit_s": "time_limit"}
+CALLERS_OPPOSITES = {"detokenize": "omit_text", "skip_special_tokens": "keep_special_tokens"}
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What became of one prompt."""
+
+    # As it was given.
+    prompt: Prompt | Conversation
+    # One for each of the n sequences.
+    outputs: tuple[Completion, ...]
+    usage: Usage
+    timing: Timing
+    # One for each prompt token if `prompt_logprobs` was asked for, else empty.
+    prompt_logprobs: tuple[TokenLogprob, ...]
+
+    @property
+    def text(self) -> str:
+        """The first sequence's text: the only one unless n was given."""
+        return self.outputs[0].text
+
+
+class AsyncLLM:
+    """A model in this process, for one event loop.
+
+        async with AsyncLLM() as llm:
+            async for delta in llm.stream_chat("What is TTFT?"):
+                print(delta.text, end="")
+
+    Arguments, results and errors are those of LLM.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        self._options = make_options(model, options)
+
+    async def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> list[RequestOutput]:
+        """Complete prompts as they stand. See LLM.generate."""
+        return await self._batch.run(self._client.generate, as_prompts(prompts), sampling_params)
+
+    async def chat(
+        self, conversations: Conversation | Sequence[Conversation], sampling_params: Params = None
+    ) -> list[RequestOutput]:
+        """Answer conversations, by the model's chat template. See LLM.chat."""
+        return await self._batch.run(self._client.chat, as_conversations(conversations), sampling_params)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncGenerateStream:
+        """Complete one prompt, token by token."""
+        return self._client.generate(prompt, **as_options(sampling_params))
+
+    def stream_chat(
+        self, conversation: Conversation, sampling_params: SamplingParams | None = None
+    ) -> AsyncGenerateStream:
+        """Answer one conversation, token by token."""
+        return self._client.chat(_messages(conversation), **as_options(sampling_params))
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.to_thread(LocalServer, self._options)
+        self._client = self._server.async_client()
+        self._batch = Batch(self._options)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.close()
+        await asyncio.to_thread(self._server.stop)
+
+
+class LLM:
+    """A model in this process. Any thread; several may call at once.
+
+    `close`, or leaving the `with` block, frees the model. Bad requests raise what the client raises, InvalidRequest
+    above all; one bad request of a batch ends the batch, and the error's note says which it was.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        """Load a model: a folder, a Hub id, or None for the one that is built in.
+
+        options: fields of ModelOptions, CacheOptions and SchedulerConfig in nanoserve.config, such as dtype,
+        max_num_seqs and kv_memory_bytes. Raises ConfigError, and TypeError for an option that there is not.
+        """
+        self._options = make_options(model, options)
+        self._server = LocalServer(self._options)
+        self._client = self._server.client()
+        self._batch = Batch(self._options)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
+        """Complete prompts as they stand: a text, token ids, or a list of either. Results are in their order.
+
+        use_tqdm: show a progress bar on a terminal.
+        """
+        return self._run(lambda client: client.generate, as_prompts(prompts), sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer conversations, by the model's chat template: messages, a question, or a list of either."""
+        return self._run(lambda client: client.chat, as_conversations(conversations), sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> GenerateStream:
+        """Complete one prompt, token by token. Leaving its `with` block, or dropping it, cancels the request."""
+        return self._client.generate(prompt, **as_options(sampling_params))
+
+    def stream_chat(self, conversation: Conversation, sampling_params: SamplingParams | None = None) -> GenerateStream:
+        """Answer one conversation, token by token."""
+        return self._client.chat(_messages(conversation), **as_options(sampling_params))
+
+    def tokenize(self, prompt: Conversation) -> tuple[int, ...]:
+        """Token ids of a text, or of a conversation as `chat` sees it."""
+        return self._client.tokenize(_messages(prompt)).token_ids
+
+    def close(self) -> None:
+        """Cancel what runs, and free the model. May be called again."""
+        self._client.close()
+        self._server.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(
+        self,
+        method: Callable[[AsyncClient], Callable[..., AsyncGenerateStream]],
+        prompts: Sequence[Any],
+        params: Params,
+        has_bar: bool,
+    ) -> list[RequestOutput]:
+        async def run() -> list[RequestOutput]:
+            # disable=None: shown on a terminal only.
+            with tqdm(total=len(prompts), unit=" prompts", disable=None if has_bar else True) as bar:
+                async with self._server.async_client() as client:
+                    return await self._batch.run(method(client), prompts, params, bar.update)
+
+        future = self._server.submit(run)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C too
+            future.cancel()
+            raise
+
+
+class Batch:
+    """Runs many requests, no more of them at once than keep the engine busy."""
+
+    def __init__(self, options: Options) -> None:
+        most = options.scheduler.max_num_seqs
+        self._max_in_flight = min(2 * most, options.scheduler.max_waiting)
+
+    async def run(
+        self,
+        send: Callable[..., AsyncGenerateStream],
+        prompts: Sequence[Any],
+        params: Params,
+        on_end: Callable[[], object] = lambda: None,
+    ) -> list[RequestOutput]:
+        """One result for each prompt; the first error cancels the others."""
+        each = one_for_each(prompts, params)
+        gate = asyncio.Semaphore(self._max_in_flight)
+
+        async def one(index: int) -> RequestOutput:
+            async with gate:
+                try:
+                    result = await _result(send(prompts[index], **as_options(each[index])))
+                except Exception as error:
+                    error.add_note(f"prompt {index} of {len(prompts)}")
+                    raise
+            on_end()
+            return as_output(prompts[index], result)
+
+        tasks = [asyncio.create_task(one(index)) for index in range(len(prompts))]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+async def _result(stream: AsyncGenerateStream) -> Result:
+    async with stream:
+        return await stream.result()
+
+
+# --------------------------------------------------------------------------------------- what callers give
+
+
+def make_options(model: str | None, options: Mapping[str, Any]) -> Options:
+    """Options of the engine from keyword arguments. Raises TypeError for an unknown one, ConfigError for bad values."""
+    sections: dict[str, dict[str, Any]] = {name: {} for name in ENGINE_SECTIONS}
+    homes = {each.name: name for name in ENGINE_SECTIONS for each in fields(SECTIONS[name]) if each.name != "path"}
+    if model is not None:
+        sections["model"]["path"] = model
+    for name, value in options.items():
+        if name not in homes:
+            close = difflib.get_close_matches(name, homes, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(homes)}"
+            raise TypeError(f"there is no option {name!r}; {hint}")
+        sections[homes[name]][name] = value
+    return Options(**{name: SECTIONS[name](**values) for name, values in sections.items()})
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """One prompt becomes a list of it."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]
+    return list(prompts)
+
+
+def as_conversations(conversations: Conversation | Sequence[Conversation]) -> list[Any]:
+    """One conversation becomes a list of it."""
+    if isinstance(conversations, str) or (len(conversations) > 0 and isinstance(conversations[0], Mapping)):
+        return [conversations]
+    return list(conversations)
+
+
+def _messages(conversation: Conversation) -> Any:
+    """As the client takes it, whose type says which keys a message may have."""
+    return conversation
+
+
+def one_for_each(prompts: Sequence[Any], params: Params) -> list[SamplingParams | None]:
+    """Raises ValueError if their numbers differ."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * len(prompts)
+    if len(params) != len(prompts):
+        raise ValueError(f"there are {len(params)} sampling_params for {len(prompts)} prompts; one for each is needed")
+    return list(params)
+
+
+def as_options(params: SamplingParams | None) -> GenerateOptions:
+    """SamplingParams by the names that callers of the service use."""
+    options: dict[str, Any] = {}
+    for each in fields(params) if params is not None else ():
+        value = getattr(params, each.name)
+        if each.name in CALLERS_OPPOSITES:
+            options[CALLERS_OPPOSITES[each.name]] = not value
+        else:
+            options[CALLERS_NAMES.get(each.name, each.name)] = value
+    return options  # type: ignore[return-value]
+
+
+def as_output(prompt: Prompt | Conversation, result: Result) -> RequestOutput:
+    return RequestOutput(prompt, result.completions, result.usage, result.timing, result.prompt_logprobs)

@@ -1,0 +1,148 @@
+"""The Python API: a model in this process, for threads and for asyncio."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+from nanoserve_client import InvalidRequest
+
+from nanoserve import LLM, AsyncLLM, SamplingParams
+from nanoserve.config import ConfigError
+from nanoserve.llm import as_options, make_options
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+QUESTIONS = ["What is paged attention?", "What is TTFT?", "Hello!"]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(max_num_seqs=4, max_waiting=4, kv_memory_bytes=16 << 20) as llm:
+        yield llm
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone_in_their_order(llm):
+    together = llm.chat(QUESTIONS, GREEDY)
+    assert [output.prompt for output in together] == QUESTIONS
+    assert [output.text for output in together] == [llm.chat(question, GREEDY)[0].text for question in QUESTIONS]
+    assert len({output.text for output in together}) == len(QUESTIONS)
+
+
+def test_prompts_may_be_texts_token_ids_or_conversations(llm):
+    ids = llm.tokenize("A KV cache")
+    (of_text,), (of_ids,) = llm.generate("A KV cache", GREEDY), llm.generate(list(ids), GREEDY)
+    assert of_text.text == of_ids.text
+    assert of_text.usage.prompt_tokens == len(ids)
+    assert len(llm.generate(["A KV cache", list(ids)], GREEDY)) == 2
+    conversation = [{"role": "user", "content": QUESTIONS[0]}]
+    assert llm.chat(conversation, GREEDY)[0].text == llm.chat(QUESTIONS[0], GREEDY)[0].text
+    assert len(llm.chat([conversation, QUESTIONS[1]], GREEDY)) == 2
+    assert llm.generate([], GREEDY) == []
+
+
+def test_each_prompt_may_have_its_own_params(llm):
+    params = [SamplingParams(max_tokens=2, ignore_eos=True), SamplingParams(max_tokens=3, ignore_eos=True, n=2)]
+    first, second = llm.generate(["a", "b"], params)
+    assert [len(completion.token_ids) for completion in first.outputs] == [2]
+    assert [len(completion.token_ids) for completion in second.outputs] == [3, 3]
+    with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
+        llm.generate(["a"], params)
+
+
+def test_many_more_prompts_than_may_wait_are_all_served(llm):
+    outputs = llm.generate(["a"] * 50, SamplingParams(max_tokens=2, ignore_eos=True))
+    assert [output.usage.completion_tokens for output in outputs] == [2] * 50
+
+
+def test_one_bad_prompt_ends_the_batch_and_is_named(llm):
+    with pytest.raises(InvalidRequest) as failure:
+        llm.generate(["a", "b", ""], GREEDY)
+    assert failure.value.__notes__ == ["prompt 2 of 3"]
+    with pytest.raises(InvalidRequest, match=r"sampling\.temperature"):
+        llm.generate("a", SamplingParams(temperature=-1))
+    assert llm.chat("Hello!", GREEDY)[0].text
+
+
+def test_a_stream_is_what_generate_returns_and_may_be_left(llm):
+    want = llm.chat(QUESTIONS[0], GREEDY)[0].text
+    assert "".join(delta.text for delta in llm.stream_chat(QUESTIONS[0], GREEDY)) == want
+    with llm.stream("a", SamplingParams(max_tokens=10_000, ignore_eos=True)) as stream:
+        next(stream)
+    assert "".join(delta.text for delta in llm.stream_chat(QUESTIONS[0], GREEDY)) == want
+
+
+def test_several_threads_may_call_at_once(llm):
+    want = [llm.chat(question, GREEDY)[0].text for question in QUESTIONS]
+    got = {}
+    threads = [
+        threading.Thread(target=lambda q=question: got.update({q: llm.chat(q, GREEDY)[0].text}))
+        for question in QUESTIONS
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got[question] for question in QUESTIONS] == want
+
+
+async def test_asyncio_gives_the_same(llm):
+    async with AsyncLLM(max_num_seqs=4, kv_memory_bytes=16 << 20) as other:
+        outputs = await other.chat(QUESTIONS, GREEDY)
+        streamed = "".join([delta.text async for delta in other.stream_chat(QUESTIONS[0], GREEDY)])
+        assert [o.text for o in await other.generate(["A KV cache"], GREEDY)] == [
+            llm.generate("A KV cache", GREEDY)[0].text
+        ]
+    assert [output.text for output in outputs] == [output.text for output in llm.chat(QUESTIONS, GREEDY)]
+    assert streamed == outputs[0].text
+
+
+def test_every_sampling_parameter_reaches_the_engine(llm):
+    params = SamplingParams(
+        n=2, temperature=0.5, top_p=0.75, top_k=7, min_p=0.25, frequency_penalty=0.5, presence_penalty=-0.5,
+        repetition_penalty=1.5, seed=3, logit_bias={5: 1.0}, max_tokens=6, min_tokens=2, stop=("xyz",),
+        stop_token_ids=frozenset({9}), ignore_eos=True, include_stop=True, time_limit_s=100.0, logprobs=1,
+        prompt_logprobs=1, skip_special_tokens=False,
+    )  # fmt: skip
+    with llm.stream("a b c", params) as stream:
+        result = stream.result()
+    sampling = result.started.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.seed, dict(sampling.logit_bias)) == (0.5, 7, 3, {5: 1.0})
+    assert len(result.completions) == 2
+    assert all(len(completion.logprobs) == len(completion.token_ids) for completion in result.completions)
+    assert len(result.prompt_logprobs) == result.usage.prompt_tokens
+    assert as_options(SamplingParams(detokenize=False))["omit_text"] is True
+    assert llm.generate("a", SamplingParams(max_tokens=3, ignore_eos=True, detokenize=False))[0].text == ""
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(TypeError, match="did you mean max_num_seqs"):
+        LLM(max_num_seq=3)
+    with pytest.raises(ConfigError, match="--max-num-seqs is 0"):
+        LLM(max_num_seqs=0)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        LLM("/no/such/folder")
+    options = make_options("a/b", {"dtype": "float32", "block_size": 8, "max_waiting": 3})
+    assert (options.model.path, options.model.dtype, options.cache.block_size) == ("a/b", "float32", 8)
+
+
+def test_after_close_calls_fail_at_once():
+    llm = LLM(kv_memory_bytes=1 << 20)
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate("a", GREEDY)
+
+
+def test_the_process_ends_although_a_model_was_left_open_in_the_middle_of_a_stream():
+    code = (
+        "from nanoserve import LLM, SamplingParams\n"
+        "stream = LLM().stream('a', SamplingParams(max_tokens=100000, ignore_eos=True))\n"
+        "print(len(next(stream).token_ids))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_importing_the_package_imports_neither_torch_nor_grpc():
+    code = "import sys, nanoserve; sys.exit(bool({'torch', 'grpc', 'transformers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
