@@ -225,7 +225,7 @@ def break_generation_config(folder: Path) -> None:
         (drop_config, "has no config.json"),
         (break_config, "config.json cannot be read"),
         (unknown_architecture, "no-such-model"),
-        (cut_weights, "cannot be loaded: .*(incomplete|header|metadata)"),
+        (cut_weights, "cannot be read: .*(incomplete|header|metadata)"),
         (drop_a_weight, r"1 missing keys, such as model\.layers\.1\.mlp\.up_proj\.weight"),
         (reshape_a_weight, r"1 mismatched keys, such as .*model\.norm\.weight.*31"),
         (only_pickles, "no .*safetensors file; found only pytorch_model.bin, and pickles are not loaded"),
@@ -351,3 +351,12 @@ def test_a_rope_left_to_the_batch_would_be_found(tmp_path: Path, monkeypatch: py
     save_tiny_model("phi3-longrope", tmp_path)
     with pytest.raises(ModelLoadError, match="depends on the positions of others"):
         load(tmp_path)
+
+
+def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("qwen3", tmp_path)
+    monkeypatch.setattr(loader, "available_memory", lambda: 1000)
+    with pytest.raises(ModelLoadError, match="GiB in float32, and 0.0 GiB of memory are free"):
+        load_model(ModelOptions(path=str(tmp_path), dtype="float32", device="cpu"))

@@ -11,6 +11,7 @@ that the checkpoint lacks is an error.
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from nanoserve.config import ConfigError, ModelOptions
-from nanoserve.kv_cache.paged_kv_cache import KVSpec
+from nanoserve.kv_cache.paged_kv_cache import GIB, KVSpec, available_memory
 from nanoserve.model import attention
 from nanoserve.model.attention import AttentionLayer
 from nanoserve.model.packing import can_pack, pack_linears
@@ -88,6 +89,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
     generation = _read_json(folder / "generation_config.json")
     device = torch.device(_device_name(options.device))
     dtype = _resolve_dtype(options, config, folder, device)
+    _refuse_what_does_not_fit(folder, dtype, device)
     model = _load_weights(folder, config, dtype, options).to(device).eval()
     architecture = type(model).__name__
     max_position = _max_position(config)
@@ -211,7 +213,27 @@ def _device_name(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelLoadError("device cuda was asked for; this machine has no CUDA device that torch can use")
+    if name.startswith("cuda:") and int(name.removeprefix("cuda:")) >= torch.cuda.device_count():
+        raise ModelLoadError(f"device {name} was asked for; this machine has {torch.cuda.device_count()}, from cuda:0 on")
     return name
+
+
+def _refuse_what_does_not_fit(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Main memory is given out before it is there; without this the system would end the process, later."""
+    num_bytes = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt") as tensors:
+                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ModelLoadError(f"{path} cannot be read: {error}") from error
+        num_bytes += sum(map(math.prod, shapes)) * dtype.itemsize
+    free = available_memory()
+    if device.type == "cpu" and num_bytes > free:
+        raise ModelLoadError(
+            f"the weights take {num_bytes / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {free / GIB:.1f} GiB"
+            " of memory are free"
+        )
 
 
 def _resolve_dtype(options: ModelOptions, config: PreTrainedConfig, folder: Path, device: torch.device) -> torch.dtype:
