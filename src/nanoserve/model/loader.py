@@ -214,7 +214,7 @@ def _device_name(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelLoadError("device cuda was asked for; this machine has no CUDA device that torch can use")
     if name.startswith("cuda:") and int(name.removeprefix("cuda:")) >= torch.cuda.device_count():
-        raise ModelLoadError(f"device {name} was asked for; this machine has {torch.cuda.device_count()}, from cuda:0 on")
+        raise ModelLoadError(f"there is no device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return name
 
 
@@ -230,10 +230,9 @@ def _refuse_what_does_not_fit(folder: Path, dtype: torch.dtype, device: torch.de
         num_bytes += sum(map(math.prod, shapes)) * dtype.itemsize
     free = available_memory()
     if device.type == "cpu" and num_bytes > free:
-        raise ModelLoadError(
-            f"the weights take {num_bytes / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {free / GIB:.1f} GiB"
-            " of memory are free"
-        )
+        name = str(dtype).removeprefix("torch.")
+        sizes = f"{num_bytes / GIB:.1f} GiB in {name}, and {free / GIB:.1f} GiB of memory are free"
+        raise ModelLoadError(f"the weights take {sizes}")
 
 
 def _resolve_dtype(options: ModelOptions, config: PreTrainedConfig, folder: Path, device: torch.device) -> torch.dtype:
