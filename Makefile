@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL ?=
 ARGS ?=
 
-.PHONY: serve test lint check soak stubs clean
+.PHONY: serve test lint check soak stubs reference clean
 
 serve: .venv/installed ## serve MODEL (default: the built-in one) on 127.0.0.1:50051
 	$(BIN)/nanoserve serve $(MODEL) $(ARGS)
@@ -18,6 +18,7 @@ lint: .venv/installed-dev ## style, types, and the contract: lint, format, compa
 	$(BIN)/mypy
 	$(BIN)/python tools/check_contract.py
 	$(BIN)/python tools/generate_stubs.py --check
+	$(BIN)/python tools/generate_reference.py --check
 
 check: lint test ## what CI runs, and what one runs before a commit
 
@@ -26,6 +27,9 @@ soak: .venv/installed-dev ## long runs: memory over 10,000 requests, wide fuzzin
 
 stubs: .venv/installed-dev ## regenerate the client's stubs from protos/
 	$(BIN)/python tools/generate_stubs.py
+
+reference: .venv/installed-dev ## regenerate docs/reference/ from options, protos and errors
+	$(BIN)/python tools/generate_reference.py
 
 clean:
 	rm -rf .venv .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
