@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -35,8 +35,8 @@ def option(default: Any, help: str, *, flag: str | None = None, at_least: float 
     return field(default=default, metadata={"help": help, "flag": flag, "at_least": at_least})
 
 
-def environment() -> Mapping[str, str]:
-    """The process's variables; nothing else in the server reads them."""
+def environment() -> MutableMapping[str, str]:
+    """The process's variables; nothing else in the server reads or sets them."""
     return os.environ
 
 

@@ -11,7 +11,7 @@ from nanoserve.config import ModelOptions
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model import runner as runner_module
 from nanoserve.model.loader import LoadedModel, load_model
-from nanoserve.model.runner import ModelRunner, usable_cpus
+from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
 from nanoserve.request import ScheduledSequence, StepPlan
 
@@ -237,13 +237,3 @@ def test_bfloat16_runs_and_stays_near(tmp_path: Path, monkeypatch: pytest.Monkey
         want = theirs(torch.tensor(PROMPTS[:2])).logits
     error = (feeder.all_logits(0, 0, 21).float() - want[0, :21]).abs().mean() / want.abs().mean()
     assert error < 0.05
-
-
-@pytest.mark.parametrize(("quota", "want"), [("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1)])
-def test_a_containers_quota_bounds_the_threads(
-    quota: str, want: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(runner_module, "CPU_QUOTA", tmp_path / "cpu.max")
-    assert usable_cpus(8) == want
-    assert usable_cpus(1) == 1

@@ -30,6 +30,7 @@ from nanoserve.config import ConfigError, ModelOptions
 from nanoserve.kv_cache.paged_kv_cache import GIB, KVSpec, available_memory
 from nanoserve.model import attention
 from nanoserve.model.attention import AttentionLayer
+from nanoserve.model.cpu import prepare_cpu
 from nanoserve.model.packing import can_pack, pack_linears
 from nanoserve.model.probe import NotServable, learn_layers
 from nanoserve.request import SamplingParams
@@ -88,6 +89,8 @@ def load_model(options: ModelOptions) -> LoadedModel:
     config = _read_config(folder, options)
     generation = _read_json(folder / "generation_config.json")
     device = torch.device(_device_name(options.device))
+    if device.type == "cpu":
+        prepare_cpu()
     dtype = _resolve_dtype(options, config, folder, device)
     _refuse_what_does_not_fit(folder, dtype, device)
     model = _load_weights(folder, config, dtype, options).to(device).eval()

@@ -7,10 +7,7 @@ Tokens of all sequences are packed into one row without padding. The head, whose
 runs only for positions whose logits are wanted.
 """
 
-import ctypes
-import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,8 +21,6 @@ from nanoserve.request import ScheduledSequence, SequenceResult, StepPlan, StepR
 
 # Logits of prompt positions are made for so many numbers at a time, to bound memory.
 PROMPT_LOGITS_AT_ONCE = 1 << 24
-# Where a Linux container finds how much CPU time it may use: "quota period" in microseconds, or "max period".
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class ModelRunner:
@@ -56,9 +51,6 @@ class ModelRunner:
         # Row -> alternatives to report for prompt tokens.
         self._num_prompt_top = [0] * max_num_seqs
         fix_rope(model.model, max_context_tokens)
-        if model.device.type == "cpu":
-            torch.set_num_threads(usable_cpus(torch.get_num_threads()))
-            keep_freed_memory()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -213,31 +205,3 @@ class ModelRunner:
                 return SequenceResult(is_corrupt=True)
             logprobs += token_logprobs(logits, part, self._num_prompt_top[sequence.row])
         return SequenceResult(result.token_ids, result.logprobs, logprobs)
-
-
-# ----------------------------------------------------------------------------------------------- the process
-
-
-def usable_cpus(available: int) -> int:
-    """CPUs that may be kept busy: `available`, or a container's quota if that is less.
-
-    Threads beyond the quota do not only idle: the kernel then stops all of them for parts of every period.
-    """
-    if CPU_QUOTA.exists():
-        limit, period = CPU_QUOTA.read_text().split()
-        if limit != "max":
-            return max(1, min(available, math.ceil(int(limit) / int(period))))
-    return available
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that are freed, instead of giving them back and paying page faults for the next.
-
-    A step makes and frees the same tensors again and again. Without effect where malloc is not glibc's.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc takes
-    mallopt(m_trim_threshold, 1 << 30)

@@ -1,0 +1,53 @@
+"""What a process that computes on a CPU sets once, before it does: threads, and memory that libraries keep.
+
+Called by the loader. Whoever runs the process may choose otherwise by the same environment variables.
+"""
+
+import ctypes
+import math
+from pathlib import Path
+
+import torch
+
+from nanoserve.config import environment
+
+# Where a Linux container finds how much CPU time it may use: "quota period" in microseconds, or "max period".
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# oneDNN makes a kernel for every shape that it multiplies, and shapes follow the number of tokens in a step. With what
+# describes it a kernel takes up to a megabyte, whatever the model's size, and by default 1024 of each kind are kept. A
+# step needs about twelve, so that these do for ten sizes of steps in turn; any other costs a few milliseconds more.
+NUM_KERNELS = 128
+
+
+def prepare_cpu() -> None:
+    """Before the first computation: libraries read some of it only once."""
+    # The first is read by oneDNN, the second by what stands between torch and oneDNN.
+    environment().setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(NUM_KERNELS))
+    environment().setdefault("LRU_CACHE_CAPACITY", str(NUM_KERNELS))
+    torch.set_num_threads(usable_cpus(torch.get_num_threads()))
+    keep_freed_memory()
+
+
+def usable_cpus(available: int) -> int:
+    """CPUs that may be kept busy: `available`, or a container's quota if that is less.
+
+    Threads beyond the quota do not only idle: the kernel then stops all of them for parts of every period.
+    """
+    if CPU_QUOTA.exists():
+        limit, period = CPU_QUOTA.read_text().split()
+        if limit != "max":
+            return max(1, min(available, math.ceil(int(limit) / int(period))))
+    return available
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that are freed, instead of giving them back and paying page faults for the next.
+
+    A step makes and frees the same tensors again and again. Without effect where malloc is not glibc's.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc takes
+    mallopt(m_trim_threshold, 1 << 30)

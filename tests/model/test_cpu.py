@@ -1,0 +1,52 @@
+"""What is set once in a process that computes on a CPU: how many threads, and how much memory libraries keep."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanoserve.model import cpu
+from nanoserve.model.cpu import usable_cpus
+from nanoserve.model.packing import can_pack
+
+# Multiplies by a packed weight with 600 numbers of rows, and prints by how many bytes the process grew.
+MANY_SHAPES = """
+import re, torch
+from pathlib import Path
+from torch import nn
+from nanoserve.model.cpu import prepare_cpu
+from nanoserve.model.packing import PackedLinear
+
+def resident_bytes():
+    return int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+prepare_cpu()
+with torch.inference_mode():
+    linear = PackedLinear(nn.Linear(256, 256, dtype=torch.bfloat16))
+    linear(torch.zeros(600, 256, dtype=torch.bfloat16))
+    before = resident_bytes()
+    for num_rows in range(1, 600):
+        linear(torch.zeros(num_rows, 256, dtype=torch.bfloat16))
+print(resident_bytes() - before)
+"""
+# When 1024 are kept it is over 300 MiB.
+MAX_GROWTH_BYTES = 150 << 20
+
+
+@pytest.mark.parametrize(("quota", "want"), [("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1)])
+def test_a_containers_quota_bounds_the_threads(
+    quota: str, want: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(cpu, "CPU_QUOTA", tmp_path / "cpu.max")
+    assert usable_cpus(8) == want
+    assert usable_cpus(1) == 1
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this CPU's oneDNN has no bfloat16")
+def test_steps_of_many_sizes_do_not_fill_memory_with_kernels() -> None:
+    # A process of its own: the limits are read once, and only before anything is computed.
+    done = subprocess.run([sys.executable, "-c", MANY_SHAPES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < MAX_GROWTH_BYTES, f"{int(done.stdout) / 2**20:.0f} MiB more"
