@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM, END_HEADERS, ACK = 0x1, 0x4, 0x1
+CANCEL = 8
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,15 @@ class RawConnection:
         self._writer.write(_frame(HEADERS, END_HEADERS, stream, block))
         self._writer.write(_frame(DATA, END_STREAM, stream, body))
         return stream
+
+    def reset(self, stream: int) -> None:
+        """Cancel a call."""
+        self._writer.write(_frame(RST_STREAM, 0, stream, CANCEL.to_bytes(4)))
+
+    def widen(self, stream: int) -> None:
+        """Let the server send all it has; before, it may send 64 KiB."""
+        for each in (0, stream):
+            self._writer.write(_frame(WINDOW_UPDATE, 0, each, (1 << 30).to_bytes(4)))
 
     def ping(self) -> None:
         self._writer.write(_frame(PING, 0, 0, b"nanoping"))

@@ -12,9 +12,11 @@ import pytest
 from serve_process import NANOSERVE, serving
 
 WAIT_S = 60
-# Makes its terminal the one that Ctrl-C is sent through, and becomes the command.
+# Makes its terminal the one that Ctrl-C is sent through, heeds Ctrl-C even if the tests were started without that, as
+# shells do in the background, and becomes the command.
 ON_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    " signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 )
 
 

@@ -67,7 +67,7 @@ def check_refusal(code, error, words):
         (shutil.rmtree, "there is no folder"),
         (truncate, "incomplete metadata, file not fully covered"),
         (truncate_and_hide_dtype, "incomplete metadata, file not fully covered"),
-        (scramble, "cannot be loaded: Error while deserializing header"),
+        (scramble, "cannot be read: Error while deserializing header"),
         (pickle, "found only pytorch_model.bin, and pickles are not loaded"),
         (change_architecture, "falcon cannot be served: its attention cannot be replaced"),
         (invent_architecture, "Transformers does not recognize this architecture"),
