@@ -54,9 +54,10 @@ class ServeProcess:
     def wait_until_ready(self) -> None:
         self.wait_for("ready after")
 
-    def resident_bytes(self) -> int:
+    def peak_bytes(self) -> int:
+        """The most memory that it has had."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
         assert found is not None
         return int(found[1]) * 1024
 

@@ -36,6 +36,10 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     # A second server on the port fails, instead of taking every other connection.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    # However many calls come at once, it is the engine's queue that refuses, and says so. Of more than a thousand that
+    # wait for the event loop gRPC would by default end some, anyone's, as CANCELLED, which no client tries again.
+    ("grpc.server.max_pending_requests", 2**31 - 1),
+    ("grpc.server.max_pending_requests_hard_limit", 2**31 - 1),
     # Clients may ping through a long silence (a queue, a long prompt), at any pace; by default two pings within
     # five minutes end the connection.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
