@@ -4,8 +4,10 @@
     python benchmarks/offline.py hf-generate DIR WORKLOAD ...    generate on one padded batch; a JSON line a workload
     python benchmarks/offline.py compare DIR WORKLOAD ...        both in turn, three times each; medians and their ratio
 
-WORKLOAD is N:IN:OUT[:SHARED], as in `nanoserve bench offline --help`; all runs are in bfloat16. Speed does not depend
-on the values of the weights, so a random checkpoint of a public model's exact shape is fair.
+WORKLOAD is N:IN:OUT[:SHARED], as in `nanoserve bench offline --help`. generate runs in the checkpoint's bfloat16 unless
+--peer-dtype says otherwise, nanoserve in what it chooses for the machine unless --dtype does: a CPU without arithmetic
+for bfloat16 is many times slower in it than in float32. Speed does not depend on the values of the weights, so a random
+checkpoint of a public model's exact shape is fair.
 """
 
 import argparse
@@ -44,12 +46,12 @@ def make(shape: str, folder: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def hf_generate(folder: str, workloads: list[FixedWorkload]) -> Iterator[Timing]:
+def hf_generate(folder: str, dtype: str, workloads: list[FixedWorkload]) -> Iterator[Timing]:
     started_s = time.perf_counter()
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     def execute(requests: Sequence[BenchRequest]) -> int:
         ids = torch.tensor([r.prompt for r in requests])
@@ -62,13 +64,13 @@ def hf_generate(folder: str, workloads: list[FixedWorkload]) -> Iterator[Timing]
     return time_workloads("hf-generate", execute, workloads, started_s, model.config.vocab_size, context)
 
 
-def compare(folder: str, workloads: list[FixedWorkload]) -> None:
+def compare(folder: str, dtype: str, peer_dtype: str, workloads: list[FixedWorkload]) -> None:
     """Each engine in a fresh process, in turn, so that both meet the same moods of the machine."""
     texts = [w.text for w in workloads]
-    options = ["--dtype", "bfloat16", "--kv-memory", "4GiB", "--json"]
+    options = ["--dtype", dtype, "--kv-memory", "4GiB", "--json"]
     commands = {
         "nanoserve": [sys.executable, "-m", "nanoserve", "bench", "offline", folder, *options, "--workload", *texts],
-        "hf-generate": [sys.executable, __file__, "hf-generate", folder, *texts],
+        "hf-generate": [sys.executable, __file__, "hf-generate", folder, "--peer-dtype", peer_dtype, *texts],
     }
     speeds: dict[str, list[list[float]]] = {engine: [] for engine in commands}
     for _ in range(NUM_ROUNDS):
@@ -95,13 +97,16 @@ def main() -> None:
         each = commands.add_parser(name)
         each.add_argument("folder")
         each.add_argument("workloads", nargs="+", type=FixedWorkload.parse, metavar="N:IN:OUT[:SHARED]")
+        each.add_argument("--peer-dtype", default="bfloat16", metavar="DTYPE", help="Of generate.")
+        if name == "compare":
+            each.add_argument("--dtype", default="auto", help="Of nanoserve.")
     arguments = parser.parse_args()
     if arguments.command == "make":
         make(arguments.shape, arguments.folder)
     elif arguments.command == "compare":
-        compare(arguments.folder, arguments.workloads)
+        compare(arguments.folder, arguments.dtype, arguments.peer_dtype, arguments.workloads)
     else:
-        for timing in hf_generate(arguments.folder, arguments.workloads):
+        for timing in hf_generate(arguments.folder, arguments.peer_dtype, arguments.workloads):
             print(json.dumps(timing.as_json()), flush=True)
 
 

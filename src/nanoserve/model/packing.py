@@ -1,9 +1,13 @@
 """Weights in the layout that a CPU's matrix units want, made once at load.
 
-oneDNN multiplies bfloat16 in tiles. Given a plain weight it rearranges it in every call, which for a few rows costs as
-much as the product; given a packed one it does not. Packing changes no number and no result beyond rounding. Only
-plain linear layers are packed; experts that are 3-D tensors, and GPT-2's transposed layers, stay as they are.
+A product works on tiles of the weight. Given a plain weight, the library rearranges it in every call, which for a few
+rows costs as much as the product itself; given a packed one it does not. On AVX2 in float32, a 1024 x 3072 layer runs 3.4
+times as fast at 4 rows, 2.7 times at 8, 1.4 times at 32, and 0.85 times at 2048; on AVX-512 in bfloat16 it is 1.6 times at
+1 and at 8 rows, 1.3 times at 32, and equal at 1024. Packing changes no number and no result beyond rounding. Only plain
+linear layers are packed; experts that are 3-D tensors, and GPT-2's transposed layers, stay as they are.
 """
+
+import platform
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +55,12 @@ def _shape_of_product(x: Tensor, _packed: Tensor, _bias: Tensor | None, out_feat
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing helps: bfloat16 on a CPU whose oneDNN computes in it."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or not torch._C._has_mkldnn:
+    """Whether packing helps: float32 on x86, and bfloat16 on a CPU whose oneDNN computes in it."""
+    if device.type != "cpu" or not torch._C._has_mkldnn:
         return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 and platform.machine() in ("x86_64", "AMD64")
 
 
 def pack_linears(model: nn.Module) -> None:
