@@ -13,7 +13,7 @@ from nanoserve.model.packing import can_pack
 
 # Multiplies by a packed weight with 600 numbers of rows, and prints by how many bytes the process grew.
 MANY_SHAPES = """
-import re, torch
+import re, sys, torch
 from pathlib import Path
 from torch import nn
 from nanoserve.model.cpu import prepare_cpu
@@ -23,12 +23,13 @@ def resident_bytes():
     return int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 prepare_cpu()
+dtype = getattr(torch, sys.argv[1])
 with torch.inference_mode():
-    linear = PackedLinear(nn.Linear(256, 256, dtype=torch.bfloat16))
-    linear(torch.zeros(600, 256, dtype=torch.bfloat16))
+    linear = PackedLinear(nn.Linear(256, 256, dtype=dtype))
+    linear(torch.zeros(600, 256, dtype=dtype))
     before = resident_bytes()
     for num_rows in range(1, 600):
-        linear(torch.zeros(num_rows, 256, dtype=torch.bfloat16))
+        linear(torch.zeros(num_rows, 256, dtype=dtype))
 print(resident_bytes() - before)
 """
 # When 1024 are kept it is over 300 MiB.
@@ -45,8 +46,10 @@ def test_a_containers_quota_bounds_the_threads(
     assert usable_cpus(1) == 1
 
 
-@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this CPU's oneDNN has no bfloat16")
-def test_steps_of_many_sizes_do_not_fill_memory_with_kernels() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_of_many_sizes_do_not_fill_memory_with_kernels(dtype: str) -> None:
+    if not can_pack(torch.device("cpu"), getattr(torch, dtype)):
+        pytest.skip(f"this CPU does not pack {dtype}")
     # A process of its own: the limits are read once, and only before anything is computed.
-    done = subprocess.run([sys.executable, "-c", MANY_SHAPES], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", MANY_SHAPES, dtype], capture_output=True, text=True, check=True)
     assert int(done.stdout) < MAX_GROWTH_BYTES, f"{int(done.stdout) / 2**20:.0f} MiB more"

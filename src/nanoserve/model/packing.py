@@ -1,10 +1,10 @@
 """Weights in the layout that a CPU's matrix units want, made once at load.
 
 A product works on tiles of the weight. Given a plain weight, the library rearranges it in every call, which for a few
-rows costs as much as the product itself; given a packed one it does not. On AVX2 in float32, a 1024 x 3072 layer runs 3.4
-times as fast at 4 rows, 2.7 times at 8, 1.4 times at 32, and 0.85 times at 2048; on AVX-512 in bfloat16 it is 1.6 times at
-1 and at 8 rows, 1.3 times at 32, and equal at 1024. Packing changes no number and no result beyond rounding. Only plain
-linear layers are packed; experts that are 3-D tensors, and GPT-2's transposed layers, stay as they are.
+rows costs as much as the product itself; given a packed one it does not. On AVX2 in float32, a 1024 x 3072 layer runs
+3.4 times as fast at 4 rows, 2.7 times at 8, 1.4 times at 32, and 0.85 times at 2048; on AVX-512 in bfloat16 it is 1.6
+times at 1 and at 8 rows, 1.3 times at 32, and equal at 1024. Packing changes no number and no result beyond rounding.
+Only plain linear layers are packed; experts that are 3-D tensors, and GPT-2's transposed layers, stay as they are.
 """
 
 import platform
