@@ -1,11 +1,14 @@
 """`nanoserve serve` as a user starts it: a process of its own, and a port that answers."""
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +20,15 @@ class ServeProcess:
     """A running server; its log lines are read as they come."""
 
     def __init__(self, *arguments: str, sabotage: str = "") -> None:
-        """`sabotage`: Python that the process runs before anything else, for failures that no caller can provoke."""
-        command = [NANOSERVE]
-        if sabotage:
-            command = [sys.executable, "-c", f"{sabotage}\nimport sys, nanoserve.cli\nsys.exit(nanoserve.cli.main())"]
-        command += ["serve", "--grpc-port", "0", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        """`sabotage`: Python that the server and its engine's process run before anything else, for failures that no
+        caller can provoke.
+        """
+        command = [NANOSERVE, "serve", "--grpc-port", "0", *arguments]
+        # Python itself imports a module of this name at its start.
+        self._sabotage = tempfile.TemporaryDirectory()
+        (Path(self._sabotage.name) / "sitecustomize.py").write_text(sabotage)
+        environment = {**os.environ, "PYTHONPATH": self._sabotage.name}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.log: list[str] = []
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -54,12 +60,26 @@ class ServeProcess:
     def wait_until_ready(self) -> None:
         self.wait_for("ready after")
 
+    @property
+    def engine_pid(self) -> int:
+        """Of the engine's process, which is about to start, or has."""
+        deadline_s = time.monotonic() + START_S
+        while time.monotonic() < deadline_s:
+            # A child is of the thread that started it.
+            for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+                if pids := children.read_text().split():
+                    return int(pids[0])
+            time.sleep(0.01)
+        raise AssertionError("there is no engine process")
+
     def peak_bytes(self) -> int:
-        """The most memory that it has had."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmHWM:\s+(\d+) kB", status)
-        assert found is not None
-        return int(found[1]) * 1024
+        """The most memory that it and its engine's process have had, each."""
+        total = 0
+        for pid in (self.process.pid, self.engine_pid):
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+            assert found is not None
+            total += int(found[1]) * 1024
+        return total
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Signal it, and return its exit code."""
@@ -79,6 +99,7 @@ def starting(*arguments: str, sabotage: str = "") -> Iterator[ServeProcess]:
         server._reader.join()
         assert server.process.stderr is not None
         server.process.stderr.close()
+        server._sabotage.cleanup()
 
 
 @contextlib.contextmanager

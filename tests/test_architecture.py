@@ -16,9 +16,10 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 ALLOWED = {
     "__main__": {"cli"},
     "bench": {"cli", "config", "request", "build", "engine"},
-    "cli": {"config", "request", "rpc", "build", "engine", "local"},
+    "cli": {"config", "request", "rpc", "build", "engine", "engine_process", "local"},
     "llm": {"config", "request", "local"},
-    "local": {"config", "rpc", "build"},
+    "local": {"config", "request", "rpc", "build"},
+    "engine_process": {"config", "request", "engine", "build"},
     "build": {"config", "request", "engine", "model", "features", "kv_cache"},
     "rpc": {"config", "request", "engine"},
     "engine": {"config", "request", "kv_cache"},
@@ -66,7 +67,10 @@ def test_every_room_is_listed():
     assert {room_of(path) for path in MODULES} - {"__init__"} == ALLOWED.keys()
 
 
-@pytest.mark.parametrize("module", ["nanoserve.engine.engine", "nanoserve.rpc.server", "nanoserve.kv_cache.block_pool"])
+@pytest.mark.parametrize(
+    "module",
+    ["nanoserve.engine.engine", "nanoserve.rpc.server", "nanoserve.engine_process", "nanoserve.kv_cache.block_pool"],
+)
 def test_engine_and_rpc_run_without_torch(module):
     code = (
         f"import sys, {module}\n"

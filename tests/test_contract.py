@@ -36,11 +36,13 @@ from nanoserve.rpc.server import Server
 @functools.cache
 def built_in_model() -> tuple[LoadedModel, TextCodec]:
     model = load_model(ModelOptions(device="cpu", dtype="float32"))
-    return model, TextCodec.load(str(model.folder))
+    return model, TextCodec.load(model.folder)
 
 
 def real_engine() -> Engine:
-    engine = assemble(*built_in_model(), Options(cache=CacheOptions(kv_memory_bytes=8 << 20)))
+    model, codec = built_in_model()
+    built = assemble(model, Options(cache=CacheOptions(kv_memory_bytes=8 << 20)))
+    engine = Engine(built.core, codec, built.model, max_waiting=64, step_timeout_s=60)
     engine.start()
     return engine
 

@@ -1,6 +1,7 @@
 """Trains the built-in chat model from nothing: tokenizer, weights, chat template, generation config.
 
     python training/train.py --out src/nanoserve/builtin
+    python training/train.py --out NEW --start src/nanoserve/builtin --steps 700 --learning-rate 5e-4    # some more
 
 One seeded script. It draws chats from dataset/, trains a byte-level BPE tokenizer on a sample of them, then a small
 Qwen3 with tied embeddings on the tokens of the assistant alone. Most batches hold short chats of about equal
@@ -179,8 +180,13 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * (step - 100) / max(1, steps - 100)))
 
 
-def optimizers(model: Qwen3ForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embedding and norms."""
+def optimizers(model: Qwen3ForCausalLM, learning_rate: float, *, is_trained: bool) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embedding and norms; for a trained model AdamW for all.
+
+    Muon computes in bfloat16 wherever it runs, and so is very slow on a CPU without arithmetic for it.
+    """
+    if is_trained:
+        return [torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
@@ -191,7 +197,7 @@ def optimizers(model: Qwen3ForCausalLM, learning_rate: float) -> list[torch.opti
 
 def train(options: argparse.Namespace, model: Qwen3ForCausalLM, encoder: Encoder) -> None:
     """The loop. With --checkpoint it saves every five minutes, and goes on from there when started again."""
-    optims = optimizers(model, options.learning_rate)
+    optims = optimizers(model, options.learning_rate, is_trained=options.start is not None)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: learning_rate_factor(step, options.steps)) for o in optims
     ]
@@ -257,6 +263,7 @@ def parse_options() -> argparse.Namespace:
     """The defaults are those of the built-in model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--start", type=Path, help="go on from the weights and tokenizer of this folder")
     parser.add_argument("--tokenizer", type=Path, help="take the tokenizer of this folder, as a draft model must")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=256)
@@ -278,11 +285,14 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    if options.tokenizer:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.tokenizer)
+    if options.start or options.tokenizer:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start or options.tokenizer)
     else:
         tokenizer = train_tokenizer(options.seed, options.vocab)
-    model = make_model(options, tokenizer)
+    if options.start:
+        model = Qwen3ForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+    else:
+        model = make_model(options, tokenizer)
     train(options, model, Encoder(tokenizer))
     save(options.out, model, tokenizer)
 

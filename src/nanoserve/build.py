@@ -7,8 +7,9 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,20 +26,9 @@ from nanoserve.model.compiled import BackgroundCompiler, can_compile
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
+from nanoserve.request import Report
 
 logger = logging.getLogger(__name__)
-
-
-class Report(Protocol):
-    """Who is told how the start goes."""
-
-    def stage(self, name: str, share: float | None = None) -> None:
-        """What is being done; share: how much of it is, 0 to 1, if that is known."""
-        ...
-
-    def fact(self, name: str, value: str) -> None:
-        """Something to know of what was built; the value may have several lines."""
-        ...
 
 
 class LogReport:
@@ -54,8 +44,31 @@ class LogReport:
 LOG_REPORT = LogReport()
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A step loop that is warm but not started, and what the rest of the server must know of its model."""
+
+    core: EngineCore
+    model: ServedModel
+    # Of the model's files; the tokenizer is there too.
+    folder: Path
+
+
 def build_engine(options: Options, *, wait_until_compiled: bool = False, report: Report = LOG_REPORT) -> Engine:
-    """Load the model and build an engine that is warm but not started. Takes as long as the model does.
+    """An engine in this process, warm but not started. Raises ConfigError; see build_core."""
+    built = build_core(options, wait_until_compiled=wait_until_compiled, report=report)
+    codec = TextCodec.load(built.folder, trust_remote_code=options.model.trust_remote_code)
+    return Engine(
+        built.core,
+        codec,
+        built.model,
+        max_waiting=options.scheduler.max_waiting,
+        step_timeout_s=options.server.step_timeout_s,
+    )
+
+
+def build_core(options: Options, *, wait_until_compiled: bool = False, report: Report = LOG_REPORT) -> Built:
+    """Load the model and build what runs its steps. Takes as long as the model does.
 
     On a CPU, parts of the model are compiled behind the back of the running engine, or first, which takes up to a
     minute the first time. Raises ConfigError, whose one line says what to do.
@@ -64,23 +77,11 @@ def build_engine(options: Options, *, wait_until_compiled: bool = False, report:
     try:
         with _weights_reported(report):
             model = load_model(options.model)
-        codec = _load_codec(model.folder, options)
-        return assemble(model, codec, options, wait_until_compiled=wait_until_compiled, report=report)
+        return assemble(model, options, wait_until_compiled=wait_until_compiled, report=report)
     except SafetensorError as error:
         raise ConfigError(f"a checkpoint file in {options.model.path} cannot be read: {error}") from error
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"the device has too little memory: {error}; lower --kv-memory, or serve less") from error
-
-
-def _load_codec(folder: Path, options: Options) -> TextCodec:
-    try:
-        codec = TextCodec.load(str(folder), trust_remote_code=options.model.trust_remote_code)
-        # Without files transformers makes a tokenizer that has no tokens.
-        if codec.encode("a", add_special_tokens=False):
-            return codec
-    except Exception as error:  # transformers lets through whatever a broken file provokes
-        raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
-    raise ConfigError(f"{folder} has no tokenizer: its tokenizer.json or tokenizer.model is missing")
 
 
 @contextmanager
@@ -108,14 +109,9 @@ def _weights_reported(report: Report) -> Iterator[None]:
 
 
 def assemble(
-    model: LoadedModel,
-    codec: TextCodec,
-    options: Options,
-    *,
-    wait_until_compiled: bool = False,
-    report: Report = LOG_REPORT,
-) -> Engine:
-    """Build an engine around a loaded model. Raises ConfigError if the KV cache does not fit."""
+    model: LoadedModel, options: Options, *, wait_until_compiled: bool = False, report: Report = LOG_REPORT
+) -> Built:
+    """Build what runs the steps of a loaded model. Raises ConfigError if the KV cache does not fit."""
     plan = plan_kv(
         model.kv_specs,
         options.cache.block_size,
@@ -165,13 +161,7 @@ def assemble(
         eos_token_ids=tuple(sorted(model.eos_token_ids)),
         default_params=model.default_params,
     )
-    return Engine(
-        EngineCore(scheduler, runner),
-        codec,
-        served,
-        max_waiting=options.scheduler.max_waiting,
-        step_timeout_s=options.server.step_timeout_s,
-    )
+    return Built(EngineCore(scheduler, runner), served, model.folder)
 
 
 def served_name(options: Options) -> str:

@@ -12,14 +12,12 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from nanoserve_client import AsyncClient, Client
 
 from nanoserve.config import ConfigError, Options, ServerConfig
-
-if TYPE_CHECKING:
-    from nanoserve.build import Report
+from nanoserve.request import Report
 
 LOOPBACK = "127.0.0.1"
 
@@ -32,7 +30,7 @@ class LocalServer:
     Any process of the machine can reach the port, so it asks for a key that only this process knows.
     """
 
-    def __init__(self, options: Options, report: "Report | None" = None) -> None:
+    def __init__(self, options: Options, report: Report | None = None) -> None:
         """Load the model and serve it. Raises ConfigError."""
         self._options = options
         self._report = report

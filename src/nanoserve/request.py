@@ -230,7 +230,7 @@ class CacheWasReset:
 
 @dataclass(frozen=True, slots=True)
 class EngineEnded:
-    """The engine thread is gone: nothing that was posted, or will be, is answered any more."""
+    """The step loop is gone: nothing that was posted, or will be, is answered any more."""
 
 
 Event = RequestStarted | SequenceOutput | RequestFailed | CacheWasReset | EngineEnded
@@ -348,4 +348,16 @@ class Executor(Protocol):
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute a step. Raises only if the whole step failed."""
+        ...
+
+
+class Report(Protocol):
+    """Who is told how the start goes."""
+
+    def stage(self, name: str, share: float | None = None) -> None:
+        """What is being done; share: how much of it is, 0 to 1, if that is known."""
+        ...
+
+    def fact(self, name: str, value: str) -> None:
+        """Something to know of what was built; the value may have several lines."""
         ...

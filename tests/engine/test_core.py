@@ -85,7 +85,7 @@ def bench():
     yield bench
     bench.executor.gate.set()
     bench.core.stop()
-    bench.core._thread.join(SECONDS)
+    bench.core.wait_until_ended()
     assert not bench.core.is_alive
 
 
@@ -97,7 +97,7 @@ def test_a_request_runs_to_its_end(bench):
     bench.core.post(request("a", [1, 2, 3]))
     assert bench.next_event(RequestStarted).request_id == "a"
     assert bench.completion("a") == expected_completion([1, 2, 3], 7, 5, 1000)
-    assert bench.core.stats.num_owned_blocks == 0
+    assert bench.core.state.scheduler.num_owned_blocks == 0
 
 
 def test_a_failed_step_fails_its_requests_and_the_loop_goes_on(bench, caplog):
@@ -117,7 +117,7 @@ def test_abort_during_a_step_ends_the_request_after_it(bench):
     bench.core.post(request("b", [4]))
     bench.executor.gate.set()
     bench.completion("b")
-    assert bench.core.stats.num_running == 0
+    assert bench.core.state.scheduler.num_running == 0
     assert not [p for p in bench.executor.plans if p.num_tokens > 3], "a did not run on beside b"
 
 
@@ -126,20 +126,34 @@ def test_reset_cache_is_answered_when_idle_and_between_steps(bench):
     bench.completion("a")
     bench.core.post(ResetCache())
     assert bench.next_event(CacheWasReset) == CacheWasReset(3)
-    assert bench.core.stats.num_cached_blocks == 0
+    assert bench.core.state.scheduler.num_cached_blocks == 0
 
 
 def test_a_step_that_hangs_shows_as_a_stall_and_recovers(bench):
-    assert bench.core.stalled_s == 0
+    assert bench.core.state.stalled_s == 0
     bench.executor.gate.clear()
     bench.core.post(request("a", [1]))
     assert bench.executor.is_in_step.wait(SECONDS)
-    assert bench.core.stalled_s > 0
+    assert bench.core.state.stalled_s > 0
     bench.executor.gate.set()
     bench.completion("a")
     bench.core.post(ResetCache())
     bench.next_event(CacheWasReset)
-    assert bench.core.stalled_s == 0
+    assert bench.core.state.stalled_s == 0
+
+
+def test_who_watches_from_elsewhere_hears_of_work_before_its_first_step_ends_and_of_its_abort(bench):
+    states = queue.SimpleQueue()
+    deliver, bench.core._deliver = bench.core._deliver, lambda _: states.put(bench.core.state)
+    bench.executor.gate.clear()
+    bench.core.post(request("a", [1]))
+    assert states.get(timeout=SECONDS).is_busy
+    assert bench.executor.is_in_step.wait(SECONDS)
+    bench.core.post(Abort("a"))
+    bench.executor.gate.set()
+    while states.get(timeout=SECONDS).is_busy:
+        pass
+    bench.core._deliver = deliver
 
 
 def test_stop_ends_the_thread_and_what_comes_later_is_answered(bench):
@@ -166,7 +180,7 @@ def test_a_bug_in_the_scheduler_ends_the_engine_with_an_event(bench, monkeypatch
     monkeypatch.setattr(bench.core._scheduler, method, lambda *_: 1 / 0)
     bench.core.post(request("a", [1, 2, 3]))
     bench.next_event(EngineEnded)
-    bench.core._thread.join(SECONDS)
+    bench.core.wait_until_ended()
     assert not bench.core.is_alive
     assert "engine thread died" in caplog.text
 
@@ -176,10 +190,10 @@ def test_failed_steps_are_counted_until_one_succeeds(bench):
     for count in (1, 2):
         bench.core.post(request("bad", [666]))
         bench.next_event(RequestFailed)
-        assert bench.core.num_failed_steps == count
+        assert bench.core.state.num_failed_steps == count
     bench.core.post(request("good", [1]))
     bench.completion("good")
-    assert bench.core.num_failed_steps == 0
+    assert bench.core.state.num_failed_steps == 0
 
 
 def test_time_limit_ends_a_request_that_runs(bench):

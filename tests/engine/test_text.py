@@ -517,7 +517,7 @@ def test_importing_the_module_imports_neither_torch_nor_transformers() -> None:
 
 def test_load_reads_a_checkpoint(tmp_path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="</s>").save_pretrained(tmp_path)
-    codec = TextCodec.load(str(tmp_path))
+    codec = TextCodec.load(tmp_path)
     assert codec.encode(CORPUS[0]) == BYTE_LEVEL.encode(CORPUS[0])
     assert codec.vocab_size == BYTE_LEVEL.vocab_size
     assert {codec.token(i) for i in codec.special_token_ids} == {*SPECIAL, END_OF_TEXT}

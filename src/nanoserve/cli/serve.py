@@ -84,15 +84,15 @@ async def _load(options: Options, loading: Loading, serving: "asyncio.Task[None]
     if not building.done():
         # Nothing can stop a thread that loads a model.
         logging.shutdown()
-        os._exit(0)
+        os._exit(0)  # and with it the engine's process
     return building.result()
 
 
 def _build(options: Options, loading: Loading) -> "Engine":
     loading.stage("importing torch and transformers")
-    from nanoserve.build import build_engine
+    from nanoserve.engine_process import start_engine
 
-    return build_engine(options, report=loading)
+    return start_engine(options, loading)
 
 
 def _address(config: ServerConfig, port: int) -> str:

@@ -9,6 +9,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 from nanoserve.engine.scheduler import Scheduler, SchedulerStats
 from nanoserve.request import (
@@ -26,6 +28,52 @@ from nanoserve.request import (
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class CoreState:
+    """How the step loop fares, as of its last sign of life."""
+
+    # When that was: time.monotonic(), the same clock for all processes of a machine.
+    last_progress_s: float
+    # Work is pending.
+    is_busy: bool
+    # How many of the last steps failed, one after the other.
+    num_failed_steps: int
+    scheduler: SchedulerStats
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the last step ended while work is pending; 0 if there is none."""
+        return time.monotonic() - self.last_progress_s if self.is_busy else 0.0
+
+
+# Takes a step's events, of which there may be none; must not block.
+Deliver = Callable[[list[Event]], None]
+
+
+class Core(Protocol):
+    """A step loop as the Engine sees it: on a thread here, or in a process of its own (engine_process.py)."""
+
+    def start(self, deliver: Deliver) -> None:
+        """Begin to run; `deliver` may be called on any thread."""
+        ...
+
+    def post(self, message: Message) -> None:
+        """Hand over a message; it is read before the next step."""
+        ...
+
+    def stop(self) -> None:
+        """Let the current step end, then give up what is left; EngineEnded is delivered when that is done."""
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """What is posted now may be answered."""
+        ...
+
+    @property
+    def state(self) -> CoreState: ...
+
+
 class EngineCore:
     """Runs steps as long as there is work, and sleeps on its queue when there is none.
 
@@ -37,16 +85,14 @@ class EngineCore:
         self._executor = executor
         # None = stop.
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._deliver: Callable[[list[Event]], None] = lambda _: None
+        self._deliver: Deliver = lambda _: None
         self._thread = threading.Thread(target=self._run, name="nanoserve-engine", daemon=True)
         self._has_ended = False
         self._num_failed_steps = 0
-        self._is_busy = False
-        self._last_progress_s = time.monotonic()
-        self._stats = scheduler.stats()
+        self._note_progress()
 
-    def start(self, deliver: Callable[[list[Event]], None]) -> None:
-        """Begin to run; `deliver` is called on the engine thread and must not block."""
+    def start(self, deliver: Deliver) -> None:
+        """Begin to run; `deliver` is called on the engine thread."""
         self._deliver = deliver
         self._thread.start()
 
@@ -65,29 +111,26 @@ class EngineCore:
         return self._thread.is_alive()
 
     @property
-    def stalled_s(self) -> float:
-        """Seconds since the last step ended while work is pending; 0 if there is none."""
-        return time.monotonic() - self._last_progress_s if self._is_busy else 0.0
+    def state(self) -> CoreState:
+        return self._state
 
-    @property
-    def num_failed_steps(self) -> int:
-        """How many of the last steps failed, one after the other."""
-        return self._num_failed_steps
-
-    @property
-    def stats(self) -> SchedulerStats:
-        """As of the end of the last step."""
-        return self._stats
+    def wait_until_ended(self) -> None:
+        """Return when the engine thread is gone."""
+        self._thread.join()
 
     def _run(self) -> None:
         try:
             while True:
-                for message in self._take_messages():
+                messages = list(self._take_messages())
+                for message in messages:
                     if message is None:
                         return
                     self._obey(message)
                 self._note_progress()
-                if self._scheduler.has_work:
+                if messages:
+                    # Whoever watches from elsewhere must know of it, should no step follow, or not end.
+                    self._deliver([])
+                if self._state.is_busy:
                     self._step()
         except Exception:
             logger.exception("the engine thread died")
@@ -129,6 +172,9 @@ class EngineCore:
         self._deliver(events)
 
     def _note_progress(self) -> None:
-        self._last_progress_s = time.monotonic()
-        self._is_busy = self._scheduler.has_work
-        self._stats = self._scheduler.stats()
+        self._state = CoreState(
+            last_progress_s=time.monotonic(),
+            is_busy=self._scheduler.has_work,
+            num_failed_steps=self._num_failed_steps,
+            scheduler=self._scheduler.stats(),
+        )

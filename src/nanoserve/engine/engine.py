@@ -1,7 +1,7 @@
 """The engine's asyncio face: generate, tokenize, cancel, drain.
 
 caller ── generate() ──▶ encode (worker thread) ──▶ core.post(Request)
-caller ◀── RequestStream ◀── text ◀── one call of _deliver per step, for all requests ◀── engine thread
+caller ◀── RequestStream ◀── text ◀── one call of _deliver per step, for all requests ◀── core
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from nanoserve.engine.core import EngineCore
+from nanoserve.engine.core import Core
 from nanoserve.engine.scheduler import SchedulerStats
 from nanoserve.engine.stream import RequestStream, StreamEvent
 from nanoserve.engine.text import Chat, TextCodec
@@ -129,7 +129,7 @@ class Engine:
     """
 
     def __init__(
-        self, core: EngineCore, codec: TextCodec, model: ServedModel, *, max_waiting: int, step_timeout_s: float
+        self, core: Core, codec: TextCodec, model: ServedModel, *, max_waiting: int, step_timeout_s: float
     ) -> None:
         self.model = model
         self.codec = codec
@@ -147,7 +147,7 @@ class Engine:
         self._streams: dict[str, RequestStream] = {}
         # Set when the last stream ends.
         self._is_idle = asyncio.Event()
-        # Set when the engine thread is gone.
+        # Set when the core is gone.
         self._has_ended = asyncio.Event()
         self._cache_resets: deque[asyncio.Future[int]] = deque()
         self._is_draining = False
@@ -157,7 +157,7 @@ class Engine:
         self._cached_tokens = RollingSum(HIT_RATIO_WINDOW_S)
 
     def start(self) -> None:
-        """Start the engine thread; call it on the event loop that will serve."""
+        """Start the core; call it on the event loop that will serve."""
         loop = asyncio.get_running_loop()
 
         def deliver(events: list[Event]) -> None:
@@ -167,7 +167,7 @@ class Engine:
         self._core.start(deliver)
 
     async def close(self) -> None:
-        """Stop the engine thread after its current step; what still runs fails."""
+        """Stop the core after its current step; what still runs fails."""
         if self._core.is_alive:
             self._core.stop()
             with contextlib.suppress(TimeoutError):  # a step that hangs is left to die with the process
@@ -315,7 +315,7 @@ class Engine:
         """A snapshot, as of the last step."""
         num_prompt_tokens = self._prompt_tokens.total
         return Stats(
-            scheduler=self._core.stats,
+            scheduler=self._core.state.scheduler,
             prefix_hit_ratio=self._cached_tokens.total / num_prompt_tokens if num_prompt_tokens else 0.0,
             tokens_per_s=self._generated_tokens.total / THROUGHPUT_WINDOW_S,
             uptime_s=time.monotonic() - self._started_s,
@@ -326,15 +326,16 @@ class Engine:
         if self._is_draining:
             return "it is draining"
         if not self._core.is_alive:
-            return "the engine thread has died"
-        if self._core.num_failed_steps >= MAX_FAILED_STEPS:
-            return f"the last {self._core.num_failed_steps} steps failed"
-        if self._core.stalled_s > self._step_timeout_s:
-            return f"no step has ended for {self._core.stalled_s:.0f} s"
+            return "the engine has died"
+        state = self._core.state
+        if state.num_failed_steps >= MAX_FAILED_STEPS:
+            return f"the last {state.num_failed_steps} steps failed"
+        if state.stalled_s > self._step_timeout_s:
+            return f"no step has ended for {state.stalled_s:.0f} s"
         return None
 
     async def wait_until_ended(self) -> None:
-        """Return when the engine thread is gone, for good."""
+        """Return when the core is gone, for good."""
         await self._has_ended.wait()
 
     async def drain(self, timeout_s: float) -> None:
@@ -389,7 +390,7 @@ class Engine:
             future.set_result(num_freed_blocks)
 
     def _end_all(self) -> None:
-        """Nobody must wait for an engine thread that is gone."""
+        """Nobody must wait for a core that is gone."""
         self._has_ended.set()
         for stream in self._streams.values():
             stream.fail(EngineFailure())

@@ -14,8 +14,10 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from nanoserve.config import ConfigError
 from nanoserve.engine import detokenizer
 from nanoserve.engine.detokenizer import Detokenizer, Step
 from nanoserve.request import FinishReason, InvalidRequest, SamplingParams, Violation
@@ -67,11 +69,18 @@ class TextCodec:
         self._reserved_kwargs = {*parameters, "messages", "conversations"} - {"documents"}
 
     @classmethod
-    def load(cls, path: str, revision: str | None = None, *, trust_remote_code: bool = False) -> "TextCodec":
-        """Read the tokenizer of a checkpoint, a folder or a Hub id."""
+    def load(cls, folder: Path, *, trust_remote_code: bool = False) -> "TextCodec":
+        """Read the tokenizer of a checkpoint. Raises ConfigError."""
         from transformers import AutoTokenizer  # slow to import, and not needed to use a codec
 
-        return cls(AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code))
+        try:
+            codec = cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+            # Without files transformers makes a tokenizer that has no tokens.
+            if codec.encode("a", add_special_tokens=False):
+                return codec
+        except Exception as error:  # transformers lets through whatever a broken file provokes
+            raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+        raise ConfigError(f"{folder} has no tokenizer: its tokenizer.json or tokenizer.model is missing")
 
     @property
     def vocab_size(self) -> int:

@@ -1,0 +1,270 @@
+"""The step loop in a process of its own, for `nanoserve serve`: both ends of the pipe.
+
+    event loop ── post ──▶ writer thread ══╗              ╔══▶ reader thread ── post ──▶ EngineCore
+               ◀─ deliver ── on readable ══╝     pipe     ╚═══ events and state of a step ◀── engine thread
+
+In one process Python's interpreter lock would make gRPC and the engine wait for each other: with 100 streams of a small
+model, more than a third of every step. Requests, plans and events are plain data, so all that changes is how they
+travel. If the server dies, the pipe closes and the engine ends itself; if the engine dies, the server hears of it as of
+the end of a thread. This module imports torch in the engine's process only.
+"""
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from asyncio import AbstractEventLoop, get_running_loop
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.connection import Pipe as make_pipe
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from nanoserve.config import ConfigError, Options
+from nanoserve.engine.core import CoreState, Deliver, EngineCore
+from nanoserve.engine.engine import Engine, ServedModel
+from nanoserve.engine.text import TextCodec
+from nanoserve.request import EngineEnded, Event, Message, Report
+
+# Anything that can be pickled, both ways.
+Pipe: TypeAlias = "Connection[Any, Any]"
+
+# -------------------------------------------------------------------------- what the engine's process says at its start
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    name: str
+    share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """It cannot be started so."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """It waits for requests."""
+
+    model: ServedModel
+    folder: Path
+    state: CoreState
+
+
+# ------------------------------------------------------------------------------------------------- the server's end
+
+
+def start_engine(options: Options, report: Report) -> Engine:
+    """An engine whose steps run in a process of their own, warm but not started. Takes as long as the model does.
+
+    Raises ConfigError.
+    """
+    process = _EngineProcess(options)
+    try:
+        # Meanwhile; it takes a while, too.
+        import transformers  # noqa: F401
+
+        ready = process.wait_until_ready(report)
+        codec = TextCodec.load(ready.folder, trust_remote_code=options.model.trust_remote_code)
+    except BaseException:
+        process.kill()
+        raise
+    return Engine(
+        RemoteCore(process, ready.state),
+        codec,
+        ready.model,
+        max_waiting=options.scheduler.max_waiting,
+        step_timeout_s=options.server.step_timeout_s,
+    )
+
+
+class _EngineProcess:
+    """The process and our end of its pipe. One thread at a time may receive, and one send."""
+
+    def __init__(self, options: Options) -> None:
+        self.pipe, theirs = make_pipe()
+        with theirs:
+            # Not "-m": what it sends would be of a module named __main__.
+            code = f"from nanoserve.engine_process import main; main({theirs.fileno()})"
+            command = [sys.executable, "-c", code]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        self.pipe.send((options, logging.getLogger().level))
+
+    def wait_until_ready(self, report: Report) -> _Ready:
+        """Pass on how the start goes. Raises ConfigError if it does not come to an end."""
+        while True:
+            try:
+                said = self.pipe.recv()
+            except EOFError:
+                raise ConfigError(f"the engine's process died while it loaded the model: {self._fate()}") from None
+            match said:
+                case logging.LogRecord():
+                    _log(said)
+                case _Stage():
+                    report.stage(said.name, said.share)
+                case _Fact():
+                    report.fact(said.name, said.value)
+                case _Refused():
+                    raise ConfigError(said.message)
+                case _Ready():
+                    return said
+
+    def close(self) -> None:
+        """The process ends when its pipe does, if it has not; wait for that."""
+        self.pipe.close()
+        self._process.wait()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self.close()
+
+    def _fate(self) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGKILL:
+            return "it was killed, as the system does when memory runs out"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}; its error is above"
+
+
+def _log(record: logging.LogRecord) -> None:
+    """As if it had been written in this process."""
+    logging.getLogger(record.name).handle(record)
+
+
+class RemoteCore:
+    """A Core whose EngineCore runs in the engine's process. Event loop only.
+
+    The state is that of the last step whose events have arrived.
+    """
+
+    def __init__(self, process: _EngineProcess, state: CoreState) -> None:
+        self._process = process
+        self._state = state
+        self._is_alive = True
+        # "stop" = let the core stop, "close" = it has ended.
+        self._to_send: queue.SimpleQueue[Message | str] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="nanoserve-pipe", daemon=True)
+
+    def start(self, deliver: Deliver) -> None:
+        """Call it on the event loop that will serve."""
+        loop = get_running_loop()
+        loop.add_reader(self._process.pipe.fileno(), self._read, loop, deliver)
+        self._writer.start()
+
+    def post(self, message: Message) -> None:
+        self._to_send.put(message)
+
+    def stop(self) -> None:
+        self._to_send.put("stop")
+
+    @property
+    def is_alive(self) -> bool:
+        return self._is_alive
+
+    @property
+    def state(self) -> CoreState:
+        return self._state
+
+    def _read(self, loop: AbstractEventLoop, deliver: Deliver) -> None:
+        """A step's events have arrived, or a line for the log, or the pipe's end."""
+        events: list[Event] = [EngineEnded()]
+        with contextlib.suppress(EOFError, OSError):
+            said = self._process.pipe.recv()
+            if isinstance(said, logging.LogRecord):
+                _log(said)
+                return
+            events, self._state = said
+        if any(isinstance(event, EngineEnded) for event in events):
+            loop.remove_reader(self._process.pipe.fileno())
+            self._is_alive = False
+            self._to_send.put("close")
+        deliver(events)
+
+    def _write(self) -> None:
+        """A thread, because a long prompt fills the pipe until it is read."""
+        while (message := self._to_send.get()) != "close":
+            with contextlib.suppress(OSError):  # the process has died, and `_read` hears of it
+                self._process.pipe.send(message)
+        self._process.close()
+
+
+# ------------------------------------------------------------------------------------------------- the engine's end
+
+
+class _Speaker(logging.handlers.QueueHandler):
+    """Says to the server how the start goes, what to log, and what came of steps. Any thread; one lock guards the pipe.
+
+    Implements Report.
+    """
+
+    def __init__(self, pipe: Pipe) -> None:
+        super().__init__(queue.SimpleQueue())  # not used: `enqueue` is ours
+        self._pipe = pipe
+
+    def say(self, what: object) -> None:
+        """Send it; if the server is gone, nobody must hear it."""
+        self.acquire()
+        try:
+            with contextlib.suppress(OSError):
+                self._pipe.send(what)
+        finally:
+            self.release()
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """A line of the log, which QueueHandler has made fit to travel."""
+        self.say(record)
+
+    def stage(self, name: str, share: float | None = None) -> None:
+        self.say(_Stage(name, share))
+
+    def fact(self, name: str, value: str) -> None:
+        self.say(_Fact(name, value))
+
+
+def main(descriptor: int) -> None:
+    """Build the core, say so, and run it until it is stopped."""
+    # Ctrl-C on a terminal goes to both processes; the server decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe: Pipe = Connection(descriptor)
+    options, log_level = pipe.recv()
+    speaker = _Speaker(pipe)
+    logging.basicConfig(level=log_level, handlers=[speaker])
+    core: Future[EngineCore] = Future()
+    threading.Thread(target=_obey, args=(pipe, core), name="nanoserve-pipe", daemon=True).start()
+
+    from nanoserve.build import build_core  # torch, which the server does without
+
+    try:
+        built = build_core(options, report=speaker)
+    except ConfigError as error:
+        speaker.say(_Refused(str(error)))
+        return
+    speaker.say(_Ready(built.model, built.folder, built.core.state))
+    built.core.start(lambda events: speaker.say((events, built.core.state)))
+    core.set_result(built.core)
+    built.core.wait_until_ended()
+
+
+def _obey(pipe: Pipe, core: "Future[EngineCore]") -> None:
+    """Hand over what the server sends; end with it, also while the model loads."""
+    try:
+        while (message := pipe.recv()) != "stop":
+            core.result().post(message)
+        core.result().stop()
+        pipe.recv()
+    except (EOFError, OSError):
+        os._exit(1)
