@@ -77,16 +77,18 @@ def _pairs(rng: random.Random, held_out: bool) -> dict[str, Any]:
     pairs: dict[str, Any] = {}
     for _ in range(rng.choice((1, 2, 2, 2, 3, 3, 4))):
         kind = rng.random()
-        if kind < 0.50:
+        if kind < 0.45:
             key = rng.choice(HELD_STRING_KEYS if held_out and rng.random() < 0.5 else STRING_KEYS)
             pairs[key] = text_value(rng, held_out)
-        elif kind < 0.80:
+        elif kind < 0.70:
             key = rng.choice(HELD_NUMBER_KEYS if held_out and rng.random() < 0.5 else NUMBER_KEYS)
             pairs[key] = number_value(rng)
-        elif kind < 0.87:
+        elif kind < 0.77:
             pairs[rng.choice(BOOL_KEYS)] = rng.random() < 0.5
         else:
-            pairs[rng.choice((invented_word(rng), rng.choice(known_words())))] = text_value(rng, held_out)
+            # Numbers too: whether a value is quoted must be seen from the value, not guessed from its key.
+            value = number_value(rng) if rng.random() < 0.5 else text_value(rng, held_out)
+            pairs[rng.choice((invented_word(rng), rng.choice(known_words())))] = value
     return pairs
 
 
