@@ -29,13 +29,11 @@ class EnvoyProcess(LoggedProcess):
         edge_file = folder / "envoy.yaml"
         edge_file.write_text(edge)
         self._admin_address = folder / "admin-address"
-        super().__init__(
-            [ENVOY, "-c", str(edge_file), "--config-yaml", clusters]
-            + ["--admin-address-path", str(self._admin_address), "--file-flush-interval-msec", "10"]
-            # Not every Envoy of this machine is the next generation of the one before.
-            + ["--concurrency", "2", "--disable-hot-restart"],
-            cwd=CONFIGURATION,
-        )
+        command = [ENVOY, "-c", str(edge_file), "--config-yaml", clusters, "--concurrency", "2"]
+        command += ["--admin-address-path", str(self._admin_address), "--file-flush-interval-msec", "10"]
+        # Or a second Envoy on this machine would be taken for the next generation of the first.
+        command += ["--disable-hot-restart"]
+        super().__init__(command, cwd=CONFIGURATION)
 
     @cached_property
     def port(self) -> int:
@@ -48,6 +46,10 @@ class EnvoyProcess(LoggedProcess):
     def ask_admin(self, path: str) -> str:
         with urllib.request.urlopen(f"http://{self._admin_address.read_text()}{path}", timeout=10) as response:
             return str(response.read().decode())
+
+    def num_retries(self) -> int:
+        """Requests that it sent once more to a server."""
+        return int(self.ask_admin("/stats?filter=^cluster.server.upstream_rq_retry$").rpartition(": ")[2])
 
     def access(self, request_id: str) -> dict[str, Any]:
         """The access log's line for a request, which may still be to come."""

@@ -205,8 +205,9 @@ def test_admin_service_is_refused_however_it_is_spelt(server, channel, path):
 # ----------------------------------------------------------------------------------------------------- retries
 
 
-def test_a_server_that_is_not_ready_is_tried_again(server, generate):
-    server.script.generate = failing(2, grpc.StatusCode.UNAVAILABLE)
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED], ids=lambda c: c.name)
+def test_a_server_that_is_not_ready_is_tried_again(server, generate, code):
+    server.script.generate = failing(2, code)
     assert [event.delta.text for event in generate()] == ["", "Hel", "lo", ""]
     assert len(server.script.requests) == 3
 
@@ -221,7 +222,7 @@ def test_but_not_for_ever(server, generate):
 
 
 @pytest.mark.parametrize(
-    "code", [c for c in grpc.StatusCode if c.name not in ("OK", "UNAVAILABLE")], ids=lambda c: c.name
+    "code", [c for c in grpc.StatusCode if c.name not in ("OK", "UNAVAILABLE", "CANCELLED")], ids=lambda c: c.name
 )
 def test_what_another_attempt_would_not_help_is_not_tried_again(server, generate, code):
     server.script.generate = failing(1, code)
