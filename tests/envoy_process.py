@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any
 from logged_process import LoggedProcess
 
 ENVOY = str(Path(sys.executable).parent / "envoy")
+HEALTHY_S = 30
 CONFIGURATION = Path(__file__).parent.parent / "gateway" / "envoy"
 
 
@@ -28,9 +30,9 @@ class EnvoyProcess(LoggedProcess):
             edge, clusters = edge.replace(before, after), clusters.replace(before, after)
         edge_file = folder / "envoy.yaml"
         edge_file.write_text(edge)
-        self._admin_address = folder / "admin-address"
+        self._admin_address_file = folder / "admin-address"
         command = [ENVOY, "-c", str(edge_file), "--config-yaml", clusters, "--concurrency", "2"]
-        command += ["--admin-address-path", str(self._admin_address), "--file-flush-interval-msec", "10"]
+        command += ["--admin-address-path", str(self._admin_address_file), "--file-flush-interval-msec", "10"]
         # Or a second Envoy on this machine would be taken for the next generation of the first.
         command += ["--disable-hot-restart"]
         super().__init__(command, cwd=CONFIGURATION)
@@ -43,9 +45,21 @@ class EnvoyProcess(LoggedProcess):
         assert match is not None
         return int(match[1])
 
+    @cached_property
+    def admin_address(self) -> str:
+        self.wait_for("starting workers")
+        return self._admin_address_file.read_text()
+
     def ask_admin(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://{self._admin_address.read_text()}{path}", timeout=10) as response:
+        with urllib.request.urlopen(f"http://{self.admin_address}{path}", timeout=10) as response:
             return str(response.read().decode())
+
+    def wait_until_healthy(self, num_servers: int) -> None:
+        """A server is asked once a second, and says that it is ready up to half a second late."""
+        deadline = time.monotonic() + HEALTHY_S
+        while len(re.findall("^server::.*health_flags::healthy$", self.ask_admin("/clusters"), re.M)) < num_servers:
+            assert time.monotonic() < deadline, self.ask_admin("/clusters")
+            time.sleep(0.05)
 
     def num_retries(self) -> int:
         """Requests that it sent once more to a server."""
