@@ -159,7 +159,9 @@ def test_methods_reach_the_openai_module(envoy, module, method):
     assert module.seen[0][0] == method
 
 
-@pytest.mark.parametrize("path", ["/", "/metrics", "/v2/models", "/nanoserve/v1/nothing", "/nanoserve.v1.Other/Call"])
+@pytest.mark.parametrize(
+    "path", ["/", "/metrics", "/v1/../metrics", "/v2/models", "/nanoserve/v1/nothing", "/nanoserve.v1.Other/Call"]
+)
 def test_other_paths_lead_nowhere(envoy, module, path):
     answer = send(envoy.port, path)
     assert (answer.status, answer.body) == (404, b"nothing is served under this path")
@@ -257,6 +259,13 @@ def test_so_is_a_long_prompt_as_json(server, envoy):
     text = "x" * (12 * 2**20)
     assert send(envoy.port, GENERATE, {"text": text}).status == 200
     assert [r.text == text for r in server.script.requests] == [True, True]
+
+
+def test_and_to_the_openai_module(envoy, module):
+    module.status = 503
+    body = b"x" * (12 * 2**20)
+    assert send(envoy.port, "/v1/completions", body).status == 503
+    assert [headers["content-length"] for _, _, headers in module.seen] == [str(len(body))] * 3
 
 
 def test_an_openai_module_that_is_not_ready_is_tried_again_and_then_answers_itself(envoy, module):
@@ -389,7 +398,8 @@ def test_a_response_may_be_larger_than_the_buffer(server, envoy):
 def test_the_access_log_says_who_what_and_how_it_ended(envoy, server):
     label, trace = str(uuid.uuid4()), "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     server.script.generate = failing(2, grpc.StatusCode.UNAVAILABLE)
-    send(envoy.port, f"{GENERATE}", {"text": "Hello!"}, {"x-request-id": label, "traceparent": trace})
+    headers = {"x-request-id": label, "traceparent": trace, "x-forwarded-for": "192.0.2.1"}
+    send(envoy.port, GENERATE, {"text": "Hello!"}, headers)
     line = envoy.access(label)
     assert (
         line.items()
