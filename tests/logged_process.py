@@ -16,6 +16,7 @@ class LoggedProcess:
             command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
         self.log: list[str] = []
+        self._is_over = False
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -26,6 +27,9 @@ class LoggedProcess:
             with self._news:
                 self.log.append(line)
                 self._news.notify_all()
+        with self._news:
+            self._is_over = True
+            self._news.notify_all()
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """The first match in the log, which may still be to come."""
@@ -34,7 +38,7 @@ class LoggedProcess:
             return next((m for line in self.log if (m := re.search(pattern, line))), None)
 
         with self._news:
-            assert self._news.wait_for(lambda: find() or not self._reader.is_alive(), START_S), pattern
+            assert self._news.wait_for(lambda: find() or self._is_over, START_S), pattern
         match = find()
         assert match is not None, "".join(self.log)
         return match
