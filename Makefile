@@ -3,11 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL ?=
 ARGS ?=
+SERVERS ?= one-server.yaml
 
-.PHONY: serve test lint check soak stubs reference clean
+.PHONY: serve envoy test lint check soak stubs reference clean
 
 serve: .venv/installed ## serve MODEL (default: the built-in one) on 127.0.0.1:50051
 	$(BIN)/nanoserve serve $(MODEL) $(ARGS)
+
+envoy: .venv/installed-dev ## Envoy on 127.0.0.1:10000, before the servers of a file in gateway/envoy/
+	cd gateway/envoy && ../../$(BIN)/envoy -c envoy.yaml --config-yaml "$$(cat $(SERVERS))"
 
 test: .venv/installed-dev ## all tests but the soaks, with their coverage
 	$(BIN)/python -m pytest -q -m "not soak" --cov --cov-report=term:skip-covered --cov-fail-under=90
@@ -18,6 +22,7 @@ lint: .venv/installed-dev ## style, types, and the contract: lint, format, compa
 	$(BIN)/mypy
 	$(BIN)/python tools/check_contract.py
 	$(BIN)/python tools/generate_stubs.py --check
+	$(BIN)/python tools/generate_descriptor_set.py --check
 	$(BIN)/python tools/generate_reference.py --check
 
 check: lint test ## what CI runs, and what one runs before a commit
@@ -25,8 +30,9 @@ check: lint test ## what CI runs, and what one runs before a commit
 soak: .venv/installed-dev ## long runs: memory over 10,000 requests, wide fuzzing
 	$(BIN)/python -m pytest -q -m soak $(ARGS)
 
-stubs: .venv/installed-dev ## regenerate the client's stubs from protos/
+stubs: .venv/installed-dev ## regenerate the client's stubs from protos/, and Envoy's descriptor set
 	$(BIN)/python tools/generate_stubs.py
+	$(BIN)/python tools/generate_descriptor_set.py
 
 reference: .venv/installed-dev ## regenerate docs/reference/ from options, protos and errors
 	$(BIN)/python tools/generate_reference.py

@@ -19,6 +19,7 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 200),
 )
 TIMEOUT_S = 60
+Metadata = tuple[tuple[str, str], ...]
 # The events of a stream that ended well, or how it failed.
 Outcome = list[pb.GenerateResponse] | Failure
 
@@ -40,12 +41,13 @@ class Caller:
         self._raw = channel.unary_stream(GENERATE)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
-    def stream(self, request: pb.GenerateRequest) -> Any:
-        return self._stub.Generate(request, timeout=TIMEOUT_S, metadata=self._metadata, wait_for_ready=True)
+    def stream(self, request: pb.GenerateRequest, metadata: Metadata = ()) -> Any:
+        metadata = (*self._metadata, *metadata)
+        return self._stub.Generate(request, timeout=TIMEOUT_S, metadata=metadata, wait_for_ready=True)
 
-    async def run(self, request: pb.GenerateRequest) -> Outcome:
+    async def run(self, request: pb.GenerateRequest, metadata: Metadata = ()) -> Outcome:
         try:
-            return [event async for event in self.stream(request)]
+            return [event async for event in self.stream(request, metadata)]
         except grpc.aio.AioRpcError as error:
             return failure(error)
 

@@ -4,54 +4,29 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from logged_process import START_S, LoggedProcess
+
 NANOSERVE = str(Path(sys.executable).parent / "nanoserve")
-START_S = 120
 
 
-class ServeProcess:
-    """A running server; its log lines are read as they come."""
+class ServeProcess(LoggedProcess):
+    """A running server."""
 
     def __init__(self, *arguments: str, sabotage: str = "") -> None:
         """`sabotage`: Python that the server and its engine's process run before anything else, for failures that no
         caller can provoke.
         """
-        command = [NANOSERVE, "serve", "--grpc-port", "0", *arguments]
         # Python itself imports a module of this name at its start.
         self._sabotage = tempfile.TemporaryDirectory()
         (Path(self._sabotage.name) / "sitecustomize.py").write_text(sabotage)
-        environment = {**os.environ, "PYTHONPATH": self._sabotage.name}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.log: list[str] = []
-        self._news = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self._news:
-                self.log.append(line)
-                self._news.notify_all()
-
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        """The first match in the log, which may still be to come."""
-
-        def find() -> re.Match[str] | None:
-            return next((m for line in self.log if (m := re.search(pattern, line))), None)
-
-        with self._news:
-            assert self._news.wait_for(lambda: find() or not self._reader.is_alive(), START_S)
-        match = find()
-        assert match is not None, "".join(self.log)
-        return match
+        command = [NANOSERVE, "serve", "--grpc-port", "0", *arguments]
+        super().__init__(command, environment={**os.environ, "PYTHONPATH": self._sabotage.name})
 
     @property
     def address(self) -> str:
@@ -86,6 +61,10 @@ class ServeProcess:
         self.process.send_signal(number)
         return self.process.wait(START_S)
 
+    def kill(self) -> None:
+        super().kill()
+        self._sabotage.cleanup()
+
 
 @contextlib.contextmanager
 def starting(*arguments: str, sabotage: str = "") -> Iterator[ServeProcess]:
@@ -94,12 +73,7 @@ def starting(*arguments: str, sabotage: str = "") -> Iterator[ServeProcess]:
     try:
         yield server
     finally:
-        server.process.kill()
-        server.process.wait()
-        server._reader.join()
-        assert server.process.stderr is not None
-        server.process.stderr.close()
-        server._sabotage.cleanup()
+        server.kill()
 
 
 @contextlib.contextmanager

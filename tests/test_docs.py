@@ -10,7 +10,8 @@ What a block's language says, on pages as readers see them and in more words tha
     all others   not checked
 
 The address 127.0.0.1:50051 is that of one server with the built-in model, which all pages share. It computes in
-float32, where the text of an answer does not depend on what else runs.
+float32, where the text of an answer does not depend on what else runs. 127.0.0.1:10000 is an Envoy before it, and
+127.0.0.1:9901 that Envoy's own surface.
 """
 
 import ast
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from envoy_process import fronting
 from serve_process import serving
 
 import nanoserve
@@ -34,12 +36,18 @@ BIN = Path(sys.executable).parent
 INDEX = ROOT / "docs" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ADDRESS = "127.0.0.1:50051"
+EDGE = "127.0.0.1:10000"
+EDGE_ADMIN = "127.0.0.1:9901"
 BLOCK_S = 60
 RUN = ("sh", "sh fails", "python")
 
 # A block's first line -> why no test runs it.
 NOT_RUN = {
     "make serve": "serves until it is stopped; the pages' server is what it starts",
+    "make envoy": "the same; the pages' Envoy is what it starts",
+    "make envoy SERVERS=several-servers.yaml": "the same; tests/gateway/envoy/ does what the page says of it",
+    ".venv/bin/nanoserve serve --grpc-port 50052": "the same",
+    f"curl -s http://{EDGE}/v1/models": "the OpenAI module answers it, which has not come yet",
     "make check": "runs all tests, this one too",
     ".venv/bin/nanoserve serve Qwen/Qwen3-0.6B --dtype bfloat16 --kv-memory 4GiB": "downloads a model",
     """grpcurl -plaintext -d '{"chat": {"messages": [{"role": "ROLE_USER", "content": "What is TTFT?"}]}}' \\""": (
@@ -113,21 +121,34 @@ def address():
         yield server.address
 
 
+@pytest.fixture(scope="module")
+def envoy(address):
+    nobody = 1
+    with fronting({50051: int(address.rpartition(":")[2]), 8000: nobody}) as envoy:
+        envoy.wait_until_healthy(1)
+        yield envoy
+
+
 class Runner:
     """Runs the blocks of one page, as a reader would who has a server."""
 
-    def __init__(self, page: Path, address: str, folder: Path) -> None:
+    def __init__(self, page: Path, addresses: dict[str, str], folder: Path) -> None:
+        """`addresses`: for each that the page shows, the one that it has in this test."""
         self._page = page
-        self._address = address
+        self._addresses = addresses
         self._folder = folder
         self._environment = {**os.environ, "TERM": "dumb", "COLUMNS": "120"}
         self._python: subprocess.Popen[str] | None = None
 
     def run(self, block: Block) -> str:
         """What the block prints."""
-        code = block.text.replace(ADDRESS, self._address).replace(".venv/bin/", f"{BIN}/")
+        code = block.text.replace(".venv/bin/", f"{BIN}/")
+        for shown, real in self._addresses.items():
+            code = code.replace(shown, real)
         printed = self._run_python(block, code) if block.language == "python" else self._run_shell(block, code)
-        return printed.replace(self._address, ADDRESS)
+        for shown, real in self._addresses.items():
+            printed = printed.replace(real, shown)
+        return printed
 
     def _run_shell(self, block: Block, code: str) -> str:
         done = subprocess.run(
@@ -173,8 +194,12 @@ class Runner:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(map(is_run, blocks_of(p)))], ids=name_of)
-def test_blocks_do_what_the_page_shows(page, address, tmp_path):
-    runner = Runner(page, address, tmp_path)
+def test_blocks_do_what_the_page_shows(page, address, tmp_path, request):
+    addresses = {ADDRESS: address}
+    if EDGE in page.read_text():
+        envoy = request.getfixturevalue("envoy")
+        addresses |= {EDGE: f"127.0.0.1:{envoy.port}", EDGE_ADMIN: envoy.admin_address}
+    runner = Runner(page, addresses, tmp_path)
     printed = None
     try:
         for block in blocks_of(page):
