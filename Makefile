@@ -6,7 +6,7 @@ ARGS ?=
 
 .PHONY: serve test lint check soak stubs reference clean
 
-serve: .venv/installed ## serve MODEL (default: the built-in one) on 127.0.0.1:50051
+serve: .venv/installed ## serve MODEL (default: the built-in one) on 127.0.0.1:50051 and http://127.0.0.1:8000
 	$(BIN)/nanoserve serve $(MODEL) $(ARGS)
 
 test: .venv/installed-dev ## all tests but the soaks, with their coverage
@@ -37,10 +37,10 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml clients/python/pyproject.toml constraints.txt
-	$(BIN)/pip install -q -c constraints.txt -e clients/python -e .
+.venv/installed: .venv/bin/python pyproject.toml clients/python/pyproject.toml gateway/openai/pyproject.toml constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e clients/python -e gateway/openai -e .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install -q -c constraints.txt -e clients/python -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e clients/python -e gateway/openai -e '.[dev]'
 	touch $@

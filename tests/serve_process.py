@@ -21,7 +21,7 @@ class ServeProcess:
         command = [NANOSERVE]
         if sabotage:
             command = [sys.executable, "-c", f"{sabotage}\nimport sys, nanoserve.cli\nsys.exit(nanoserve.cli.main())"]
-        command += ["serve", "--grpc-port", "0", *arguments]
+        command += ["serve", "--grpc-port", "0", "--http-port", "0", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []
         self._news = threading.Condition()
