@@ -20,6 +20,8 @@ from nanoserve_gateway.errors import Problem
 from nanoserve_gateway.schema import BadRequest, Violation
 
 DONE = b"data: [DONE]\n\n"
+# They end no line of an event, but many clients' line readers think so.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 # Fields that GenerateOptions has under the same name.
 _SAME = frozenset(
     {"model", "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty"}
@@ -91,7 +93,10 @@ def now() -> int:
 def frame(event: BaseModel, name: str | None = None) -> bytes:
     """A server-sent event."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {to_json(event)}\n\n".encode()
+    text = to_json(event)
+    if not text.isascii():
+        text = text.translate(_LINE_ENDS)
+    return f"{head}data: {text}\n\n".encode()
 
 
 def to_json(answer: BaseModel) -> str:
