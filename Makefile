@@ -28,7 +28,7 @@ soak: .venv/installed-dev ## long runs: memory over 10,000 requests, wide fuzzin
 stubs: .venv/installed-dev ## regenerate the client's stubs from protos/
 	$(BIN)/python tools/generate_stubs.py
 
-reference: .venv/installed-dev ## regenerate docs/reference/ from options, protos and errors
+reference: .venv/installed-dev ## regenerate docs/reference/ from options, protos, errors and REST fields
 	$(BIN)/python tools/generate_reference.py
 
 clean:

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,14 @@ from pathlib import Path
 
 NANOSERVE = str(Path(sys.executable).parent / "nanoserve")
 START_S = 120
+
+
+def free_port() -> int:
+    """For an option that takes 0 for none."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 class ServeProcess:

@@ -9,8 +9,8 @@ What a block's language says, on pages as readers see them and in more words tha
     text shape   the same, but every number may be another one
     all others   not checked
 
-The address 127.0.0.1:50051 is that of one server with the built-in model, which all pages share. It computes in
-float32, where the text of an answer does not depend on what else runs.
+The addresses 127.0.0.1:50051 and 127.0.0.1:8000 are those of one server with the built-in model, which all pages
+share. It computes in float32, where the text of an answer does not depend on what else runs.
 """
 
 import ast
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from serve_process import serving
+from serve_process import free_port, serving
 
 import nanoserve
 
@@ -34,6 +34,7 @@ BIN = Path(sys.executable).parent
 INDEX = ROOT / "docs" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ADDRESS = "127.0.0.1:50051"
+HTTP_ADDRESS = "127.0.0.1:8000"
 BLOCK_S = 60
 RUN = ("sh", "sh fails", "python")
 
@@ -108,26 +109,32 @@ def is_run(block: Block) -> bool:
 
 
 @pytest.fixture(scope="module")
-def address():
-    with serving("--dtype", "float32") as server:
-        yield server.address
+def addresses():
+    http_address = f"127.0.0.1:{free_port()}"
+    with serving("--dtype", "float32", "--http-port", http_address.partition(":")[2]) as server:
+        yield {ADDRESS: server.address, HTTP_ADDRESS: http_address}
 
 
 class Runner:
     """Runs the blocks of one page, as a reader would who has a server."""
 
-    def __init__(self, page: Path, address: str, folder: Path) -> None:
+    def __init__(self, page: Path, addresses: dict[str, str], folder: Path) -> None:
+        """addresses: those on the pages, each with the one in its place."""
         self._page = page
-        self._address = address
+        self._addresses = addresses
         self._folder = folder
         self._environment = {**os.environ, "TERM": "dumb", "COLUMNS": "120"}
         self._python: subprocess.Popen[str] | None = None
 
     def run(self, block: Block) -> str:
         """What the block prints."""
-        code = block.text.replace(ADDRESS, self._address).replace(".venv/bin/", f"{BIN}/")
+        code = block.text.replace(".venv/bin/", f"{BIN}/")
+        for shown, real in self._addresses.items():
+            code = code.replace(shown, real)
         printed = self._run_python(block, code) if block.language == "python" else self._run_shell(block, code)
-        return printed.replace(self._address, ADDRESS)
+        for shown, real in self._addresses.items():
+            printed = printed.replace(real, shown)
+        return printed
 
     def _run_shell(self, block: Block, code: str) -> str:
         done = subprocess.run(
@@ -173,8 +180,8 @@ class Runner:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(map(is_run, blocks_of(p)))], ids=name_of)
-def test_blocks_do_what_the_page_shows(page, address, tmp_path):
-    runner = Runner(page, address, tmp_path)
+def test_blocks_do_what_the_page_shows(page, addresses, tmp_path):
+    runner = Runner(page, addresses, tmp_path)
     printed = None
     try:
         for block in blocks_of(page):
@@ -268,7 +275,7 @@ def test_every_page_stands_in_the_index():
 # --------------------------------------------------------------------------------------- what is made from the code
 
 
-@pytest.mark.parametrize("page", ["flags", "protos", "errors"])
+@pytest.mark.parametrize("page", ["flags", "protos", "errors", "rest"])
 def test_reference_pages_match_the_code(page):
     command = [sys.executable, str(ROOT / "tools" / "generate_reference.py"), page, "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -49,7 +49,7 @@ def test_the_built_in_model_answers(client):
 
 
 def test_the_readmes_python_runs_as_it_stands(server):
-    block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = block.replace("127.0.0.1:50051", server.address)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "block" in done.stdout
