@@ -7,7 +7,7 @@ SERVERS ?= one-server.yaml
 
 .PHONY: serve envoy test lint check soak stubs reference clean
 
-serve: .venv/installed ## serve MODEL (default: the built-in one) on 127.0.0.1:50051
+serve: .venv/installed ## serve MODEL (default: the built-in one) on 127.0.0.1:50051 and http://127.0.0.1:8000
 	$(BIN)/nanoserve serve $(MODEL) $(ARGS)
 
 envoy: .venv/installed-dev ## Envoy on 127.0.0.1:10000, before the servers of a file in gateway/envoy/
@@ -34,7 +34,7 @@ stubs: .venv/installed-dev ## regenerate the client's stubs from protos/, and En
 	$(BIN)/python tools/generate_stubs.py
 	$(BIN)/python tools/generate_descriptor_set.py
 
-reference: .venv/installed-dev ## regenerate docs/reference/ from options, protos and errors
+reference: .venv/installed-dev ## regenerate docs/reference/ from options, protos, errors and REST fields
 	$(BIN)/python tools/generate_reference.py
 
 clean:
@@ -43,10 +43,10 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml clients/python/pyproject.toml constraints.txt
-	$(BIN)/pip install -q -c constraints.txt -e clients/python -e .
+.venv/installed: .venv/bin/python pyproject.toml clients/python/pyproject.toml gateway/openai/pyproject.toml constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e clients/python -e gateway/openai -e .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install -q -c constraints.txt -e clients/python -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e clients/python -e gateway/openai -e '.[dev]'
 	touch $@

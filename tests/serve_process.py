@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -13,6 +14,14 @@ from pathlib import Path
 from logged_process import START_S, LoggedProcess
 
 NANOSERVE = str(Path(sys.executable).parent / "nanoserve")
+
+
+def free_port() -> int:
+    """For an option that takes 0 for none."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 class ServeProcess(LoggedProcess):
@@ -25,7 +34,7 @@ class ServeProcess(LoggedProcess):
         # Python itself imports a module of this name at its start.
         self._sabotage = tempfile.TemporaryDirectory()
         (Path(self._sabotage.name) / "sitecustomize.py").write_text(sabotage)
-        command = [NANOSERVE, "serve", "--grpc-port", "0", *arguments]
+        command = [NANOSERVE, "serve", "--grpc-port", "0", "--http-port", "0", *arguments]
         super().__init__(command, environment={**os.environ, "PYTHONPATH": self._sabotage.name})
 
     @property

@@ -94,6 +94,16 @@ def test_features_do_not_import_each_other_and_only_build_imports_them():
         assert not used or path.name == "build.py", path
 
 
+def test_gateway_needs_neither_the_engine_nor_torch():
+    code = (
+        "import sys, nanoserve_gateway.server\n"
+        "found = {'torch', 'transformers', 'nanoserve'} & sys.modules.keys()\n"
+        "sys.exit(f'imports {found}' if found else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_client_needs_neither_the_engine_nor_torch():
     code = (
         "import sys, nanoserve_client\n"

@@ -9,9 +9,9 @@ What a block's language says, on pages as readers see them and in more words tha
     text shape   the same, but every number may be another one
     all others   not checked
 
-The address 127.0.0.1:50051 is that of one server with the built-in model, which all pages share. It computes in
-float32, where the text of an answer does not depend on what else runs. 127.0.0.1:10000 is an Envoy before it, and
-127.0.0.1:9901 that Envoy's own surface.
+The addresses 127.0.0.1:50051 and 127.0.0.1:8000 are those of one server with the built-in model, which all pages
+share. It computes in float32, where the text of an answer does not depend on what else runs. 127.0.0.1:10000 is an
+Envoy before it, and 127.0.0.1:9901 that Envoy's own surface.
 """
 
 import ast
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 from envoy_process import fronting
-from serve_process import serving
+from serve_process import free_port, serving
 
 import nanoserve
 
@@ -36,6 +36,7 @@ BIN = Path(sys.executable).parent
 INDEX = ROOT / "docs" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ADDRESS = "127.0.0.1:50051"
+HTTP_ADDRESS = "127.0.0.1:8000"
 EDGE = "127.0.0.1:10000"
 EDGE_ADMIN = "127.0.0.1:9901"
 BLOCK_S = 60
@@ -47,7 +48,6 @@ NOT_RUN = {
     "make envoy": "the same; the pages' Envoy is what it starts",
     "make envoy SERVERS=several-servers.yaml": "the same; tests/gateway/envoy/ does what the page says of it",
     ".venv/bin/nanoserve serve --grpc-port 50052": "the same",
-    f"curl -s http://{EDGE}/v1/models": "the OpenAI module answers it, which has not come yet",
     "make check": "runs all tests, this one too",
     ".venv/bin/nanoserve serve Qwen/Qwen3-0.6B --dtype bfloat16 --kv-memory 4GiB": "downloads a model",
     """grpcurl -plaintext -d '{"chat": {"messages": [{"role": "ROLE_USER", "content": "What is TTFT?"}]}}' \\""": (
@@ -116,15 +116,16 @@ def is_run(block: Block) -> bool:
 
 
 @pytest.fixture(scope="module")
-def address():
-    with serving("--dtype", "float32") as server:
-        yield server.address
+def addresses():
+    http_address = f"127.0.0.1:{free_port()}"
+    with serving("--dtype", "float32", "--http-port", http_address.partition(":")[2]) as server:
+        yield {ADDRESS: server.address, HTTP_ADDRESS: http_address}
 
 
 @pytest.fixture(scope="module")
-def envoy(address):
-    nobody = 1
-    with fronting({50051: int(address.rpartition(":")[2]), 8000: nobody}) as envoy:
+def envoy(addresses):
+    ports = {int(shown.rpartition(":")[2]): int(real.rpartition(":")[2]) for shown, real in addresses.items()}
+    with fronting(ports) as envoy:
         envoy.wait_until_healthy(1)
         yield envoy
 
@@ -133,7 +134,7 @@ class Runner:
     """Runs the blocks of one page, as a reader would who has a server."""
 
     def __init__(self, page: Path, addresses: dict[str, str], folder: Path) -> None:
-        """`addresses`: for each that the page shows, the one that it has in this test."""
+        """`addresses`: for each that the pages show, the one that it has in this test."""
         self._page = page
         self._addresses = addresses
         self._folder = folder
@@ -194,11 +195,10 @@ class Runner:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(map(is_run, blocks_of(p)))], ids=name_of)
-def test_blocks_do_what_the_page_shows(page, address, tmp_path, request):
-    addresses = {ADDRESS: address}
+def test_blocks_do_what_the_page_shows(page, addresses, tmp_path, request):
     if EDGE in page.read_text():
         envoy = request.getfixturevalue("envoy")
-        addresses |= {EDGE: f"127.0.0.1:{envoy.port}", EDGE_ADMIN: envoy.admin_address}
+        addresses = {**addresses, EDGE: f"127.0.0.1:{envoy.port}", EDGE_ADMIN: envoy.admin_address}
     runner = Runner(page, addresses, tmp_path)
     printed = None
     try:
@@ -293,7 +293,7 @@ def test_every_page_stands_in_the_index():
 # --------------------------------------------------------------------------------------- what is made from the code
 
 
-@pytest.mark.parametrize("page", ["flags", "protos", "errors"])
+@pytest.mark.parametrize("page", ["flags", "protos", "errors", "rest"])
 def test_reference_pages_match_the_code(page):
     command = [sys.executable, str(ROOT / "tools" / "generate_reference.py"), page, "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

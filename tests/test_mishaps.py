@@ -208,7 +208,7 @@ def test_a_server_does_not_start_with_a_spoiled_checkpoint(folder, tmp_path, cap
     spoiled = tmp_path / "model"
     shutil.copytree(folder, spoiled)
     spoil(spoiled)
-    assert main(["serve", str(spoiled), "--grpc-port", "0", "--no-compile"]) == 2
+    assert main(["serve", str(spoiled), "--grpc-port", "0", "--http-port", "0", "--no-compile"]) == 2
     error = capfd.readouterr().err
     [line] = [line for line in error.splitlines() if line.startswith("nanoserve: ")]
     assert str(spoiled) in line

@@ -49,7 +49,7 @@ def test_the_built_in_model_answers(client):
 
 
 def test_the_readmes_python_runs_as_it_stands(server):
-    block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = block.replace("127.0.0.1:50051", server.address)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "block" in done.stdout
@@ -116,7 +116,8 @@ def test_a_reader_that_stops_reading_does_not_hold_up_others(server):
 
 
 def test_many_prompts_in_a_tiny_cache_all_finish():
-    with serving("--kv-memory", "1200KB", "--max-context-tokens", "256", "--max-num-seqs", "16") as server:
+    limits = ("--dtype", "float32", "--kv-memory", "2400KB")
+    with serving(*limits, "--max-context-tokens", "256", "--max-num-seqs", "16") as server:
 
         async def flood():
             async with AsyncClient(server.address) as client:

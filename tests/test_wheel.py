@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DISTRIBUTIONS = ("clients/python", ".")
+DISTRIBUTIONS = ("clients/python", "gateway/openai", ".")
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".*cache", ".hypothesis", "*.egg-info", "build", "tests", "docs")
 
 
@@ -39,7 +39,10 @@ def run(*command: str, **variables: str) -> str:
 
 
 def test_everything_comes_from_the_wheels(environment):
-    code = "import nanoserve, nanoserve_client; print(nanoserve.__file__, nanoserve_client.__file__)"
+    code = (
+        "import nanoserve, nanoserve_client, nanoserve_gateway as gateway\n"
+        "print(nanoserve.__file__, nanoserve_client.__file__, gateway.__file__)"
+    )
     for path in run(str(environment / "bin" / "python"), "-c", code).split():
         assert Path(path).is_relative_to(environment), path
 

@@ -1,6 +1,6 @@
 """Makes the reference pages of docs/ that follow from code; the results are committed.
 
-python tools/generate_reference.py            write docs/reference/{flags,protos,errors}.md
+python tools/generate_reference.py            write docs/reference/{flags,protos,errors,rest}.md
 python tools/generate_reference.py --check    fail if what is committed differs from what would be written
 """
 
@@ -9,12 +9,12 @@ import difflib
 import sys
 from pathlib import Path
 
-from reference import errors, protos
+from reference import errors, protos, rest
 
 from nanoserve.cli.reference import render_reference
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
-PAGES = {"flags": render_reference, "protos": protos.render, "errors": errors.render}
+PAGES = {"flags": render_reference, "protos": protos.render, "errors": errors.render, "rest": rest.render}
 
 
 def main() -> None:

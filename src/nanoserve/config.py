@@ -101,10 +101,21 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """The gRPC server."""
+    """The gRPC server, and OpenAI's API beside it."""
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 = all.")
     grpc_port: int = option(50051, "0 = any free port.", at_least=0)
+    http_host: str = option("127.0.0.1", "Address of OpenAI's API; 0.0.0.0 = all.")
+    http_port: int = option(8000, "Port of OpenAI's API, in the clear. 0 = it is not served.", at_least=0)
+    http_cors_origins: str | None = option(
+        None, "Origins, with commas between them, whose pages may call OpenAI's API; * = all. Default: none."
+    )
+    http_max_body_bytes: int = option(
+        16 * 2**20, "Largest request of OpenAI's API.", flag="--http-max-body", at_least=1
+    )
+    http_timeout_s: float = option(
+        600.0, "For requests of OpenAI's API without x-request-timeout.", flag="--http-timeout", at_least=0.001
+    )
     tls_cert: Path | None = option(None, "PEM file of the server's certificate; with --tls-key, turns TLS on.")
     tls_key: Path | None = option(None, "PEM file of the server's key.")
     tls_client_ca: Path | None = option(None, "PEM file of the authority that clients' certificates must come from.")
@@ -156,8 +167,9 @@ class Options:
             # Not "value < at_least": that is false for NaN.
             if setting.at_least is not None and value is not None and not value >= setting.at_least:
                 raise ConfigError(f"{setting.flag} is {value}; it must be at least {setting.at_least}")
-        if self.server.grpc_port > 65535:
-            raise ConfigError(f"--grpc-port is {self.server.grpc_port}; it must be at most 65535")
+        for flag, port in (("--grpc-port", self.server.grpc_port), ("--http-port", self.server.http_port)):
+            if port > 65535:
+                raise ConfigError(f"{flag} is {port}; it must be at most 65535")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.model.device):
             raise ConfigError(f"--device is {self.model.device!r}; it must be auto, cpu, cuda or cuda:N")
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:

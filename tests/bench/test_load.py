@@ -8,7 +8,7 @@ from nanoserve_client import AsyncClient
 from nanoserve_client.v1 import generation_pb2 as pb
 from scripted_server import delta, finished, overloaded, started
 
-from nanoserve.bench.load import Record, due_times, measure
+from nanoserve.bench.load import Record, due_times, measure, over_grpc
 from nanoserve.bench.workload import BenchRequest
 
 REQUESTS = [BenchRequest([11, 12], 3), BenchRequest([13, 14, 15], 5)]
@@ -43,7 +43,7 @@ def test_with_a_rate_gaps_between_requests_are_exponential():
 async def test_every_token_and_end_is_noted(target):
     ends = []
     async with AsyncClient(target.address) as client:
-        measurement = await measure(client, REQUESTS, None, lambda: ends.append(1))
+        measurement = await measure(over_grpc(client), REQUESTS, None, lambda: ends.append(1))
     assert [r.num_tokens for r in measurement.records] == [3, 5]
     for record in measurement.records:
         times = [time_s for time_s, _ in record.arrivals]
@@ -58,8 +58,8 @@ async def test_every_token_and_end_is_noted(target):
 
 async def test_requests_are_greedy_of_exact_length_and_share_prefixes_within_one_run_alone(target):
     async with AsyncClient(target.address) as client:
-        await measure(client, REQUESTS, None)
-        await measure(client, REQUESTS, None)
+        await measure(over_grpc(client), REQUESTS, None)
+        await measure(over_grpc(client), REQUESTS, None)
     sent = target.script.requests
     assert sorted(list(r.token_ids.ids) for r in sent[:2]) == [[11, 12], [13, 14, 15]]
     assert all(r.sampling.temperature == 0 and r.sampling.HasField("temperature") for r in sent)
@@ -72,7 +72,7 @@ async def test_requests_are_greedy_of_exact_length_and_share_prefixes_within_one
 
 async def test_no_request_is_sent_before_it_is_due_and_latencies_count_from_then(target):
     async with AsyncClient(target.address) as client:
-        measurement = await measure(client, [*REQUESTS, *REQUESTS], rate=50)
+        measurement = await measure(over_grpc(client), [*REQUESTS, *REQUESTS], rate=50)
     assert [r.due_s for r in measurement.records] == due_times(4, rate=50)
     for record in measurement.records:
         assert record.arrivals[0][0] > record.due_s
@@ -90,7 +90,7 @@ async def test_a_failure_is_noted_by_its_reason_and_the_others_go_on(target):
 
     target.script.generate = generate
     async with AsyncClient(target.address) as client:
-        failed, completed = (await measure(client, REQUESTS, None)).records
+        failed, completed = (await measure(over_grpc(client), REQUESTS, None)).records
     assert (failed.failure, failed.is_completed, failed.e2e_s) == ("OVERLOADED", False, None)
     assert (completed.failure, completed.is_completed) == (None, True)
 
@@ -106,7 +106,7 @@ async def test_what_was_noted_before_an_interruption_is_kept(target):
     is_cut_off = threading.Event()
     target.script.generate = generate
     async with AsyncClient(target.address) as client:
-        task = asyncio.create_task(measure(client, REQUESTS, None, lambda: task.cancel()))
+        task = asyncio.create_task(measure(over_grpc(client), REQUESTS, None, lambda: task.cancel()))
         measurement = await task
     done, cut_off = measurement.records
     assert measurement.is_interrupted

@@ -49,7 +49,7 @@ def test_on_a_terminal_a_bar_shows_the_share_and_goes_away():
 
 
 def test_on_a_terminal_log_lines_stand_above_the_progress_and_the_summary_after_it(on_terminal):
-    terminal = on_terminal("serve", "--grpc-port", "0", "--max-num-seqs", "4")
+    terminal = on_terminal("serve", "--grpc-port", "0", "--http-port", "0", "--max-num-seqs", "4")
     terminal.wait_for("not ready yet: loading nanoserve-builtin\r\n")
     terminal.wait_for("\r\x1b[Kimporting torch and transformers")
     terminal.wait_for("\r\x1b[Kready after")

@@ -79,7 +79,7 @@ def test_a_model_that_cannot_be_served(damage, words, refuse, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(BUILTIN_MODEL, folder)
     damage(folder)
-    refuse(words, "serve", str(folder), "--grpc-port", "0")
+    refuse(words, "serve", str(folder), "--grpc-port", "0", "--http-port", "0")
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,18 @@ def test_a_model_that_cannot_be_served(damage, words, refuse, tmp_path):
     ],
 )
 def test_a_machine_that_has_not_what_is_asked_for(arguments, words, refuse):
-    refuse(words, "serve", "--grpc-port", "0", *arguments)
+    refuse(words, "serve", "--grpc-port", "0", "--http-port", "0", *arguments)
 
 
 def test_a_port_in_use(refuse, target):
-    refuse(f"cannot listen on {target}: Address already in use", "serve", "--grpc-port", target.rpartition(":")[2])
+    refuse(
+        f"cannot listen on {target}: Address already in use",
+        "serve",
+        "--http-port",
+        "0",
+        "--grpc-port",
+        target.rpartition(":")[2],
+    )
 
 
 def test_a_wrong_configuration(refuse, tmp_path):
@@ -104,7 +111,7 @@ def test_a_wrong_configuration(refuse, tmp_path):
     file.write_text("max-num-seq = 3")
     refuse("there is no option 'max-num-seq'", "serve", "--config", str(file))
     missing = str(tmp_path / "missing.pem")
-    refuse("cannot read", "serve", "--grpc-port", "0", "--tls-cert", missing, "--tls-key", missing)
+    refuse("cannot read", "serve", "--grpc-port", "0", "--http-port", "0", "--tls-cert", missing, "--tls-key", missing)
 
 
 @pytest.mark.parametrize("name", ["chat", "generate"])
@@ -118,5 +125,5 @@ def test_a_process_of_its_own_ends_in_the_same_way(command, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(BUILTIN_MODEL, folder)
     truncate(folder)
-    done = command("serve", str(folder), "--grpc-port", "0")
+    done = command("serve", str(folder), "--grpc-port", "0", "--http-port", "0")
     check_refusal(done.returncode, done.stderr, "incomplete metadata, file not fully covered")

@@ -19,6 +19,7 @@ from nanoserve_client import (
     FinishReason,
     InvalidRequest,
     NanoserveError,
+    NotFound,
     Timing,
     TokenLogprob,
     Tool,
@@ -600,3 +601,24 @@ async def test_both_clients_speak_to_an_asyncio_server(face):
     assert [model.name for model in await face.call(client.list_models)] == ["tiny"]
     await face.call(client.close)
     await server.stop(grace=None)
+
+
+async def test_the_start_can_be_waited_for_alone(server):
+    go_on = threading.Event()
+
+    def generate(request, context):
+        events = hello(request, context)
+        yield next(events)
+        assert go_on.wait(30)
+        yield from events
+
+    server.script.generate = generate
+    async with AsyncClient(server.target) as client:
+        stream = client.generate("x")
+        assert (await stream.start()).request_id == "made-by-server"
+        go_on.set()
+        assert await stream.start() is stream.started
+        assert (await stream.result()).text == "Hello"
+        server.script.generate = lambda _request, context: context.abort(grpc.StatusCode.NOT_FOUND, "no")
+        with pytest.raises(NotFound):
+            await client.generate("x").start()

@@ -107,3 +107,10 @@ def test_every_channel_option_exists_in_grpc():
     library = Path(cygrpc.__file__).read_bytes()
     for key, _ in transport.CHANNEL_OPTIONS:
         assert b"\0" + key.encode() + b"\0" in library, key
+
+
+async def test_a_caller_may_leave_retries_to_others(face, server):
+    server.script.generate, _ = refuse_first(9, overloaded(1000), server.script, hello)
+    with pytest.raises(nc.Overloaded):
+        await face.deltas(face.connect(server.target, retries=False).generate("x"))
+    assert len(server.script.requests) == 1

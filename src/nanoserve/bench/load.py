@@ -1,14 +1,15 @@
 """Sends the requests of a workload to a server, each when it is due, and notes when what came back."""
 
 import asyncio
+import contextlib
 import itertools
 import random
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from nanoserve_client import AsyncClient, NanoserveError
+from nanoserve_client import AsyncClient, NanoserveError, Usage
 
 from nanoserve.bench.workload import BenchRequest
 
@@ -60,6 +61,15 @@ class Record:
         return [(now - before) / count for (before, _), (now, count) in gaps for _ in range(count)]
 
 
+class CallFailed(Exception):
+    """A request failed; the message is the server's word for why, or the transport's."""
+
+
+# Sends a request, with a salt of the prefix cache: gives the number of tokens that came, each time some did, and the
+# usage at the end. Raises CallFailed.
+Send = Callable[[BenchRequest, str], AsyncGenerator[int | Usage, None]]
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """All requests of a run, and how long it took from the first due to the last end."""
@@ -71,7 +81,7 @@ class Measurement:
 
 
 async def measure(
-    client: AsyncClient,
+    send: Send,
     requests: Sequence[BenchRequest],
     rate: float | None,
     on_end: Callable[[], object] = lambda: None,
@@ -89,7 +99,7 @@ async def measure(
     try:
         async with asyncio.TaskGroup() as group:
             for request, record in zip(requests, records, strict=True):
-                group.create_task(_send(client, request, record, start_s, salt, on_end))
+                group.create_task(_run(send, request, record, start_s, salt, on_end))
     except asyncio.CancelledError:
         is_interrupted = True
         task = asyncio.current_task()
@@ -107,21 +117,36 @@ def due_times(count: int, rate: float | None) -> list[float]:
     return list(itertools.accumulate(gaps, initial=0.0))
 
 
-async def _send(
-    client: AsyncClient, request: BenchRequest, record: Record, start_s: float, salt: str, on_end: Callable[[], object]
+async def _run(
+    send: Send, request: BenchRequest, record: Record, start_s: float, salt: str, on_end: Callable[[], object]
 ) -> None:
     await asyncio.sleep(start_s + record.due_s - time.perf_counter())
     try:
-        async with client.generate(
-            request.prompt, temperature=0, max_tokens=request.num_out, ignore_eos=True, cache_salt=salt
-        ) as stream:
-            async for delta in stream:
-                if delta.token_ids:
-                    record.arrivals.append((time.perf_counter() - start_s, len(delta.token_ids)))
-            record.end_s = time.perf_counter() - start_s
-            usage = (await stream.result()).usage
-            record.num_prompt_tokens, record.num_cached_tokens = usage.prompt_tokens, usage.cached_tokens
-    except NanoserveError as error:
-        record.end_s = time.perf_counter() - start_s
-        record.failure = error.reason or error.code.name
+        async with contextlib.aclosing(send(request, salt)) as news:
+            async for item in news:
+                if isinstance(item, Usage):
+                    record.num_prompt_tokens, record.num_cached_tokens = item.prompt_tokens, item.cached_tokens
+                else:
+                    record.arrivals.append((time.perf_counter() - start_s, item))
+    except CallFailed as error:
+        record.failure = str(error)
+    record.end_s = time.perf_counter() - start_s
     on_end()
+
+
+def over_grpc(client: AsyncClient) -> Send:
+    """Sends with the Python client."""
+
+    async def send(request: BenchRequest, salt: str) -> AsyncGenerator[int | Usage, None]:
+        try:
+            async with client.generate(
+                request.prompt, temperature=0, max_tokens=request.num_out, ignore_eos=True, cache_salt=salt
+            ) as stream:
+                async for delta in stream:
+                    if delta.token_ids:
+                        yield len(delta.token_ids)
+                yield (await stream.result()).usage
+        except NanoserveError as error:
+            raise CallFailed(error.reason or error.code.name) from error
+
+    return send

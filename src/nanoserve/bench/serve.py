@@ -1,4 +1,4 @@
-"""`nanoserve bench serve`: what a server's callers get under load, over gRPC, with its client.
+"""`nanoserve bench serve`: what a server's callers get under load, over gRPC or OpenAI's API.
 
 The client is part of what is measured: on the same machine it takes its share of the processor.
 """
@@ -9,17 +9,17 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 from nanoserve_client import AsyncClient, Model, NanoserveError, Unavailable
 from tqdm import tqdm
 
-from nanoserve.bench.load import Measurement, measure
+from nanoserve.bench.load import Measurement, measure, over_grpc
 from nanoserve.bench.plot import check_plot, save_plot
 from nanoserve.bench.report import Limits, Report
-from nanoserve.bench.workload import WARM_UP, Workload, parse_workload
+from nanoserve.bench.workload import WARM_UP, parse_workload
 from nanoserve.cli.connection import tls_of
 from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.sources import Choices
@@ -58,6 +58,16 @@ def add_arguments(parser: Parser) -> None:
         metavar="R",
         help="Requests that arrive a second, at random times (a Poisson process). Default: all at once.",
     )
+    group.add_argument(
+        "--api",
+        choices=("grpc", "openai"),
+        default="grpc",
+        help="Over which the requests go. openai = completions at --openai-url; what is served is still asked of "
+        "--target. Default: grpc.",
+    )
+    group.add_argument(
+        "--openai-url", default="http://127.0.0.1:8000/v1", metavar="URL", help="Default: http://127.0.0.1:8000/v1."
+    )
     group = parser.add_argument_group("What a good request is, for goodput: it completes within every limit given")
     group.add_argument("--max-ttft-ms", type=_positive, metavar="MS", help="Time to first token.")
     group.add_argument("--max-itl-ms", type=_positive, metavar="MS", help="Mean inter-token latency.")
@@ -95,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         def tell(text: str, measurement: Measurement) -> None:
             _tell(Report.of(text, arguments.rate, measurement, limits), json_file)
 
-        measured = asyncio.run(_measure_all(client, arguments.workload, arguments.rate, tell))
+        measured = asyncio.run(_measure_all(client, arguments, tell))
     if arguments.plot is not None and measured:
         save_plot(arguments.plot, measured)
     if len(measured) < len(arguments.workload) or measured[-1][1].is_interrupted:
@@ -122,17 +132,25 @@ def _tell(report: Report, json_file: TextIO | None) -> None:
 
 
 async def _measure_all(
-    options: ClientOptions, workloads: Sequence[Workload], rate: float | None, tell: Callable[[str, Measurement], None]
+    options: ClientOptions, arguments: argparse.Namespace, tell: Callable[[str, Measurement], None]
 ) -> list[tuple[str, Measurement]]:
     """Run one workload after the other, each with a bar, and tell of each as it ends; Ctrl-C makes it the last.
 
     Raises ConfigError or CommandError if nothing can be measured.
     """
-    async with _client(options) as client:
+    async with contextlib.AsyncExitStack() as stack:
+        client = await stack.enter_async_context(_client(options))
         model = await _served_model(client, options)
+        send = over_grpc(client)
+        if arguments.api == "openai":
+            # Imported here, because openai's types take a moment.
+            from nanoserve.bench.openai_api import over_openai
+
+            opened = over_openai(arguments.openai_url, options.api_key or "none", model.name)
+            send = await stack.enter_async_context(opened)
         # All before any is run, so that one which cannot run is told of at once.
-        prepared = [(w.text, w.requests(model.vocab_size, model.max_context_tokens)) for w in workloads]
-        warm_up = await measure(client, WARM_UP.requests(model.vocab_size, model.max_context_tokens), rate=None)
+        prepared = [(w.text, w.requests(model.vocab_size, model.max_context_tokens)) for w in arguments.workload]
+        warm_up = await measure(send, WARM_UP.requests(model.vocab_size, model.max_context_tokens), rate=None)
         measured: list[tuple[str, Measurement]] = []
         is_interrupted = warm_up.is_interrupted
         for text, requests in prepared:
@@ -140,7 +158,7 @@ async def _measure_all(
                 break
             # None = a bar on a terminal only.
             with tqdm(total=len(requests), desc=text, unit="request", leave=False, disable=None) as bar:
-                measurement = await measure(client, requests, rate, bar.update)
+                measurement = await measure(send, requests, arguments.rate, bar.update)
             measured.append((text, measurement))
             tell(text, measurement)
             is_interrupted = measurement.is_interrupted

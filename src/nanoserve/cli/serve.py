@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nanoserve.cli.flags import Parser, add_options
+from nanoserve.cli.http import openai_api
 from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import start_logging
@@ -15,9 +16,10 @@ from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, Options, ServerC
 
 if TYPE_CHECKING:
     from nanoserve.engine.engine import Engine
+    from nanoserve.rpc.server import Server
 
 DESCRIPTION = """
-    Serve a model over gRPC. Without MODEL, the small one that is built in.
+    Serve a model over gRPC, and over OpenAI's API. Without MODEL, the small one that is built in.
 """
 EXAMPLES = """
     nanoserve serve
@@ -47,8 +49,13 @@ async def serve(options: Options, loading: Loading) -> int:
     # Imported here, because gRPC takes a moment, and --help should not.
     from nanoserve.rpc.server import Server
 
-    started_s = time.monotonic()
     server = Server(options.server)
+    async with openai_api(options.server, server) as url:
+        return await _serve(options, loading, server, url)
+
+
+async def _serve(options: Options, loading: Loading, server: "Server", url: str | None) -> int:
+    started_s = time.monotonic()
     try:
         address = _address(options.server, await server.start())
         serving = asyncio.create_task(server.run_until_signal())
@@ -62,6 +69,8 @@ async def serve(options: Options, loading: Loading) -> int:
     engine.start()
     server.set_engine(engine)
     loading.fact("gRPC", f"{address}, {_protection(options.server)}")
+    if url is not None:
+        loading.fact("OpenAI", url)
     ready_after_s = time.monotonic() - started_s
     logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())
     ended = asyncio.create_task(engine.wait_until_ended())

@@ -93,6 +93,10 @@ class Server:
         self._health_poll = asyncio.create_task(self._poll_health())
         return port
 
+    def listen_on_socket(self, target: str) -> None:
+        """Besides the port, and without TLS, on a socket such as unix:/folder/name. Before start()."""
+        self._grpc.add_insecure_port(target)
+
     def set_engine(self, engine: Engine) -> None:
         """The engine is loaded; health follows within HEALTH_POLL_S."""
         self._engine = engine

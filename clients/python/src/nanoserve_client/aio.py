@@ -31,12 +31,15 @@ class AsyncClient:
     `generate_raw` return their stream at once, without await; the other calls are awaited.
     """
 
-    def __init__(self, target: str, *, api_key: str | None = None, tls: Tls | None = None) -> None:
+    def __init__(
+        self, target: str, *, api_key: str | None = None, tls: Tls | None = None, retries: bool = True
+    ) -> None:
         self._api_key = api_key
+        options = transport.channel_options(retries=retries)
         if tls is None:
-            self._channel = grpc.aio.insecure_channel(target, transport.CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(target, options)
         else:
-            self._channel = grpc.aio.secure_channel(target, transport.credentials(tls), transport.CHANNEL_OPTIONS)
+            self._channel = grpc.aio.secure_channel(target, transport.credentials(tls), options)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
@@ -161,6 +164,13 @@ class AsyncGenerateStream(AsyncIterator[Delta]):
     @property
     def started(self) -> Started | None:
         """What the server said when it began to run the request; None until the first delta was read."""
+        return self._progress.started
+
+    async def start(self) -> Started:
+        """Wait until the server begins to run the request. Raises as reading does, if the server refuses it."""
+        while self._progress.started is None and (response := await self._read()) is not None:
+            self._progress.take(response)
+        assert self._progress.started is not None, "a stream that ends well has begun"
         return self._progress.started
 
     async def __anext__(self) -> Delta:

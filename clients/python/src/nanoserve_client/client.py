@@ -34,14 +34,18 @@ class Client:
         target: Address of the server, such as "127.0.0.1:50051" or "dns:///llm.example:443".
         api_key: Sent with every call as `authorization: Bearer KEY`. In the clear unless `tls` is given.
         tls: Speak TLS; `Tls()` checks the server against gRPC's own root certificates. Default: plain text.
+        retries: False = a refusal is raised at once, for a caller whose own callers try again.
     """
 
-    def __init__(self, target: str, *, api_key: str | None = None, tls: Tls | None = None) -> None:
+    def __init__(
+        self, target: str, *, api_key: str | None = None, tls: Tls | None = None, retries: bool = True
+    ) -> None:
         self._api_key = api_key
+        options = transport.channel_options(retries=retries)
         if tls is None:
-            self._channel = grpc.insecure_channel(target, transport.CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(target, options)
         else:
-            self._channel = grpc.secure_channel(target, transport.credentials(tls), transport.CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(target, transport.credentials(tls), options)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)

@@ -54,6 +54,11 @@ CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
+def channel_options(*, retries: bool) -> list[tuple[str, int | str]]:
+    """retries: whether gRPC repeats what was refused before it began."""
+    return CHANNEL_OPTIONS if retries else [*CHANNEL_OPTIONS, ("grpc.enable_retries", 0)]
+
+
 @dataclass(frozen=True, slots=True)
 class Tls:
     """Speak TLS. All files are PEM."""

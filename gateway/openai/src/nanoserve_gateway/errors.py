@@ -1,0 +1,125 @@
+"""What goes wrong, as OpenAI's clients want to hear it: a status code, headers and {"error": {...}}.
+
+The gRPC service decides; the table here says only what its answer is called in HTTP. Pure.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanoserve_client import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidRequest,
+    NanoserveError,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
+
+from nanoserve_gateway.schema import BadRequest
+
+# Violations that are told.
+MAX_VIOLATIONS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An answer that is an error."""
+
+    status: int
+    # OpenAI's word for the kind.
+    type: str
+    # What programs tell errors apart by.
+    code: str
+    message: str
+    # The field that is wrong; of several the first.
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    status: int
+    type: str
+    # Where OpenAI has a name for it; else the server's own reason.
+    code: str | None = None
+    # Seconds after which another attempt makes sense, if the server does not say. None = it makes none.
+    retry_after_s: float | None = None
+
+
+# OpenAI's clients repeat 408, 409, 429 and whatever is 500 or above, unless told otherwise.
+_TABLE: dict[type[NanoserveError], _Row] = {
+    InvalidRequest: _Row(400, "invalid_request_error"),
+    Unauthenticated: _Row(401, "authentication_error", "invalid_api_key"),
+    PermissionDenied: _Row(403, "permission_error"),
+    NotFound: _Row(404, "invalid_request_error"),
+    Overloaded: _Row(429, "rate_limit_error", "rate_limit_exceeded", retry_after_s=1),
+    Unavailable: _Row(503, "server_error", retry_after_s=1),
+    DeadlineExceeded: _Row(504, "timeout_error"),
+    Cancelled: _Row(409, "cancelled_error"),
+    EngineFailure: _Row(500, "server_error"),
+}
+# What the contract calls otherwise; an index or key that follows is kept.
+_NAMES = {
+    "stopping.strings": "stop",
+    "stopping.token_ids": "stop_token_ids",
+    "token_ids.ids": "prompt",
+    "text": "prompt",
+    "output.prompt_logprobs": "logprobs",
+    "chat.messages": "messages",
+    "cache.salt": "cache_salt",
+}
+_SECTION = re.compile(r"^(sampling|stopping|output|chat)\.")
+
+
+def problem_of(error: Exception, names: Mapping[str, str] | None = None) -> Problem:
+    """The answer for an exception. names: what the API calls fields of the contract that have other names there."""
+    if isinstance(error, BadRequest):
+        return _bad_request([(v.param, v.message) for v in error.violations], len(error.violations))
+    if not isinstance(error, NanoserveError):
+        return Problem(500, "server_error", "internal_error", "the gateway failed", headers={"x-should-retry": "false"})
+    if error.violations:
+        count = int(error.metadata.get("violations", len(error.violations)))
+        return _bad_request([(_rest_name(f, names or {}), d) for f, d in error.violations], count)
+    row = _TABLE.get(type(error), _Row(500, "server_error"))
+    code = row.code or (error.reason or error.code.name).lower()
+    return Problem(row.status, row.type, code, error.message or error.code.name.lower(), headers=_headers(error, row))
+
+
+def bad_request(param: str | None, message: str, *, status: int = 400, code: str = "invalid_request") -> Problem:
+    return Problem(status, "invalid_request_error", code, message, param)
+
+
+def _bad_request(violations: list[tuple[str, str]], count: int) -> Problem:
+    told = [f"{param}: {message}" for param, message in violations[:MAX_VIOLATIONS]]
+    if count > len(told):
+        told.append(f"and {count - len(told)} more")
+    return bad_request(violations[0][0], "; ".join(told))
+
+
+def _headers(error: NanoserveError, row: _Row) -> dict[str, str]:
+    headers = {}
+    if row.retry_after_s is not None:
+        # OpenAI's clients read milliseconds if they are there; others read whole seconds.
+        retry_after_s = row.retry_after_s if error.retry_after is None else error.retry_after
+        headers = {"retry-after": str(max(1, round(retry_after_s))), "retry-after-ms": str(round(retry_after_s * 1000))}
+    elif row.status in (409, 500, 504):
+        headers = {"x-should-retry": "false"}
+    return headers | ({"x-request-id": error.request_id} if error.request_id else {})
+
+
+def _rest_name(path: str, names: Mapping[str, str]) -> str:
+    """A field of the contract as the API's callers know it."""
+    for ours, theirs in {**_NAMES, **names}.items():
+        if path == ours or path.startswith((f"{ours}[", f"{ours}.")):
+            return theirs + path[len(ours) :]
+    return _SECTION.sub("", path)

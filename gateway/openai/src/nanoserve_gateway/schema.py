@@ -1,0 +1,214 @@
+"""What a request may hold: the openai package's own parameter types, cut down to what is served.
+
+    JSON ─▶ Schema.parse ─▶ the fields that are set, checked; or BadRequest with every violation
+
+A schema is made of a table with a line for each field. Nothing is ignored: a field is served, or a label that changes
+no token, or refused with its reason; one that no line has is refused as unknown. The types become pydantic models that
+forbid what they do not name. The same table makes the reference page and the OpenAPI schema.
+"""
+
+import collections.abc
+import functools
+import operator
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NotRequired, Required
+
+import pydantic
+from openai._types import SequenceNotStr
+from pydantic import ConfigDict, Discriminator
+from typing_extensions import is_typeddict
+
+Status = Literal["served", "label", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing that is wrong with a request."""
+
+    # Where, as in "messages[0].content".
+    param: str
+    message: str
+
+
+class BadRequest(Exception):
+    """The request cannot be served as it is."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        super().__init__("; ".join(f"{v.param}: {v.message}" for v in violations))
+        self.violations = violations
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field of a request, or of an object in it."""
+
+    name: str
+    status: Status
+    # What it does if it is served, else why not.
+    note: str
+    # Values of a refused field that ask for nothing, so that they are taken.
+    harmless: tuple[Any, ...] = ()
+    # What it must be, where the openai package's type does not say, or says more than is served.
+    type: Any = None
+
+
+def served(name: str, note: str, type: Any = None) -> Field:
+    return Field(name, "served", note, type=type)
+
+
+def label(name: str, note: str) -> Field:
+    return Field(name, "label", note)
+
+
+def refused(name: str, why: str, *harmless: Any) -> Field:
+    return Field(name, "refused", why, harmless)
+
+
+class Schema:
+    """One kind of request."""
+
+    def __init__(
+        self,
+        name: str,
+        params: type | None,
+        fields: Sequence[Field],
+        objects: Mapping[type, Sequence[Field]] = types.MappingProxyType({}),
+    ) -> None:
+        """params: the TypedDict of the openai package. objects: which objects within it are served, each with what it
+        refuses; of a choice between objects the others are left out."""
+        self.name = name
+        self.fields = {field.name: field for field in fields}
+        self.params = params
+        self.objects = objects
+        hints = _hints(params) if params else {}
+        taken = {f.name: f.type or hints[f.name] for f in fields if f.status != "refused"}
+        self.model = self._model(name, taken)
+
+    def parse(self, body: Any) -> dict[str, Any]:
+        """The fields that are set; null is not set. Raises BadRequest."""
+        if not isinstance(body, dict):
+            raise BadRequest([Violation("body", "must be a JSON object")])
+        given = {name: value for name, value in body.items() if value is not None}
+        violations = list(_refusals(given, self.fields, ""))
+        checked = {name: value for name, value in given.items() if self._is_taken(name)}
+        try:
+            values = self.model.model_validate(checked).model_dump(exclude_unset=True)
+        except pydantic.ValidationError as error:
+            violations += _violations(error, checked)
+        if violations:
+            raise BadRequest(violations)
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _is_taken(self, name: str) -> bool:
+        return name in self.fields and self.fields[name].status != "refused"
+
+    def _model(
+        self, name: str, hints: Mapping[str, Any], check: Callable[[Any], Any] | None = None
+    ) -> type[pydantic.BaseModel]:
+        """A model of these fields, strict, so that "1" is no number."""
+        validators: dict[str, Any] = {"check": pydantic.model_validator(mode="before")(check)} if check else {}
+        members: dict[str, Any] = {}
+        for field, hint in hints.items():
+            # The types of the fields of some requests say so by Required; in params of ours by Annotated.
+            is_required = typing.get_origin(hint) in (typing.Required, Required)
+            members[field] = (self._convert(hint), ...) if is_required else (self._convert(hint) | None, None)
+        config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+        return pydantic.create_model(name, __config__=config, __validators__=validators, **members)
+
+    @functools.cache  # noqa: B019 - schemas live as long as the process
+    def _object(self, hint: Any) -> type[pydantic.BaseModel]:
+        """The model of an object within the request, without what it refuses."""
+        # A label within an object is dropped with what is refused: nothing reads it.
+        refusals = {field.name: field for field in self.objects.get(hint, ())}
+        hints = _hints(hint)
+
+        def check(value: Any) -> Any:
+            if not isinstance(value, dict):
+                return value
+            kinds = _literals(hints.get("type"))
+            if kinds and isinstance(value.get("type"), str) and value["type"] not in kinds:
+                raise ValueError(f"type {value['type']!r} is not served; served: {', '.join(kinds)}")
+            wrong = _refusals({k: v for k, v in value.items() if k in refusals}, refusals, "")
+            if text := "; ".join(f"{violation.param} {violation.message}" for violation in wrong):
+                raise ValueError(text)
+            return {k: v for k, v in value.items() if k not in refusals}
+
+        return self._model(hint.__name__, {k: v for k, v in hints.items() if k not in refusals}, check)
+
+    def _convert(self, hint: Any) -> Any:
+        """A type of the openai package in pydantic's terms: objects become models, lazy sequences lists."""
+        if is_typeddict(hint):
+            return self._object(hint)
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (Required, NotRequired, typing.Required, typing.NotRequired):
+            return self._convert(arguments[0])
+        if origin is Annotated:
+            return Annotated[self._convert(arguments[0]), *arguments[1:]]
+        if origin in (typing.Union, types.UnionType):
+            return self._choice(arguments)
+        if origin in (list, collections.abc.Iterable, collections.abc.Sequence, SequenceNotStr):
+            return types.GenericAlias(list, (self._convert(arguments[0]),))
+        return hint
+
+    def _choice(self, options: Iterable[Any]) -> Any:
+        objects = [option for option in options if option in self.objects]
+        others = [self._convert(option) for option in options if not is_typeddict(option)]
+        if len(objects) > 1:
+            # What is wrong with a message is told by its role, not by all that it might have been.
+            tag = next(name for name in ("role", "type") if all(_literals(_hints(o).get(name)) for o in objects))
+            choice = functools.reduce(operator.or_, map(self._convert, objects))
+            return functools.reduce(operator.or_, others, Annotated[choice, Discriminator(tag)])
+        return functools.reduce(operator.or_, [*others, *map(self._convert, objects)])
+
+
+def _hints(params: type) -> dict[str, Any]:
+    return typing.get_type_hints(params, include_extras=True)
+
+
+def _literals(hint: Any) -> tuple[str, ...]:
+    """What a field that names its object's kind may be; nothing if the hint is no such field's."""
+    if typing.get_origin(hint) in (Required, typing.Required):
+        hint = typing.get_args(hint)[0]
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _refusals(given: Mapping[str, Any], fields: Mapping[str, Field], path: str) -> Iterable[Violation]:
+    for name, value in given.items():
+        if name not in fields:
+            yield Violation(path + name, "is not a field of this request")
+        elif fields[name].status == "refused" and value is not None and value not in fields[name].harmless:
+            yield Violation(path + name, f"is not served: {fields[name].note}")
+
+
+def _violations(error: pydantic.ValidationError, body: Any) -> list[Violation]:
+    """pydantic's findings by path. Of a choice that failed every option says why: those that fitted least are left out,
+    the others joined."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for entry in error.errors(include_url=False, include_context=False, include_input=False):
+        path = _path(entry["loc"], body, is_missing=entry["type"] == "missing")
+        messages = found.setdefault(path, [])
+        if (message := entry["msg"].removeprefix("Value error, ")) not in messages:
+            messages.append(message)
+    deepest = {p: m for p, m in found.items() if not any(q[: len(p)] == p and q != p for q in found)}
+    return [Violation(_text(path), ", or: ".join(messages)) for path, messages in deepest.items()]
+
+
+def _path(location: tuple[int | str, ...], body: Any, *, is_missing: bool) -> tuple[int | str, ...]:
+    """pydantic's location without the names of the options that it tried."""
+    path: list[int | str] = []
+    for depth, part in enumerate(location):
+        is_member = isinstance(body, dict) and part in body
+        if is_member or (isinstance(body, list) and isinstance(part, int)):
+            path.append(part)
+            body = body[part]
+        elif is_missing and depth == len(location) - 1:
+            path.append(part)
+    return tuple(path)
+
+
+def _text(path: tuple[int | str, ...]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".") or "body"

@@ -1,0 +1,101 @@
+"""The HTTP server: uvicorn, in a process of its own as `nanoserve-gateway`, or beside a gRPC server."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+from nanoserve_client import Tls
+
+from nanoserve_gateway.app import GatewayConfig, build_app
+
+# For streams that are still open when the process is told to stop.
+STOP_GRACE_S = 30
+DESCRIPTION = """OpenAI's REST API in front of a nanoserve server: a translation, and nothing else."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError if the address cannot be had."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class GatewayServer(uvicorn.Server):
+    """Serves one listening socket. Event loop thread."""
+
+    def __init__(self, config: GatewayConfig, *, takes_signals: bool) -> None:
+        """takes_signals: whether SIGTERM and SIGINT end it, rather than stop()."""
+        self._takes_signals = takes_signals
+        settings = uvicorn.Config(
+            build_app(config),
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=STOP_GRACE_S,
+        )
+        super().__init__(settings)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if self._takes_signals:
+            with super().capture_signals():
+                yield
+        else:
+            yield
+
+    def stop(self) -> None:
+        """Take no more requests, and end when the running ones have."""
+        self.should_exit = True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`nanoserve-gateway`: serve until a signal."""
+    given = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    config = GatewayConfig(
+        target=given.target,
+        tls=Tls(given.tls_ca, given.client_cert, given.client_key) if given.tls or given.tls_ca else None,
+        cors_origins=tuple(given.cors_origin),
+        max_body_bytes=given.max_body,
+        timeout_s=given.timeout,
+    )
+    try:
+        listener = listen(given.host, given.port)
+    except OSError as error:
+        raise SystemExit(f"nanoserve-gateway: cannot listen on {given.host}:{given.port}: {error.strerror}") from None
+    host, port = listener.getsockname()[:2]
+    logging.getLogger(__name__).info("listening on http://%s:%d, for %s", host, port, config.target)
+    with listener:
+        asyncio.run(GatewayServer(config, takes_signals=True).serve([listener]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nanoserve-gateway", description=DESCRIPTION, allow_abbrev=False)
+    add = parser.add_argument
+    add("--target", required=True, metavar="ADDRESS", help="the gRPC service, such as 127.0.0.1:50051")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0 = any free port (default: %(default)s)")
+    add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="whose pages may call; * = all")
+    add("--max-body", type=int, default=16 * 2**20, metavar="BYTES", help="of a request (default: %(default)s)")
+    add("--timeout", type=float, default=600, metavar="SECONDS", help="of a request without x-request-timeout")
+    add("--tls", action="store_true", help="speak TLS with the gRPC service")
+    add("--tls-ca", type=Path, metavar="FILE", help="PEM file that its certificate is checked against")
+    add("--client-cert", type=Path, metavar="FILE", help="PEM file of the certificate to show, with --client-key")
+    add("--client-key", type=Path, metavar="FILE", help="PEM file of its key")
+    return parser

@@ -1,0 +1,60 @@
+"""Responses that can be retrieved and continued: in memory, bounded, each for its own key alone."""
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from nanoserve_gateway.answer import to_json
+from nanoserve_gateway.responses import Remembered
+
+
+@dataclass(slots=True)
+class _Entry:
+    remembered: Remembered
+    num_bytes: int
+    # Computes it, if it runs in the background and has not ended.
+    task: "asyncio.Task[Any] | None"
+
+
+class ResponseStore:
+    """The most recently used responses. Event loop thread.
+
+    A response belongs to the `authorization` it was made with: others do not find it. When there is no more room, what
+    was not used for longest goes, but nothing that still runs.
+    """
+
+    def __init__(self, max_count: int, max_bytes: int) -> None:
+        self._max_count, self._max_bytes = max_count, max_bytes
+        self._num_bytes = 0
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+
+    def put(self, owner: str, remembered: Remembered, task: "asyncio.Task[Any] | None" = None) -> None:
+        """Keep it, in place of what has its id."""
+        self.remove(owner, remembered.response.id)
+        # What is kept is about as large as its text twice: a conversation is in each of its responses.
+        num_bytes = len(to_json(remembered.response)) + sum(len(str(message)) for message in remembered.messages)
+        self._entries[owner, remembered.response.id] = _Entry(remembered, num_bytes, task)
+        self._num_bytes += num_bytes
+        for key in [key for key, entry in self._entries.items() if entry.task is None]:
+            if len(self._entries) <= self._max_count and self._num_bytes <= self._max_bytes:
+                break
+            self.remove(*key)
+
+    def get(self, owner: str, id: str) -> Remembered | None:
+        entry = self._entries.get((owner, id))
+        if entry is None:
+            return None
+        self._entries.move_to_end((owner, id))
+        return entry.remembered
+
+    def task(self, owner: str, id: str) -> "asyncio.Task[Any] | None":
+        entry = self._entries.get((owner, id))
+        return entry.task if entry else None
+
+    def remove(self, owner: str, id: str) -> bool:
+        """Whether there was one."""
+        entry = self._entries.pop((owner, id), None)
+        if entry is not None:
+            self._num_bytes -= entry.num_bytes
+        return entry is not None

@@ -1,0 +1,63 @@
+"""OpenAI's API beside the gRPC server: the gateway of the `nanoserve-gateway` distribution, in this process.
+
+It is a client like any other, through a socket of its own, so that it needs no certificate: keys, limits and the queue
+are the gRPC service's.
+"""
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from nanoserve.config import ConfigError, ServerConfig
+
+if TYPE_CHECKING:
+    from nanoserve.rpc.server import Server
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def openai_api(config: ServerConfig, server: "Server") -> AsyncIterator[str | None]:
+    """Listens while the block runs; gives the base URL, or None if it is not served. Raises ConfigError.
+
+    server: not started yet. It answers while it drains, so it is stopped before the block ends.
+    """
+    if config.http_port == 0:
+        yield None
+        return
+    if config.tls_client_ca is not None:
+        logger.warning("OpenAI's API is not served: it cannot ask for certificates, as --tls-client-ca wants")
+        yield None
+        return
+    # Imported here, because openai's types take a moment.
+    from nanoserve_gateway.app import GatewayConfig
+    from nanoserve_gateway.server import GatewayServer, listen
+
+    try:
+        listener = listen(config.http_host, config.http_port)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {config.http_host}:{config.http_port}: {error.strerror}; "
+            "--http-port chooses another port, 0 none"
+        ) from None
+    with listener, tempfile.TemporaryDirectory(prefix="nanoserve-") as folder:
+        target = f"unix:{folder}/grpc"
+        server.listen_on_socket(target)
+        gateway = GatewayServer(
+            GatewayConfig(
+                target=target,
+                cors_origins=tuple(filter(None, (config.http_cors_origins or "").replace(" ", "").split(","))),
+                max_body_bytes=config.http_max_body_bytes,
+                timeout_s=config.http_timeout_s,
+            ),
+            takes_signals=False,
+        )
+        serving = asyncio.create_task(gateway.serve([listener]))
+        try:
+            yield f"http://{config.http_host}:{config.http_port}/v1"
+        finally:
+            gateway.stop()
+            await serving

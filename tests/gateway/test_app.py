@@ -1,0 +1,392 @@
+"""The application in front of a scripted server: status codes, headers, streams that break, callers who go."""
+
+import itertools
+import json
+import threading
+
+import grpc
+import httpx
+import pytest
+from google.rpc import error_details_pb2
+from nanoserve_client.v1 import model_pb2
+from scripted_gateway import scripted_gateway
+from scripted_server import RichStatus, delta, hello, overloaded, started
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+PATHS = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"model": "tiny", "prompt": "hi"},
+    "/v1/responses": {"model": "tiny", "input": "hi"},
+}
+EVERY_API = pytest.mark.parametrize(("path", "body"), PATHS.items(), ids=PATHS)
+WAIT_S = 30
+
+
+def fail_with(status):
+    def generate(_request, context):
+        context.abort_with_status(status)
+        yield
+
+    return generate
+
+
+def status(code, reason, *details):
+    info = error_details_pb2.ErrorInfo(reason=reason, domain="nanoserve")
+    return RichStatus(code, "it failed", (info, *details))
+
+
+@EVERY_API
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_refusal_keeps_its_status_streamed_or_not(scripted, path, body, is_streamed):
+    scripted.script.generate = fail_with(overloaded(2000))
+    answer = scripted.http.post(path, json={**body, "stream": is_streamed})
+    assert answer.status_code == 429
+    assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("2", "2250")
+    error = answer.json()["error"]
+    assert error == {
+        "message": "the queue is full",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "rate_limit_exceeded",
+    }
+    # The caller's own client tries again, nobody else.
+    assert len(scripted.script.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "http_status", "error_code"),
+    [
+        ("INVALID_ARGUMENT", "CONTEXT_LENGTH_EXCEEDED", 400, "context_length_exceeded"),
+        ("UNAUTHENTICATED", "UNAUTHENTICATED", 401, "invalid_api_key"),
+        ("PERMISSION_DENIED", "PERMISSION_DENIED", 403, "permission_denied"),
+        ("NOT_FOUND", "MODEL_NOT_FOUND", 404, "model_not_found"),
+        ("UNAVAILABLE", "NOT_READY", 503, "not_ready"),
+        ("DEADLINE_EXCEEDED", "DEADLINE", 504, "deadline"),
+        ("ABORTED", "CANCELLED_BY_OPERATOR", 409, "cancelled_by_operator"),
+        ("INTERNAL", "ENGINE_FAILURE", 500, "engine_failure"),
+    ],
+)
+def test_every_status_of_the_service_has_one_of_http(scripted, code, reason, http_status, error_code):
+    scripted.script.generate = fail_with(status(grpc.StatusCode[code], reason))
+    answer = scripted.http.post("/v1/chat/completions", json=CHAT)
+    assert answer.status_code == http_status
+    assert answer.json()["error"]["code"] == error_code
+    assert ("retry-after" in answer.headers) == (http_status == 503)
+    assert (answer.headers.get("x-should-retry") == "false") == (http_status in (409, 500, 504))
+
+
+def test_violations_of_the_service_bear_the_names_of_the_api(scripted):
+    fields = ["stopping.max_tokens", "chat.messages[0].content", "sampling.top_p", "output.logprobs"]
+    bad = error_details_pb2.BadRequest(
+        field_violations=[error_details_pb2.BadRequest.FieldViolation(field=f, description="is wrong") for f in fields]
+    )
+    scripted.script.generate = fail_with(status(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", bad))
+    error = scripted.http.post("/v1/chat/completions", json={**CHAT, "max_completion_tokens": 5}).json()["error"]
+    assert error["param"] == "max_completion_tokens"
+    assert error["message"] == "; ".join(
+        f"{name}: is wrong" for name in ("max_completion_tokens", "messages[0].content", "top_p", "top_logprobs")
+    )
+
+
+@EVERY_API
+def test_headers_of_a_stream_wait_for_started_alone(scripted, path, body):
+    begin, go_on = threading.Event(), threading.Event()
+
+    def generate(request, context):
+        assert begin.wait(WAIT_S)
+        yield started()
+        assert go_on.wait(WAIT_S)
+        yield from itertools.islice(hello(request, context), 1, None)
+
+    scripted.script.generate = generate
+    threading.Timer(0, begin.set).start()
+    with scripted.http.stream("POST", path, json={**body, "stream": True}) as answer:
+        # No token has been made.
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["cache-control"] == "no-cache"
+        assert answer.headers["x-request-id"] == "made-by-server"
+        go_on.set()
+        assert b"lo" in b"".join(answer.iter_bytes())
+
+
+@EVERY_API
+def test_an_error_in_mid_stream_is_an_event_and_nothing_is_done(scripted, path, body):
+    def generate(_request, context):
+        yield started()
+        yield delta(text="Hel", token_ids=(1,))
+        context.abort_with_status(status(grpc.StatusCode.INTERNAL, "ENGINE_FAILURE"))
+
+    scripted.script.generate = generate
+    answer = scripted.http.post(path, json={**body, "stream": True})
+    assert answer.status_code == 200
+    assert "Hel" in answer.text
+    assert "event: error\n" in answer.text
+    assert "it failed" in answer.text
+    assert "[DONE]" not in answer.text
+    assert "response.completed" not in answer.text
+
+
+def endless(_request, context):
+    yield started()
+    while context.is_active():
+        yield delta(text="x", token_ids=(1,))
+
+
+def silent(_request, context):
+    gone = threading.Event()
+    context.add_callback(gone.set)
+    yield started()
+    assert gone.wait(WAIT_S)
+
+
+@EVERY_API
+@pytest.mark.parametrize("generate", [endless, silent])
+def test_a_reader_who_goes_away_cancels_the_call(scripted, path, body, generate):
+    scripted.script.generate = generate
+    with scripted.http.stream("POST", path, json={**body, "stream": True}):
+        assert not scripted.script.ended.is_set()
+    assert scripted.script.ended.wait(WAIT_S)
+
+
+@EVERY_API
+@pytest.mark.parametrize("has_started", [True, False])
+def test_who_goes_away_before_the_answer_cancels_the_call(scripted, path, body, has_started):
+    called = threading.Event()
+
+    def generate(_request, context):
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        called.set()
+        if has_started:
+            yield started()
+        assert gone.wait(WAIT_S)
+
+    scripted.script.generate = generate
+    with httpx.Client(base_url=scripted.url, timeout=0.5) as http, pytest.raises(httpx.ReadTimeout):
+        http.post(path, json=body)
+    assert called.is_set()
+    assert scripted.script.ended.wait(WAIT_S)
+
+
+def test_one_of_several_prompts_that_is_refused_ends_the_others(scripted):
+    ended = threading.Semaphore(0)
+
+    def generate(request, context):
+        context.add_callback(ended.release)
+        if request.text == "bad":
+            context.abort_with_status(overloaded(1000))
+        yield from endless(request, context)
+
+    scripted.script.generate = generate
+    answer = scripted.http.post("/v1/completions", json={"model": "tiny", "prompt": ["a", "bad", "b"]})
+    assert answer.status_code == 429
+    for _ in scripted.script.requests:
+        assert ended.acquire(timeout=WAIT_S)
+
+
+def test_silence_is_broken_by_comments():
+    heard = threading.Event()
+
+    def generate(request, context):
+        yield started()
+        assert heard.wait(WAIT_S)
+        yield from itertools.islice(hello(request, context), 1, None)
+
+    with scripted_gateway(keep_alive_s=0.05) as gateway:
+        gateway.script.generate = generate
+        with gateway.http.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            assert ": keep-alive" in lines
+            heard.set()
+            assert "data: [DONE]" in lines
+
+
+def test_identity_trace_and_deadline_travel_beside_the_request(scripted):
+    headers = {
+        "x-request-id": "mine",
+        "traceparent": "00-1-2-03",
+        "authorization": "Bearer k",
+        "x-request-timeout": "7",
+    }
+    scripted.http.post("/v1/chat/completions", json=CHAT, headers=headers)
+    [metadata] = scripted.script.metadata
+    assert {name: metadata[name] for name in headers if name in metadata} == {
+        name: headers[name] for name in ("x-request-id", "traceparent", "authorization")
+    }
+    assert 0 < scripted.script.deadlines[0] <= 7
+
+
+def test_without_a_header_the_gateways_own_deadline_holds():
+    with scripted_gateway(timeout_s=3) as gateway:
+        gateway.http.post("/v1/chat/completions", json=CHAT)
+        assert 0 < gateway.script.deadlines[0] <= 3
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"x-request-timeout": t} for t in ("0", "-1", "nan", "inf", "soon")] + [{"x-request-id": "ü".encode()}],
+)
+def test_a_header_that_cannot_be_is_refused(scripted, headers):
+    answer = scripted.http.post("/v1/chat/completions", json=CHAT, headers=headers)
+    assert answer.status_code == 400
+    assert next(iter(headers)) in answer.json()["error"]["param"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"a": NaN}', b'"\\ud800"', b"\xff", b"[" * 100_000, b"9" * 5000], ids=range(8)
+)
+def test_a_body_that_is_no_json_is_refused(scripted, body):
+    answer = scripted.http.post("/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "body"
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read():
+    with scripted_gateway(max_body_bytes=1000) as gateway:
+        fits = {**CHAT, "user": "x" * (1000 - len(json.dumps(CHAT)) - len(', "user": ""'))}
+        body = json.dumps(fits)
+        assert gateway.http.post("/v1/chat/completions", content=body).status_code == 200
+        answer = gateway.http.post("/v1/chat/completions", content=body + " ")
+        assert answer.status_code == 413
+        assert "1000 bytes" in answer.json()["error"]["message"]
+
+
+def test_a_large_body_is_parsed_like_a_small_one(scripted):
+    body = {**CHAT, "messages": [{"role": "user", "content": "x" * 200_000}]}
+    assert scripted.http.post("/v1/chat/completions", json=body).status_code == 200
+    assert scripted.http.post("/v1/chat/completions", json={**body, "n": "x"}).status_code == 400
+
+
+def test_only_listed_origins_may_call():
+    headers = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    with scripted_gateway(cors_origins=("https://a.example",)) as gateway:
+        asked = gateway.http.options("/v1/chat/completions", headers=headers)
+        assert asked.headers["access-control-allow-origin"] == "https://a.example"
+        other = gateway.http.options("/v1/chat/completions", headers={**headers, "origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+    with scripted_gateway() as gateway:
+        assert (
+            "access-control-allow-origin" not in gateway.http.options("/v1/chat/completions", headers=headers).headers
+        )
+
+
+def test_paths_and_methods_that_are_not_there_are_told_in_the_same_shape(scripted):
+    for answer in (scripted.http.get("/v1/nothing"), scripted.http.get("/v1/chat/completions")):
+        assert answer.status_code in (404, 405)
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_without_a_server_behind_it_the_answer_is_503():
+    with scripted_gateway() as gateway:
+        gateway.stop_server()
+        answer = gateway.http.post("/v1/chat/completions", json=CHAT)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        assert gateway.http.get("/health").status_code == 503
+        assert gateway.http.get("/version").status_code == 200
+
+
+def test_tokens_there_and_back(scripted):
+    scripted.script.unary = lambda _request, _context: model_pb2.TokenizeResponse(
+        token_ids=[5, 6], tokens=[b"a", b"\xff"], text="a?"
+    )
+    assert scripted.http.post("/tokenize", json={"messages": CHAT["messages"]}).json() == {
+        "count": 2,
+        "tokens": [5, 6],
+        "token_strs": ["a", "\ufffd"],
+        "text": "a?",
+    }
+    assert scripted.script.requests[-1].chat.messages[0].content == "hi"
+    assert scripted.http.post("/tokenize", json={}).status_code == 400
+    scripted.script.unary = lambda _request, _context: model_pb2.DetokenizeResponse(text="a")
+    assert scripted.http.post("/detokenize", json={"tokens": [5]}).json() == {"prompt": "a"}
+
+
+# --------------------------------------------------------------------------------------------- responses that are kept
+
+
+def test_a_response_is_found_listed_and_forgotten_by_its_own_key_alone(scripted):
+    mine, other = {"authorization": "Bearer a"}, {"authorization": "Bearer b"}
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi"}, headers=mine).json()
+    url = f"/v1/responses/{made['id']}"
+    assert scripted.http.get(url, headers=mine).json() == made
+    [item] = scripted.http.get(f"{url}/input_items", headers=mine).json()["data"]
+    assert item["content"] == [{"type": "input_text", "text": "hi"}]
+    for method, path in (("GET", url), ("DELETE", url), ("POST", f"{url}/cancel"), ("GET", f"{url}/input_items")):
+        assert scripted.http.request(method, path, headers=other).status_code == 404
+    continued = {"model": "tiny", "input": "and", "previous_response_id": made["id"]}
+    assert scripted.http.post("/v1/responses", json=continued, headers=other).status_code == 400
+    assert scripted.http.post("/v1/responses", json=continued, headers=mine).status_code == 200
+    assert [m.content for m in scripted.script.requests[-1].chat.messages] == ["hi", "Hello", "and"]
+    assert scripted.http.post(f"{url}/cancel", headers=mine).status_code == 400
+    assert scripted.http.delete(url, headers=mine).json()["deleted"]
+    assert scripted.http.get(url, headers=mine).status_code == 404
+
+
+def test_a_streamed_response_is_kept_and_one_that_says_no_is_not(scripted):
+    for is_kept in (True, False):
+        body = {"model": "tiny", "input": "hi", "stream": True, "store": is_kept}
+        lines = scripted.http.post("/v1/responses", json=body).text.splitlines()
+        last = json.loads([line for line in lines if line.startswith("data: ")][-1].removeprefix("data: "))
+        found = scripted.http.get(f"/v1/responses/{last['response']['id']}")
+        assert found.status_code == (200 if is_kept else 404)
+
+
+def test_room_for_responses_is_bounded_and_the_least_used_goes():
+    with scripted_gateway(max_stored_responses=2) as gateway:
+
+        def make():
+            return gateway.http.post("/v1/responses", json={"model": "tiny", "input": "hi"}).json()["id"]
+
+        def status(id):
+            return gateway.http.get(f"/v1/responses/{id}").status_code
+
+        first, second = make(), make()
+        assert status(first) == 200
+        third = make()
+        assert [status(id) for id in (first, second, third)] == [200, 404, 200]
+
+
+def test_a_response_in_the_background_answers_at_once_and_is_there_when_it_ended(scripted):
+    go_on = threading.Event()
+
+    def generate(request, context):
+        yield started()
+        assert go_on.wait(WAIT_S)
+        yield from itertools.islice(hello(request, context), 1, None)
+
+    scripted.script.generate = generate
+    body = {"model": "tiny", "input": "hi", "background": True}
+    made = scripted.http.post("/v1/responses", json=body).json()
+    assert (made["status"], made["output"]) == ("in_progress", [])
+    continued = scripted.http.post("/v1/responses", json={**body, "previous_response_id": made["id"]})
+    assert "in_progress" in continued.json()["error"]["message"]
+    go_on.set()
+    until(lambda: scripted.http.get(f"/v1/responses/{made['id']}").json()["status"] == "completed")
+
+
+def test_a_response_in_the_background_can_be_cancelled(scripted):
+    scripted.script.generate = silent
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi", "background": True}).json()
+    cancelled = scripted.http.post(f"/v1/responses/{made['id']}/cancel").json()
+    assert cancelled["status"] == "cancelled"
+    assert scripted.script.ended.wait(WAIT_S)
+    assert scripted.http.get(f"/v1/responses/{made['id']}").json()["status"] == "cancelled"
+
+
+def test_a_response_in_the_background_that_fails_says_so(scripted):
+    def generate(_request, context):
+        yield started()
+        context.abort_with_status(status(grpc.StatusCode.INTERNAL, "ENGINE_FAILURE"))
+
+    scripted.script.generate = generate
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi", "background": True}).json()
+    until(lambda: scripted.http.get(f"/v1/responses/{made['id']}").json()["status"] == "failed")
+
+
+def until(holds):
+    for _ in range(WAIT_S * 50):
+        if holds():
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError("it never held")
