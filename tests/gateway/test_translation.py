@@ -5,7 +5,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanoserve_client.progress import Progress
 from nanoserve_client.v1 import generation_pb2 as pb
@@ -168,6 +168,7 @@ SEQUENCES = st.lists(st.tuples(st.text(max_size=8), st.sampled_from(FINISHES)), 
 CUTS = st.lists(st.integers(0, 8), max_size=4)
 
 
+@settings(deadline=None)
 @given(SEQUENCES, CUTS, st.booleans(), st.randoms())
 def test_chunks_of_a_chat_join_to_the_answer_however_they_are_cut(sequences, cuts, has_logprobs, random):
     fields = {"n": len(sequences), "logprobs": has_logprobs, "return_token_ids": True}
@@ -196,6 +197,7 @@ def test_chunks_of_a_chat_join_to_the_answer_however_they_are_cut(sequences, cut
     assert not joined
 
 
+@settings(deadline=None)
 @given(SEQUENCES, CUTS, st.randoms())
 def test_chunks_of_a_completion_join_to_the_answer_however_they_are_cut(sequences, cuts, random):
     fields = {"n": len(sequences), "logprobs": 0}
@@ -222,6 +224,7 @@ def test_chunks_of_a_completion_join_to_the_answer_however_they_are_cut(sequence
     ]
 
 
+@settings(deadline=None)
 @given(st.tuples(st.text(max_size=8), st.sampled_from(FINISHES)), CUTS)
 def test_events_of_a_response_join_to_the_answer_however_they_are_cut(sequence, cuts):
     fields = {"include": ["message.output_text.logprobs"], "return_token_ids": True}

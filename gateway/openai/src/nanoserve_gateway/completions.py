@@ -22,6 +22,7 @@ from nanoserve_gateway.answer import (
     options,
     stream_rules,
     text_of,
+    unchecked,
     usage_of,
 )
 from nanoserve_gateway.errors import Problem
@@ -62,8 +63,8 @@ class CompletionAnswer:
         self._model = starts[0].model
         for number, prompt in enumerate(self._prompts if self._echo else ()):
             for index in range(self._n):
-                choice = CompletionChoice.model_construct(
-                    index=number * self._n + index, text=prompt, finish_reason=None, logprobs=None
+                choice = unchecked(
+                    CompletionChoice, index=number * self._n + index, text=prompt, finish_reason=None, logprobs=None
                 )
                 yield self._chunk(choice)
 
@@ -79,7 +80,7 @@ class CompletionAnswer:
             fields["finish_reason"] = finish_reason(delta.finish_reason)
         if delta.text or any(value is not None for value in fields.values()):
             index = prompt * self._n + delta.index
-            yield self._chunk(CompletionChoice.model_construct(index=index, text=delta.text, **fields))
+            yield self._chunk(unchecked(CompletionChoice, index=index, text=delta.text, **fields))
 
     def end(self, results: Sequence[Result]) -> Iterator[bytes]:
         if self._has_usage:
@@ -104,7 +105,8 @@ class CompletionAnswer:
             text = self._prompt_text(prompt, result) + text
             tokens = result.prompt_logprobs + tokens
         extra: dict[str, Any] = {"token_ids": sequence.token_ids} if self._has_token_ids else {}
-        return CompletionChoice.model_construct(
+        return unchecked(
+            CompletionChoice,
             index=prompt * self._n + sequence.index,
             text=text,
             finish_reason=finish_reason(sequence.finish_reason),
@@ -124,7 +126,8 @@ class CompletionAnswer:
         return frame(self._completion(list(choices), **fields))
 
     def _completion(self, choices: list[CompletionChoice], **fields: Any) -> Completion:
-        return Completion.model_construct(
+        return unchecked(
+            Completion,
             id=self._id,
             object="text_completion",
             created=self._created,
@@ -147,7 +150,8 @@ class _Scribe:
         for token in tokens:
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(token.token))
-        return Logprobs.model_construct(
+        return unchecked(
+            Logprobs,
             tokens=[text_of(token) for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
             top_logprobs=[_alternatives(token) for token in tokens],

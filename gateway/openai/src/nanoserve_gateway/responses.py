@@ -38,7 +38,7 @@ from openai.types.responses.response_text_delta_event import Logprob as DeltaLog
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 from pydantic import BaseModel
 
-from nanoserve_gateway.answer import check, frame, new_id, options, text_of
+from nanoserve_gateway.answer import check, frame, new_id, options, text_of, unchecked
 from nanoserve_gateway.chat import content_text
 from nanoserve_gateway.errors import Problem
 
@@ -154,7 +154,8 @@ class ResponseAnswer:
     def snapshot(self, status: str, **fields: Any) -> Response:
         """The response as it stands."""
         repeated = {name: self._fields.get(name) for name in _REPEATED}
-        return Response.model_construct(
+        return unchecked(
+            Response,
             id=self.id,
             object="response",
             created_at=self._created,
@@ -202,8 +203,8 @@ class ResponseAnswer:
         return response
 
     def _item(self, status: str, content: list[ResponseOutputText]) -> ResponseOutputMessage:
-        return ResponseOutputMessage.model_construct(
-            id=self._item_id, type="message", role="assistant", status=status, content=content
+        return unchecked(
+            ResponseOutputMessage, id=self._item_id, type="message", role="assistant", status=status, content=content
         )
 
     def _part(self, draft: _Draft) -> ResponseOutputText:
@@ -219,7 +220,7 @@ class ResponseAnswer:
     def _event(self, event: type[BaseModel], **fields: Any) -> bytes:
         self._number += 1
         name = event.model_fields["type"].annotation.__args__[0]  # type: ignore[union-attr]
-        return frame(event.model_construct(type=name, sequence_number=self._number, **fields), name)
+        return frame(unchecked(event, type=name, sequence_number=self._number, **fields), name)
 
 
 def items_of(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
