@@ -47,7 +47,7 @@ NOT_RUN = {
     "make serve": "serves until it is stopped; the pages' server is what it starts",
     "make envoy": "the same; the pages' Envoy is what it starts",
     "make envoy SERVERS=several-servers.yaml": "the same; tests/gateway/envoy/ does what the page says of it",
-    ".venv/bin/nanoserve serve --grpc-port 50052": "the same",
+    ".venv/bin/nanoserve serve --grpc-port 50052 --http-port 8001": "the same",
     "make check": "runs all tests, this one too",
     ".venv/bin/nanoserve serve Qwen/Qwen3-0.6B --dtype bfloat16 --kv-memory 4GiB": "downloads a model",
     """grpcurl -plaintext -d '{"chat": {"messages": [{"role": "ROLE_USER", "content": "What is TTFT?"}]}}' \\""": (

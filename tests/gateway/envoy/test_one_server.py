@@ -1,4 +1,4 @@
-"""`nanoserve serve` behind Envoy, as its callers see it: gRPC with buf and the Python client, and JSON."""
+"""`nanoserve serve` behind Envoy, as callers see it: gRPC with buf and the Python client, JSON, OpenAI's client."""
 
 import contextlib
 import json
@@ -10,13 +10,13 @@ import uuid
 from pathlib import Path
 
 import grpc
+import openai
 import pytest
-from behind_envoy import standing_in
 from caller import port_of
 from envoy_process import fronting
 from http_caller import events, send, sending
 from nanoserve_client import Client, InvalidRequest, NanoserveError, NotFound, Unauthenticated
-from serve_process import serving
+from serve_process import free_port, serving
 
 BUF = str(Path(sys.executable).parent / "buf")
 GENERATE = "/nanoserve/v1/generate"
@@ -25,6 +25,8 @@ QUESTION = {"chat": {"messages": [{"role": "ROLE_USER", "content": "What is TTFT
 ENDLESS = {"text": "Hello!", "stopping": {"ignore_eos": True}}
 # How many requests the server runs, and how many may wait.
 MAX_RUNNING = MAX_WAITING = 2
+# Of the OpenAI module.
+HTTP_PORT = free_port()
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +35,15 @@ def server(tmp_path_factory):
     keys.write_text("user-key\n")
     admins.write_text("admin-key\n")
     limits = ["--max-num-seqs", str(MAX_RUNNING), "--max-waiting", str(MAX_WAITING)]
-    with serving("--dtype", "float32", "--api-keys", str(keys), "--admin-keys", str(admins), *limits) as server:
+    files = ["--api-keys", str(keys), "--admin-keys", str(admins), "--http-port", str(HTTP_PORT)]
+    with serving("--dtype", "float32", *files, *limits) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def envoy(server):
-    with standing_in() as module, fronting({50051: port_of(server), 8000: module.port}) as envoy:
+    with fronting({50051: port_of(server), 8000: HTTP_PORT}) as envoy:
+        envoy.wait_until_healthy(1)
         yield envoy
 
 
@@ -252,3 +256,47 @@ def test_envoy_keeps_a_deadline_for_which_the_server_is_not_awake(envoy, server)
     finally:
         server.process.send_signal(signal.SIGCONT)
     assert (answer.status, answer.json) == (504, {"message": "downstream duration timeout"})
+
+
+# -------------------------------------------------------------------------------------------- OpenAI's own client
+
+
+@pytest.fixture
+def openai_client(envoy):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{envoy.port}/v1", api_key="user-key") as client:
+        yield client
+
+
+def ask(client, **options):
+    messages = [{"role": "user", "content": "What is TTFT?"}]
+    return client.chat.completions.create(model="nanoserve-builtin", messages=messages, temperature=0, **options)
+
+
+def test_openais_client_gets_the_same_answer_streamed_or_not(openai_client):
+    whole = ask(openai_client).choices[0].message.content
+    assert "time to first token" in whole
+    chunks = [chunk.choices[0].delta.content or "" for chunk in ask(openai_client, stream=True)]
+    assert len(chunks) > 5, "it came at once"
+    assert "".join(chunks) == whole
+
+
+def test_openais_client_gets_responses_and_models(openai_client):
+    response = openai_client.responses.create(model="nanoserve-builtin", input="What is RoPE?", temperature=0)
+    assert "rotates" in response.output_text
+    assert [model.id for model in openai_client.models.list()] == ["nanoserve-builtin"]
+
+
+def test_openais_client_gets_errors_as_its_own_exceptions(openai_client):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        ask(openai_client, top_p=0)
+    assert refusal.value.param == "top_p"
+    with pytest.raises(openai.AuthenticationError):
+        ask(openai_client.with_options(api_key="wrong"))
+
+
+def test_a_stream_that_openais_client_closes_frees_its_blocks(openai_client, admin):
+    stream = ask(openai_client, stream=True, extra_body={"ignore_eos": True})
+    next(stream)
+    wait_until(admin, lambda stats: stats.running == 1)
+    stream.close()
+    wait_until(admin, lambda stats: not (stats.running or stats.kv_blocks_used))
