@@ -26,7 +26,7 @@ def offline(model: list[str], workload: str, options: list[str]) -> float:
 
 def through_grpc(model: list[str], workload: str, options: list[str]) -> float:
     """Output tokens/s that a client of a server sees."""
-    command = [*NANOSERVE, "serve", *model, "--grpc-port", "0", "--no-prefix-cache", *options]
+    command = [*NANOSERVE, "serve", *model, "--grpc-port", "0", "--http-port", "0", "--no-prefix-cache", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None

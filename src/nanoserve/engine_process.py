@@ -4,8 +4,8 @@
                ◀─ deliver ── on readable ══╝     pipe     ╚═══ events and state of a step ◀── engine thread
 
 In one process Python's interpreter lock would make gRPC and the engine wait for each other: with 100 streams of a small
-model, more than a third of every step. Requests, plans and events are plain data, so all that changes is how they
-travel. If the server dies, the pipe closes and the engine ends itself; if the engine dies, the server hears of it as of
+model on two cores that cost a tenth of the throughput. Requests and events are plain data, so all that changes is how
+they travel. If the server dies, the pipe closes and the engine ends itself; if the engine dies, the server hears of it as of
 the end of a thread. This module imports torch in the engine's process only.
 """
 
