@@ -5,8 +5,8 @@
 
 In one process Python's interpreter lock would make gRPC and the engine wait for each other: with 100 streams of a small
 model on two cores that cost a tenth of the throughput. Requests and events are plain data, so all that changes is how
-they travel. If the server dies, the pipe closes and the engine ends itself; if the engine dies, the server hears of it as of
-the end of a thread. This module imports torch in the engine's process only.
+they travel. If the server dies, the pipe closes and the engine ends itself; if the engine dies, the server hears of it
+as of the end of a thread. This module imports torch in the engine's process only.
 """
 
 import contextlib
@@ -101,16 +101,18 @@ class _EngineProcess:
         with theirs:
             # Not "-m": what it sends would be of a module named __main__.
             code = f"from nanoserve.engine_process import main; main({theirs.fileno()})"
-            command = [sys.executable, "-c", code]
+            # Nor may what lies in the working directory stand for a module: -P.
+            command = [sys.executable, "-P", "-c", code]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-        self.pipe.send((options, logging.getLogger().level))
+        with contextlib.suppress(OSError):  # it died at once; `wait_until_ready` hears of it
+            self.pipe.send((options, logging.getLogger().level))
 
     def wait_until_ready(self, report: Report) -> _Ready:
         """Pass on how the start goes. Raises ConfigError if it does not come to an end."""
         while True:
             try:
                 said = self.pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 raise ConfigError(f"the engine's process died while it loaded the model: {self._fate()}") from None
             match said:
                 case logging.LogRecord():
@@ -242,7 +244,9 @@ def main(descriptor: int) -> None:
     pipe: Pipe = Connection(descriptor)
     options, log_level = pipe.recv()
     speaker = _Speaker(pipe)
-    logging.basicConfig(level=log_level, handlers=[speaker])
+    # Not basicConfig, which would dress the lines up already here.
+    logging.getLogger().addHandler(speaker)
+    logging.getLogger().setLevel(log_level)
     core: Future[EngineCore] = Future()
     threading.Thread(target=_obey, args=(pipe, core), name="nanoserve-pipe", daemon=True).start()
 
