@@ -36,15 +36,21 @@ class PseudoTerminal:
     def type(self, text):
         os.write(self._master, text.encode())
 
-    def wait_for(self, text):
-        """Read until it comes; returns all that was read, and what follows is for the next call."""
-        deadline = time.monotonic() + WAIT_S
+    def has(self, text, within_s):
+        """Read until it comes, or the time is over."""
+        deadline = time.monotonic() + within_s
         while text not in self.output:
-            assert select.select([self._master], [], [], deadline - time.monotonic())[0], self.output
+            if not select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0]:
+                return False
             try:
                 self.output += os.read(self._master, 4096).decode(errors="replace")
             except OSError:  # the other end is closed
                 raise AssertionError(f"ended without {text!r}: {self.output}") from None
+        return True
+
+    def wait_for(self, text):
+        """Read until it comes; returns all that was read, and what follows is for the next call."""
+        assert self.has(text, WAIT_S), self.output
         before, _, self.output = self.output.partition(text)
         return before + text
 
