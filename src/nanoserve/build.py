@@ -26,22 +26,15 @@ from nanoserve.model.compiled import BackgroundCompiler, can_compile
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
-from nanoserve.request import Report
+from nanoserve.request import Fact, Report, Stage
 
 logger = logging.getLogger(__name__)
 
 
-class LogReport:
-    """For whoever has no other."""
-
-    def stage(self, name: str, share: float | None = None) -> None:
-        """Stages are short, and there is no need to hear of them twice."""
-
-    def fact(self, name: str, value: str) -> None:
-        logger.info("%s: %s", name, value)
-
-
-LOG_REPORT = LogReport()
+def log_facts(said: Stage | Fact) -> None:
+    """The Report of whoever has no other."""
+    if isinstance(said, Fact):
+        logger.info("%s: %s", said.name, said.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +47,7 @@ class Built:
     folder: Path
 
 
-def build_engine(options: Options, *, wait_until_compiled: bool = False, report: Report = LOG_REPORT) -> Engine:
+def build_engine(options: Options, *, wait_until_compiled: bool = False, report: Report = log_facts) -> Engine:
     """An engine in this process, warm but not started. Raises ConfigError; see build_core."""
     built = build_core(options, wait_until_compiled=wait_until_compiled, report=report)
     codec = TextCodec.load(built.folder, trust_remote_code=options.model.trust_remote_code)
@@ -67,13 +60,13 @@ def build_engine(options: Options, *, wait_until_compiled: bool = False, report:
     )
 
 
-def build_core(options: Options, *, wait_until_compiled: bool = False, report: Report = LOG_REPORT) -> Built:
+def build_core(options: Options, *, wait_until_compiled: bool = False, report: Report = log_facts) -> Built:
     """Load the model and build what runs its steps. Takes as long as the model does.
 
     On a CPU, parts of the model are compiled behind the back of the running engine, or first, which takes up to a
     minute the first time. Raises ConfigError, whose one line says what to do.
     """
-    report.stage("reading the model")
+    report(Stage("reading the model"))
     try:
         with _weights_reported(report):
             model = load_model(options.model)
@@ -95,9 +88,9 @@ def _weights_reported(report: Report) -> Iterator[None]:
 
         def watched() -> Iterator[Any]:
             for i, item in enumerate(items):
-                report.stage("reading the weights", i / len(items))
+                report(Stage("reading the weights", i / len(items)))
                 yield item
-            report.stage("preparing the layers")
+            report(Stage("preparing the layers"))
 
         return watched()
 
@@ -109,7 +102,7 @@ def _weights_reported(report: Report) -> Iterator[None]:
 
 
 def assemble(
-    model: LoadedModel, options: Options, *, wait_until_compiled: bool = False, report: Report = LOG_REPORT
+    model: LoadedModel, options: Options, *, wait_until_compiled: bool = False, report: Report = log_facts
 ) -> Built:
     """Build what runs the steps of a loaded model. Raises ConfigError if the KV cache does not fit."""
     plan = plan_kv(
@@ -124,12 +117,12 @@ def assemble(
     _refuse_more_than_there_is(plan, model.device)
     dtype = str(model.dtype).removeprefix("torch.")
     size = f"{model.num_parameters / 1e6:.1f} M parameters"
-    report.fact("model", f"{served_name(options)}: {model.architecture}, {size}, {dtype} on {model.device}")
-    report.fact("KV cache", plan.describe())
+    report(Fact("model", f"{served_name(options)}: {model.architecture}, {size}, {dtype} on {model.device}"))
+    report(Fact("KV cache", plan.describe()))
     limits = options.scheduler
-    report.fact("step", f"at most {limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens")
+    report(Fact("step", f"at most {limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens"))
 
-    report.stage("warming up")
+    report(Stage("warming up"))
     cache = PagedKVCache(plan.specs, plan.num_blocks, plan.block_size, model.device)
     sampler = Sampler(options.scheduler.max_num_seqs, model.vocab_size, model.device)
     runner = ModelRunner(model, cache, sampler, options.scheduler.max_num_seqs, plan.max_context_tokens)

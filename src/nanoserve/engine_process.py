@@ -30,24 +30,12 @@ from nanoserve.config import ConfigError, Options
 from nanoserve.engine.core import CoreState, Deliver, EngineCore
 from nanoserve.engine.engine import Engine, ServedModel
 from nanoserve.engine.text import TextCodec
-from nanoserve.request import EngineEnded, Event, Message, Report
+from nanoserve.request import EngineEnded, Event, Fact, Message, Report, Stage
 
 # Anything that can be pickled, both ways.
 Pipe: TypeAlias = "Connection[Any, Any]"
 
 # -------------------------------------------------------------------------- what the engine's process says at its start
-
-
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    name: str
-    share: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Fact:
-    name: str
-    value: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +105,8 @@ class _EngineProcess:
             match said:
                 case logging.LogRecord():
                     _log(said)
-                case _Stage():
-                    report.stage(said.name, said.share)
-                case _Fact():
-                    report.fact(said.name, said.value)
+                case Stage() | Fact():
+                    report(said)
                 case _Refused():
                     raise ConfigError(said.message)
                 case _Ready():
@@ -208,10 +194,7 @@ class RemoteCore:
 
 
 class _Speaker(logging.handlers.QueueHandler):
-    """Says to the server how the start goes, what to log, and what came of steps. Any thread; one lock guards the pipe.
-
-    Implements Report.
-    """
+    """Tells the server how the start goes, what to log, and what came of steps. Any thread; a lock guards the pipe."""
 
     def __init__(self, pipe: Pipe) -> None:
         super().__init__(queue.SimpleQueue())  # not used: `enqueue` is ours
@@ -230,12 +213,6 @@ class _Speaker(logging.handlers.QueueHandler):
         """A line of the log, which QueueHandler has made fit to travel."""
         self.say(record)
 
-    def stage(self, name: str, share: float | None = None) -> None:
-        self.say(_Stage(name, share))
-
-    def fact(self, name: str, value: str) -> None:
-        self.say(_Fact(name, value))
-
 
 def main(descriptor: int) -> None:
     """Build the core, say so, and run it until it is stopped."""
@@ -253,7 +230,7 @@ def main(descriptor: int) -> None:
     from nanoserve.build import build_core  # torch, which the server does without
 
     try:
-        built = build_core(options, report=speaker)
+        built = build_core(options, report=speaker.say)
     except ConfigError as error:
         speaker.say(_Refused(str(error)))
         return

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from nanoserve_client import AsyncClient, Client
 
 from nanoserve.config import ConfigError, Options, ServerConfig
-from nanoserve.request import Report
+from nanoserve.request import Report, Stage
 
 LOOPBACK = "127.0.0.1"
 
@@ -77,11 +77,11 @@ class LocalServer:
 
     async def _serve(self) -> None:
         if self._report is not None:
-            self._report.stage("importing torch and transformers")
-        from nanoserve.build import LOG_REPORT, build_engine
+            self._report(Stage("importing torch and transformers"))
+        from nanoserve.build import build_engine, log_facts
         from nanoserve.rpc.server import Server
 
-        engine = build_engine(self._options, report=self._report or LOG_REPORT)
+        engine = build_engine(self._options, report=self._report or log_facts)
         with _file_of(self._api_key) as keys:
             server = Server(ServerConfig(host=LOOPBACK, grpc_port=0, api_keys=keys, drain_timeout_s=0), engine)
         engine.start()

@@ -7,7 +7,7 @@ other. The protocols at the end are the seams that `build.py` fills.
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -340,6 +340,27 @@ class EngineFailure(RequestError):
         super().__init__("the engine failed to compute this request")
 
 
+# ---------------------------------------------------------------------------------------- how the start goes
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is being done."""
+
+    name: str
+    # How much of it is, 0 to 1, if that is known.
+    share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Something to know of what was built."""
+
+    name: str
+    # May have several lines.
+    value: str
+
+
 # ----------------------------------------------------------------------------------------------- the seams
 
 
@@ -351,13 +372,5 @@ class Executor(Protocol):
         ...
 
 
-class Report(Protocol):
-    """Who is told how the start goes."""
-
-    def stage(self, name: str, share: float | None = None) -> None:
-        """What is being done; share: how much of it is, 0 to 1, if that is known."""
-        ...
-
-    def fact(self, name: str, value: str) -> None:
-        """Something to know of what was built; the value may have several lines."""
-        ...
+# Who is told how the start goes. Called on any thread.
+Report = Callable[[Stage | Fact], None]

@@ -4,21 +4,22 @@ import logging
 import queue
 
 from nanoserve.cli.loading import Loading
+from nanoserve.request import Fact, Stage
 
 
 def test_without_a_terminal_each_stage_is_a_log_line_once(caplog):
     caplog.set_level(logging.INFO)
     with Loading(None) as loading:
         for share in (0.0, 0.5):
-            loading.stage("reading the weights", share)
-        loading.stage("warming up")
+            loading.report(Stage("reading the weights", share))
+        loading.report(Stage("warming up"))
     assert [record.message for record in caplog.records] == ["reading the weights", "warming up"]
 
 
 def test_facts_stand_in_columns():
     loading = Loading(None)
-    loading.fact("model", "M")
-    loading.fact("KV cache", "one\ntwo")
+    loading.report(Fact("model", "M"))
+    loading.report(Fact("KV cache", "one\ntwo"))
     assert loading.summary() == "  model     M\n  KV cache  one\n            two"
 
 
@@ -35,11 +36,11 @@ class Line:
 def test_on_a_terminal_a_bar_shows_the_share_and_goes_away():
     line = Line()
     with Loading(line) as loading:
-        loading.stage("reading the weights", 0.5)
+        loading.report(Stage("reading the weights", 0.5))
         while not (shown := line.shown.get(timeout=10)).startswith("reading"):
             pass
         assert shown.startswith(f"reading the weights [{'#' * 15}{'.' * 15}]  50%  ")
-        loading.stage("warming up")
+        loading.report(Stage("warming up"))
         while not (shown := line.shown.get(timeout=10)).startswith("warming up  "):
             pass
     last = ""

@@ -20,7 +20,7 @@ from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, start_logging, write
 from nanoserve.config import Options, SchedulerConfig
-from nanoserve.request import RequestError
+from nanoserve.request import RequestError, Stage
 
 if TYPE_CHECKING:
     from nanoserve.engine.engine import Engine
@@ -96,10 +96,10 @@ def running_engine(options: Options, loading: Loading) -> Iterator[tuple["Engine
     """An engine that is compiled and warm, and what runs requests on it. Raises ConfigError."""
     with asyncio.Runner() as loop:
         with loading:
-            loading.stage("importing torch and transformers")
+            loading.report(Stage("importing torch and transformers"))
             from nanoserve.build import build_engine
 
-            engine = build_engine(options, wait_until_compiled=True, report=loading)
+            engine = build_engine(options, wait_until_compiled=True, report=loading.report)
         loop.run(_start(engine))
         try:
             yield engine, lambda requests: loop.run(_run_all(engine, requests))

@@ -51,7 +51,7 @@ def _start_server(options: Options, status_line: StatusLine | None) -> LocalServ
     """Raises ConfigError. Ctrl-C ends the process."""
     try:
         with Loading(status_line) as loading:
-            return LocalServer(options, loading)
+            return LocalServer(options, loading.report)
     except KeyboardInterrupt:
         # Nothing can stop a thread that loads a model.
         os._exit(128 + signal.SIGINT)

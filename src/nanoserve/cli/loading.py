@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from nanoserve.cli.terminal import StatusLine
+from nanoserve.request import Fact, Stage
 
 BAR_WIDTH = 30
 REDRAW_S = 0.1
@@ -22,30 +23,29 @@ class Loading:
 
     def __init__(self, status_line: StatusLine | None) -> None:
         self._status_line = status_line
-        # Name, share done or None, and time.monotonic() of its begin: one tuple, because two threads use it.
-        self._stage: tuple[str, float | None, float] = ("starting", None, time.monotonic())
-        self._facts: list[tuple[str, str]] = []
+        # With time.monotonic() of its begin: one tuple, because two threads use it.
+        self._stage = (Stage("starting"), time.monotonic())
+        self._facts: list[Fact] = []
         self._has_ended = threading.Event()
         self._drawer = threading.Thread(target=self._draw, name="nanoserve-progress", daemon=True)
 
-    def stage(self, name: str, share: float | None = None) -> None:
-        """What is being done; share: how much of it is, 0 to 1, if that is known."""
-        if name != self._stage[0]:
-            if self._status_line is None:
-                logger.info(name)
-            self._stage = (name, share, time.monotonic())
-        else:
-            self._stage = (name, share, self._stage[2])
-
-    def fact(self, name: str, value: str) -> None:
-        """Something to know of what was loaded."""
-        self._facts.append((name, value))
+    def report(self, said: Stage | Fact) -> None:
+        """Is a Report."""
+        match said:
+            case Fact():
+                self._facts.append(said)
+            case Stage(name) if name == self._stage[0].name:
+                self._stage = (said, self._stage[1])
+            case Stage(name):
+                if self._status_line is None:
+                    logger.info(name)
+                self._stage = (said, time.monotonic())
 
     def summary(self) -> str:
         """The facts in two columns."""
-        width = max((len(name) for name, _ in self._facts), default=0)
+        width = max((len(fact.name) for fact in self._facts), default=0)
         indent = "\n" + " " * (width + 4)
-        return "\n".join(f"  {name:{width}}  {value.replace(chr(10), indent)}" for name, value in self._facts)
+        return "\n".join(f"  {fact.name:{width}}  {fact.value.replace(chr(10), indent)}" for fact in self._facts)
 
     def __enter__(self) -> Self:
         if self._status_line is not None:
@@ -63,7 +63,7 @@ class Loading:
     def _draw(self) -> None:
         assert self._status_line is not None
         while not self._has_ended.wait(REDRAW_S):
-            name, share, begin_s = self._stage
-            num_done = round(BAR_WIDTH * (share or 0))
-            bar = "" if share is None else f" [{'#' * num_done}{'.' * (BAR_WIDTH - num_done)}] {share:4.0%}"
-            self._status_line.show(f"{name}{bar}  {time.monotonic() - begin_s:.1f} s")
+            stage, begin_s = self._stage
+            num_done = round(BAR_WIDTH * (stage.share or 0))
+            bar = "" if stage.share is None else f" [{'#' * num_done}{'.' * (BAR_WIDTH - num_done)}] {stage.share:4.0%}"
+            self._status_line.show(f"{stage.name}{bar}  {time.monotonic() - begin_s:.1f} s")

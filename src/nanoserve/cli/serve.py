@@ -13,6 +13,7 @@ from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import start_logging
 from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, Options, ServerConfig
+from nanoserve.request import Fact, Stage
 
 if TYPE_CHECKING:
     from nanoserve.engine.engine import Engine
@@ -68,9 +69,9 @@ async def _serve(options: Options, loading: Loading, server: "Server", url: str 
         raise
     engine.start()
     server.set_engine(engine)
-    loading.fact("gRPC", f"{address}, {_protection(options.server)}")
+    loading.report(Fact("gRPC", f"{address}, {_protection(options.server)}"))
     if url is not None:
-        loading.fact("OpenAI", url)
+        loading.report(Fact("OpenAI", url))
     ready_after_s = time.monotonic() - started_s
     logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())
     ended = asyncio.create_task(engine.wait_until_ended())
@@ -98,10 +99,10 @@ async def _load(options: Options, loading: Loading, serving: "asyncio.Task[None]
 
 
 def _build(options: Options, loading: Loading) -> "Engine":
-    loading.stage("importing torch and transformers")
+    loading.report(Stage("importing torch and transformers"))
     from nanoserve.engine_process import start_engine
 
-    return start_engine(options, loading)
+    return start_engine(options, loading.report)
 
 
 def _address(config: ServerConfig, port: int) -> str:
