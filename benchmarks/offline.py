@@ -1,113 +1,244 @@
-"""Times `nanoserve bench offline` against transformers' own generate, on the same checkpoint and prompts.
+"""Times nanoserve and every installed peer on the same checkpoint and prompts, in turn; a table, a plot, and JSON.
 
-    python benchmarks/offline.py make qwen3-0.6b DIR             a checkpoint of this shape with random weights
-    python benchmarks/offline.py hf-generate DIR WORKLOAD ...    generate on one padded batch; a JSON line a workload
-    python benchmarks/offline.py compare DIR WORKLOAD ...        both in turn, three times each; medians and their ratio
+    python benchmarks/offline.py FOLDER [--engines ENGINE ...] [--workloads WORKLOAD ...] [--rounds N] [--results DIR]
 
-WORKLOAD is N:IN:OUT[:SHARED], as in `nanoserve bench offline --help`. generate runs in the checkpoint's bfloat16 unless
---peer-dtype says otherwise, nanoserve in what it chooses for the machine unless --dtype does: a CPU without arithmetic
-for bfloat16 is many times slower in it than in float32. Speed does not depend on the values of the weights, so a random
-checkpoint of a public model's exact shape is fair.
+ENGINE is nanoserve, vllm, llama.cpp, hf-generate (transformers' generate) or hf-cb (its continuous batching), and may
+name a type: hf-generate:bfloat16. Without one nanoserve chooses, and the others compute in bfloat16 if the CPU has
+arithmetic for it, else in float32: without it most are many times slower in bfloat16. `make bench-peers` installs
+vllm and llama.cpp into environments of their own; by default all run that are there. WORKLOAD is N:IN:OUT[:SHARED], as
+in `nanoserve bench offline --help`.
+
+Machines are noisy. Each engine therefore runs in a fresh process, all in turn, several rounds; only the ratio of
+medians from one sitting says anything. Results go to DIR/MACHINE-COMMIT.json, .md and .svg.
 """
 
 import argparse
+import ctypes.util
+import dataclasses
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from nanoserve.bench.offline import Timing, time_workloads
-from nanoserve.bench.workload import BenchRequest, FixedWorkload
+from nanoserve.bench.workload import FixedWorkload
 
-SHAPES = {
-    "qwen3-0.6b": dict(
-        hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-        intermediate_size=3072, vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=32768,
-    ),
-}  # fmt: skip
-NUM_ROUNDS = 3
+HERE = Path(__file__).parent
+WORKLOADS = ("1:32:64", "8:128:64", "32:128:64", "64:128:64", "1:1024:2", "16:1024:64", "32:576:32:512")
+# Where `make bench-peers` puts them; transformers is a part of us.
+PYTHONS = {
+    "vllm": HERE / "venvs/vllm/bin/python",
+    "llama.cpp": HERE / "venvs/llama.cpp/bin/python",
+    "hf-generate": Path(sys.executable),
+    "hf-cb": Path(sys.executable),
+}
+# Those that run unless others are asked for.
+DEFAULT_ENGINES = ("nanoserve", "vllm", "llama.cpp", "hf-generate")
 
 
-def make(shape: str, folder: str) -> None:
-    """Write the checkpoint, with a tokenizer of single bytes: the prompts are token ids."""
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """NAME or NAME:DTYPE"""
+
+    text: str
+    name: str
+    # None = the engine's own choice.
+    dtype: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Engine":
+        name, _, dtype = text.partition(":")
+        if name != "nanoserve" and name not in PYTHONS:
+            raise argparse.ArgumentTypeError(f"{name!r} is no engine; there are nanoserve, {', '.join(PYTHONS)}")
+        return cls(text, name, dtype or None)
+
+    @property
+    def is_installed(self) -> bool:
+        return self.name == "nanoserve" or PYTHONS[self.name].exists()
+
+    def command(self, folder: str, workloads: Sequence[str]) -> list[str]:
+        if self.name == "nanoserve":
+            options = ["--dtype", self.dtype or "auto", "--kv-memory", "4GiB", "--json", "--workload", *workloads]
+            return [sys.executable, "-m", "nanoserve", "bench", "offline", folder, *options]
+        dtype = self.dtype or machine_dtype()
+        return [str(PYTHONS[self.name]), str(HERE / "peers.py"), self.name, dtype, folder, *workloads]
+
+    def environment(self) -> dict[str, str]:
+        variables = {**os.environ, "PYTHONPATH": str(HERE.parent / "src")}
+        if self.name == "vllm":
+            # What its documentation asks for, where it is there.
+            tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
+            openmp = PYTHONS["vllm"].parent.parent / "lib/libiomp5.so"
+            preload = [*([tcmalloc] if tcmalloc else []), *([str(openmp)] if openmp.exists() else [])]
+            variables["LD_PRELOAD"] = ":".join(preload)
+        return variables
+
+
+@dataclass(slots=True)
+class Results:
+    """Of one sitting. Lists have a number a round."""
+
+    commit: str
+    machine: dict[str, Any]
+    # Engine -> workload -> output tokens/s.
+    speeds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    # Engine -> seconds from the start of its process until a first tiny batch had run.
+    ready_s: dict[str, list[float]] = field(default_factory=dict)
+    # Engine -> the most that the process and its children had in main memory at once.
+    peak_bytes: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, engine: str, lines: Iterable[dict[str, Any]], peak_bytes: int, workloads: Sequence[str]) -> None:
+        """A run's JSON lines, one for each workload."""
+        speeds = self.speeds.setdefault(engine, {w: [] for w in workloads})
+        for workload, line in zip(workloads, lines, strict=True):
+            speeds[workload].append(line["out_tok_s"])
+        self.ready_s.setdefault(engine, []).append(line["ready_s"])
+        self.peak_bytes.setdefault(engine, []).append(peak_bytes)
+
+    def table(self) -> str:
+        """In Markdown: medians, with the slowest and the fastest round, and our ratio to the fastest peer."""
+        engines, workloads = list(self.speeds), list(next(iter(self.speeds.values())))
+        peers = [e for e in engines if not e.startswith("nanoserve")]
+        with_ratio = bool(peers) and "nanoserve" in engines
+        head = ["output tokens/s", *engines, *(["nanoserve / best peer"] if with_ratio else [])]
+        rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+        for workload in workloads:
+            row = [workload, *(_spread(self.speeds[e][workload]) for e in engines)]
+            if with_ratio:
+                best = max(statistics.median(self.speeds[e][workload]) for e in peers)
+                row.append(f"{statistics.median(self.speeds['nanoserve'][workload]) / best:.2f}")
+            rows.append(row)
+        last = [""] if with_ratio else []
+        rows.append(["ready after, s", *(_spread(self.ready_s[e]) for e in engines), *last])
+        rows.append(["peak memory, GB", *(f"{max(self.peak_bytes[e]) / 1e9:.1f}" for e in engines), *last])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+    def save_plot(self, path: Path) -> None:
+        """Bars are medians, whiskers the slowest and the fastest round; each workload has its own scale."""
+        from matplotlib.figure import Figure
+
+        engines, workloads = list(self.speeds), list(next(iter(self.speeds.values())))
+        figure = Figure(figsize=(2.1 * len(workloads), 3.2), layout="constrained")
+        for axes, workload in zip(figure.subplots(1, len(workloads), squeeze=False)[0], workloads, strict=True):
+            runs = [self.speeds[e][workload] for e in engines]
+            medians = [statistics.median(r) for r in runs]
+            whiskers = [
+                [m - min(r) for m, r in zip(medians, runs, strict=True)],
+                [max(r) - m for m, r in zip(medians, runs, strict=True)],
+            ]
+            colours = [f"C{i}" for i in range(len(engines))]
+            axes.bar(range(len(engines)), medians, yerr=whiskers, color=colours, capsize=3, label=engines)
+            axes.set(title=workload, xticks=[])
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].set_ylabel("output tokens/s")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(engines), frameon=False)
+        figure.suptitle(f"{self.machine['cpu']}, {self.machine['cores']} cores; {self.machine['checkpoint']}")
+        figure.savefig(path)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+
+
+def compare(folder: str, engines: Sequence[Engine], workloads: Sequence[str], num_rounds: int) -> Results:
+    results = Results(commit(), machine(folder))
+    for number in range(num_rounds):
+        for engine in engines:
+            print(f"round {number + 1} of {num_rounds}: {engine.text}", file=sys.stderr, flush=True)
+            lines, peak_bytes = measured(engine, folder, workloads)
+            print(*map(json.dumps, lines), sep="\n", flush=True)
+            results.add(engine.text, lines, peak_bytes, workloads)
+    return results
+
+
+def measured(engine: Engine, folder: str, workloads: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """A run's JSON lines, and its peak memory in bytes."""
+    with tempfile.TemporaryFile("w+") as output:
+        command = engine.command(folder, workloads)
+        process = subprocess.Popen(command, stdout=output, env=engine.environment(), start_new_session=True)
+        peak_bytes = 0
+        while process.poll() is None:
+            peak_bytes = max(peak_bytes, session_bytes(process.pid))
+            time.sleep(0.2)
+        if process.returncode != 0:
+            sys.exit(f"{engine.text} failed: exit code {process.returncode}")
+        output.seek(0)
+        return [json.loads(line) for line in output if line.startswith("{")], peak_bytes
+
+
+def session_bytes(session: int) -> int:
+    """Main memory that the processes of a session have between them; shared pages count in each."""
+    total = 0
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+        if int(fields[3]) == session:
+            total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    return total
+
+
+def machine_dtype() -> str:
+    """What a CPU computes fast."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i + 3 for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(**SHAPES[shape], bos_token_id=0, eos_token_id=2, pad_token_id=0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
-def hf_generate(folder: str, dtype: str, workloads: list[FixedWorkload]) -> Iterator[Timing]:
-    started_s = time.perf_counter()
+def machine(folder: str) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-    def execute(requests: Sequence[BenchRequest]) -> int:
-        ids = torch.tensor([r.prompt for r in requests])
-        num_out = requests[0].num_out  # the same in all
-        mask = torch.ones_like(ids)
-        out = model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=num_out, max_new_tokens=num_out)
-        return int(out.numel() - ids.numel())
-
-    context = model.config.max_position_embeddings
-    return time_workloads("hf-generate", execute, workloads, started_s, model.config.vocab_size, context)
-
-
-def compare(folder: str, dtype: str, peer_dtype: str, workloads: list[FixedWorkload]) -> None:
-    """Each engine in a fresh process, in turn, so that both meet the same moods of the machine."""
-    texts = [w.text for w in workloads]
-    options = ["--dtype", dtype, "--kv-memory", "4GiB", "--json"]
-    commands = {
-        "nanoserve": [sys.executable, "-m", "nanoserve", "bench", "offline", folder, *options, "--workload", *texts],
-        "hf-generate": [sys.executable, __file__, "hf-generate", folder, "--peer-dtype", peer_dtype, *texts],
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    found = re.search(r"model name\s*: (.*)", cpuinfo)
+    return {
+        "cpu": found[1] if found else "unknown CPU",
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": machine_dtype() == "bfloat16",
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "checkpoint": Path(folder).resolve().name,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    speeds: dict[str, list[list[float]]] = {engine: [] for engine in commands}
-    for _ in range(NUM_ROUNDS):
-        for engine, command in commands.items():
-            lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-            runs = [line for line in lines if line.startswith("{")]
-            print(*runs, sep="\n", flush=True)
-            speeds[engine].append([json.loads(line)["out_tok_s"] for line in runs])
-    print(
-        f"{'workload':16} {'nanoserve':>12} {'hf-generate':>12} {'ratio':>7}   output tokens/s, medians of {NUM_ROUNDS}"
-    )
-    for i, text in enumerate(texts):
-        ours, theirs = (statistics.median(speed[i] for speed in speeds[engine]) for engine in commands)
-        print(f"{text:16} {ours:12.1f} {theirs:12.1f} {ours / theirs:7.2f}")
+
+
+def commit() -> str:
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    make_parser = commands.add_parser("make")
-    make_parser.add_argument("shape", choices=SHAPES)
-    make_parser.add_argument("folder")
-    for name in ("hf-generate", "compare"):
-        each = commands.add_parser(name)
-        each.add_argument("folder")
-        each.add_argument("workloads", nargs="+", type=FixedWorkload.parse, metavar="N:IN:OUT[:SHARED]")
-        each.add_argument("--peer-dtype", default="bfloat16", metavar="DTYPE", help="Of generate.")
-        if name == "compare":
-            each.add_argument("--dtype", default="auto", help="Of nanoserve.")
+    parser.add_argument("folder")
+    parser.add_argument("--engines", nargs="+", type=Engine.parse, metavar="ENGINE")
+    parser.add_argument("--workloads", nargs="+", type=FixedWorkload.parse, metavar="N:IN:OUT[:SHARED]")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR")
     arguments = parser.parse_args()
-    if arguments.command == "make":
-        make(arguments.shape, arguments.folder)
-    elif arguments.command == "compare":
-        compare(arguments.folder, arguments.dtype, arguments.peer_dtype, arguments.workloads)
-    else:
-        for timing in hf_generate(arguments.folder, arguments.peer_dtype, arguments.workloads):
-            print(json.dumps(timing.as_json()), flush=True)
+    workloads = [w.text for w in arguments.workloads or []] or list(WORKLOADS)
+    engines = arguments.engines or [e for e in map(Engine.parse, DEFAULT_ENGINES) if e.is_installed]
+    for engine in engines:
+        if not engine.is_installed:
+            sys.exit(f"{engine.name} is not installed; run make bench-peers")
+    results = compare(arguments.folder, engines, workloads, arguments.rounds)
+    arguments.results.mkdir(exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", f"{results.machine['cpu']}-{results.commit}".lower())
+    stem = arguments.results / name
+    stem.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+    stem.with_suffix(".md").write_text(results.table())
+    results.save_plot(stem.with_suffix(".svg"))
+    print(results.table(), f"\n{stem}.json, .md and .svg", sep="")
 
 
 if __name__ == "__main__":
