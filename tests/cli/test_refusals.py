@@ -79,7 +79,7 @@ def test_a_model_that_cannot_be_served(damage, words, refuse, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(BUILTIN_MODEL, folder)
     damage(folder)
-    refuse(words, "serve", str(folder), "--grpc-port", "0", "--http-port", "0")
+    refuse(words, "generate", "Hello!", "--model", str(folder))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_model_that_cannot_be_served(damage, words, refuse, tmp_path):
     ],
 )
 def test_a_machine_that_has_not_what_is_asked_for(arguments, words, refuse):
-    refuse(words, "serve", "--grpc-port", "0", "--http-port", "0", *arguments)
+    refuse(words, "generate", "Hello!", *arguments)
 
 
 def test_a_port_in_use(refuse, target):
@@ -121,7 +121,7 @@ def test_a_model_in_this_process_is_refused_in_the_same_way(name, refuse, monkey
     refuse("has no config.json: it is not a model in Hugging Face format (model comes from NANOSERVE_MODEL)", name)
 
 
-def test_a_process_of_its_own_ends_in_the_same_way(command, tmp_path):
+def test_a_server_whose_engine_refuses_ends_in_the_same_way(command, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(BUILTIN_MODEL, folder)
     truncate(folder)
