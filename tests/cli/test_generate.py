@@ -91,7 +91,10 @@ def test_a_value_out_of_range_is_told_of(generate):
     assert "top_p: 2 is not allowed; allowed: above 0, up to 1" in done.stderr
     assert done.returncode == 1
     done = generate("Hello", "--top-k", "-1")
-    assert "a value does not fit its parameter" in done.stderr
+    assert "a value does not fit its parameter: top_k is -1: " in done.stderr
+    assert done.returncode == 2
+    done = generate("Hello", "--time-limit", "1e30")
+    assert "a value does not fit its parameter: time_limit is 1e+30: " in done.stderr
     assert done.returncode == 2
 
 

@@ -5,6 +5,7 @@ only what the messages cannot carry.
 """
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -141,8 +142,30 @@ class GenerateOptions(CallOptions, total=False):
 
 
 def generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOptions) -> pb.GenerateRequest:
-    """The request for a text, token ids, or a chat. Raises TypeError for an option that does not exist."""
+    """The request for a text, token ids, or a chat.
+
+    Raises TypeError for an option that does not exist, and TypeError or ValueError, with its name, for a value that
+    its field cannot carry.
+    """
     refuse_unknown(options, GenerateOptions.__optional_keys__)
+    try:
+        return _generate_request(prompt, options)
+    except (TypeError, ValueError, OverflowError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{_misfit(options)}: {error}") from error
+
+
+def _misfit(options: GenerateOptions) -> str:
+    """What the message could not carry: each option is tried alone."""
+    for name, value in options.items():
+        try:
+            _generate_request("", cast(GenerateOptions, {name: value}))
+        except (TypeError, ValueError, OverflowError):
+            return f"{name} is {reprlib.repr(value)}"
+    return "the prompt is neither a text nor token ids"
+
+
+def _generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOptions) -> pb.GenerateRequest:
     request = pb.GenerateRequest(
         model=options.get("model") or "",
         sampling=_sampling(options),
