@@ -359,5 +359,5 @@ def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_read(
 ) -> None:
     save_tiny_model("qwen3", tmp_path)
     monkeypatch.setattr(loader, "available_memory", lambda: 1000)
-    with pytest.raises(ModelLoadError, match=r"GiB in float32, and 0\.0 GiB of memory are free"):
+    with pytest.raises(ModelLoadError, match=r"KiB in float32, and 1000 bytes of memory are free"):
         load_model(ModelOptions(path=str(tmp_path), dtype="float32", device="cpu"))

@@ -19,15 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from nanoserve.config import ConfigError, ModelOptions
-from nanoserve.kv_cache.paged_kv_cache import GIB, KVSpec, available_memory
+from nanoserve.config import ConfigError, ModelOptions, format_size
+from nanoserve.kv_cache.paged_kv_cache import KVSpec, available_memory
 from nanoserve.model import attention
 from nanoserve.model.attention import AttentionLayer
 from nanoserve.model.cpu import prepare_cpu
@@ -170,12 +178,17 @@ def _find_folder(options: ModelOptions) -> Path:
 def _read_config(folder: Path, options: ModelOptions) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"{folder} has no config.json: it is not a model in Hugging Face format")
+    kind = _read_json(folder / "config.json").get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and not options.trust_remote_code:
+        raise ModelLoadError(f"{kind} cannot be served: transformers {transformers.__version__} does not know it")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:
         raise ModelLoadError(f"{folder / 'config.json'} cannot be read: {error}") from error
     if config.is_encoder_decoder:
         raise ModelLoadError(f"{config.model_type} cannot be served: it is an encoder-decoder")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not options.trust_remote_code:
+        raise ModelLoadError(f"{config.model_type} cannot be served: it is no language model that writes text")
     others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
     if others:
         raise ModelLoadError(f"{config.model_type} cannot be served: it has layers of type {', '.join(sorted(others))}")
@@ -234,7 +247,7 @@ def _refuse_what_does_not_fit(folder: Path, dtype: torch.dtype, device: torch.de
     free = available_memory()
     if device.type == "cpu" and num_bytes > free:
         name = str(dtype).removeprefix("torch.")
-        sizes = f"{num_bytes / GIB:.1f} GiB in {name}, and {free / GIB:.1f} GiB of memory are free"
+        sizes = f"{format_size(num_bytes)} in {name}, and {format_size(free)} of memory are free"
         raise ModelLoadError(f"the weights take {sizes}")
 
 
