@@ -11,6 +11,7 @@ from nanoserve.config import (
     ModelOptions,
     Options,
     SchedulerConfig,
+    ServerConfig,
     format_size,
     parse_size,
     settings,
@@ -116,6 +117,9 @@ def test_options_that_do_not_go_together_are_refused():
         Options(scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=4))
     with pytest.raises(ConfigError, match="go together"):
         ClientOptions(client_key="key.pem")
+    with pytest.raises(ConfigError, match="--grpc-port and --http-port are both 8000"):
+        Options(server=ServerConfig(grpc_port=8000))
+    Options(server=ServerConfig(grpc_port=0, http_port=0))
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,8 @@ class Options:
         for flag, port in (("--grpc-port", self.server.grpc_port), ("--http-port", self.server.http_port)):
             if port > 65535:
                 raise ConfigError(f"{flag} is {port}; it must be at most 65535")
+        if self.server.grpc_port == self.server.http_port != 0:
+            raise ConfigError(f"--grpc-port and --http-port are both {self.server.http_port}; they must differ")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.model.device):
             raise ConfigError(f"--device is {self.model.device!r}; it must be auto, cpu, cuda or cuda:N")
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:

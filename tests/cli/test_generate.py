@@ -120,6 +120,12 @@ def test_no_prompt_on_a_terminal_is_said_instead_of_waiting_for_one(on_terminal)
     assert terminal.wait_for_exit() == 2
 
 
+def test_what_is_for_a_server_elsewhere_is_refused_without_one(command):
+    done = command("generate", "Hello", "--api-key", "key")
+    assert done.stderr == ("nanoserve: --api-key would change nothing without --target: the model is in this process\n")
+    assert done.returncode == 2
+
+
 def test_a_server_that_is_not_there_is_one_line(command):
     done = command("generate", "Hello", "--target", "127.0.0.1:1")
     assert "no server is ready at 127.0.0.1:1" in done.stderr

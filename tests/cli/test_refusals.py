@@ -103,7 +103,7 @@ def test_a_machine_that_has_not_what_is_asked_for(arguments, words, refuse):
 
 def test_a_port_in_use(refuse, target):
     refuse(
-        f"cannot listen on {target}: Address already in use",
+        f"cannot listen on {target}: Address already in use; --grpc-port and --host choose where",
         "serve",
         "--http-port",
         "0",

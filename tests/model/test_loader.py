@@ -224,7 +224,7 @@ def break_generation_config(folder: Path) -> None:
     [
         (drop_folder, "there is no folder"),
         (drop_config, "has no config.json"),
-        (break_config, "config.json cannot be read"),
+        (break_config, "config.json is not valid JSON"),
         (unknown_architecture, "no-such-model"),
         (cut_weights, "cannot be read: .*(incomplete|header|metadata)"),
         (drop_a_weight, r"1 missing keys, such as model\.layers\.1\.mlp\.up_proj\.weight"),
@@ -258,6 +258,11 @@ def test_a_hub_id_is_loaded_at_its_revision(llama_folder: Path, monkeypatch: pyt
     monkeypatch.setattr(loader, "snapshot_download", download)
     assert load("some/model", revision="v1").architecture == "LlamaForCausalLM"
     assert (asked["name"], asked["revision"]) == ("some/model", "v1")
+
+
+def test_a_revision_of_a_folder_is_refused(llama_folder: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"--revision is for a Hub id, and .* is a folder"):
+        load(llama_folder, revision="v1")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test says it lacks")

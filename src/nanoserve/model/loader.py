@@ -159,6 +159,8 @@ def _find_folder(options: ModelOptions) -> Path:
     """The folder of the model's files; from the Hub if `path` is no folder here."""
     folder = Path(options.path)
     if folder.is_dir():
+        if options.revision is not None:
+            raise ModelLoadError(f"--revision is for a Hub id, and {folder} is a folder")
         return folder
     if folder.is_absolute() or options.path.count("/") != 1 or options.path.startswith("."):
         raise ModelLoadError(f"there is no folder {options.path!r}, and it is not a Hub id such as 'owner/name'")
