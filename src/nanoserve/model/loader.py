@@ -51,6 +51,8 @@ LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 SELECTING_MODULES = ("Indexer", "Compressor")
 # For a trial run of a model whose context is unknown.
 SOME_CONTEXT = 2048
+# What a safetensors file calls the types that a model can be computed in.
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 # Of each checkpoint file, for the fingerprint.
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 4096
@@ -241,7 +243,8 @@ def _refuse_what_does_not_fit(folder: Path, dtype: torch.dtype, device: torch.de
     num_bytes = 0
     for path in folder.glob("*.safetensors"):
         try:
-            with safe_open(path, "pt") as tensors:
+            # Not "pt": that asks the system for as much memory as the file is long, and nothing is read here.
+            with safe_open(path, "np") as tensors:
                 shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ModelLoadError(f"{path} cannot be read: {error}") from error
@@ -250,7 +253,8 @@ def _refuse_what_does_not_fit(folder: Path, dtype: torch.dtype, device: torch.de
     if device.type == "cpu" and num_bytes > free:
         name = str(dtype).removeprefix("torch.")
         sizes = f"{format_size(num_bytes)} in {name}, and {format_size(free)} of memory are free"
-        raise ModelLoadError(f"the weights take {sizes}")
+        hint = "; --dtype bfloat16 takes half" if dtype == torch.float32 else ""
+        raise ModelLoadError(f"the weights take {sizes}{hint}")
 
 
 def _resolve_dtype(options: ModelOptions, config: PreTrainedConfig, folder: Path, device: torch.device) -> torch.dtype:
@@ -272,10 +276,9 @@ def _has_fast_bfloat16() -> bool:
 def _stored_dtype(folder: Path) -> torch.dtype:
     """Of the checkpoint's first floating-point tensor."""
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as tensors:
+        with safe_open(path, "np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                dtype: torch.dtype = tensors.get_tensor(name).dtype
-                if dtype.is_floating_point and dtype.itemsize > 1:
+                if dtype := STORED_DTYPES.get(tensors.get_slice(name).get_dtype()):
                     return dtype
     return torch.float32
 
