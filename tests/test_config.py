@@ -11,6 +11,8 @@ from nanoserve.config import (
     ModelOptions,
     Options,
     SchedulerConfig,
+    ServerConfig,
+    format_size,
     parse_size,
     settings,
 )
@@ -115,3 +117,20 @@ def test_options_that_do_not_go_together_are_refused():
         Options(scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=4))
     with pytest.raises(ConfigError, match="go together"):
         ClientOptions(client_key="key.pem")
+    with pytest.raises(ConfigError, match="--grpc-port and --http-port are both 8000"):
+        Options(server=ServerConfig(grpc_port=8000))
+    Options(server=ServerConfig(grpc_port=0, http_port=0))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (96 << 10, "96 KiB"), (16 << 20, "16 MiB"), (3 << 29, "1.5 GiB")],
+)
+def test_sizes_are_shown_in_their_unit(num_bytes, text):
+    assert format_size(num_bytes) == text
+
+
+def test_the_default_of_a_size_is_shown_as_a_person_would_write_it():
+    size = setting("http-max-body")
+    assert size.full_help.endswith("Default: 16 MiB.")
+    assert size.parse(size.shown_default) == size.default

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import numpy
 import pytest
 from nanoserve_client import InvalidRequest
 
@@ -123,6 +125,68 @@ def test_wrong_options_are_named():
         LLM("/no/such/folder")
     options = make_options("a/b", {"dtype": "float32", "block_size": 8, "max_waiting": 3})
     assert (options.model.path, options.model.dtype, options.cache.block_size) == ("a/b", "float32", 8)
+
+
+def test_options_of_another_kind_are_refused_and_sizes_may_be_texts():
+    with pytest.raises(ConfigError, match="max_num_seqs is 'many'; it must be a whole number"):
+        LLM(max_num_seqs="many")
+    with pytest.raises(ConfigError, match="dtype is 'int3'; it must be auto, float32, bfloat16 or float16"):
+        LLM(dtype="int3")
+    with pytest.raises(ConfigError, match="compile is 'no'; it must be True or False"):
+        LLM(compile="no")
+    options = make_options(Path("a/b"), {"kv_memory_bytes": "2GiB", "compile": False, "revision": None})
+    assert (options.model.path, options.cache.kv_memory_bytes, options.model.compile) == ("a/b", 2 << 30, False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (5, "a int was given; it must be a text or token ids, or a list of such"),
+        ({"prompt": "a"}, "a dict was given; it must be a text or token ids, or a list of such"),
+        (["a", {"prompt_token_ids": [1]}], "prompt 1 of 2 is a dict; it must be a text or token ids"),
+        ([1, "a"], "prompt 0 of 2 is a int; it must be a text or token ids"),
+        ([["a"]], "prompt 0 of 1 is a list; it must be a text or token ids"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(llm, prompts, words):
+    with pytest.raises(TypeError, match=words):
+        llm.generate(prompts)
+
+
+def test_what_is_no_conversation_and_no_sampling_params_is_refused(llm):
+    with pytest.raises(TypeError, match="prompt 0 of 1 is a int; it must be a text or a list of messages"):
+        llm.chat([5])
+    with pytest.raises(TypeError, match="sampling_params must be a SamplingParams, or a list"):
+        llm.generate("a", {"temperature": 0})
+    with pytest.raises(TypeError, match="temperature is 'hot': must be real number"):
+        llm.generate("a", SamplingParams(temperature="hot"))
+
+
+def test_arrays_of_token_ids_are_prompts(llm):
+    [output] = llm.generate(numpy.array([5, 6, 7]), GREEDY)
+    assert output.usage.prompt_tokens == 3
+    assert len(llm.generate(numpy.array([[5, 6, 7], [8, 9, 10]]), GREEDY)) == 2
+
+
+@pytest.mark.parametrize("empty", ["", [""], [[]]])
+def test_an_empty_prompt_is_refused_by_the_server(llm, empty):
+    with pytest.raises(InvalidRequest, match="must not be empty"):
+        llm.generate(empty, GREEDY)
+
+
+async def test_outside_of_its_block_there_is_no_model():
+    with pytest.raises(RuntimeError, match="only within `async with"):
+        await AsyncLLM().generate("a")
+
+
+def test_a_cache_that_is_smaller_than_the_models_context_is_warned_about(caplog):
+    LLM(kv_memory_bytes=1 << 20).close()
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "the KV cache holds 160 tokens" in warning
+    assert "the model's 2048" in warning
+    caplog.clear()
+    LLM(kv_memory_bytes=1 << 20, max_context_tokens=100).close()
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 def test_after_close_calls_fail_at_once():

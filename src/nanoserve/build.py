@@ -15,13 +15,13 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, ConfigError, Options
+from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, ConfigError, Options, format_size
 from nanoserve.engine.core import EngineCore
 from nanoserve.engine.engine import Engine, ServedModel
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.engine.text import TextCodec
 from nanoserve.kv_cache.block_pool import BlockPool
-from nanoserve.kv_cache.paged_kv_cache import GIB, KVPlan, PagedKVCache, available_memory, plan_kv
+from nanoserve.kv_cache.paged_kv_cache import KVPlan, PagedKVCache, available_memory, plan_kv
 from nanoserve.model.compiled import BackgroundCompiler, can_compile
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.runner import ModelRunner
@@ -119,6 +119,12 @@ def assemble(
     size = f"{model.num_parameters / 1e6:.1f} M parameters"
     report(Fact("model", f"{served_name(options)}: {model.architecture}, {size}, {dtype} on {model.device}"))
     report(Fact("KV cache", plan.describe()))
+    if options.model.max_context_tokens is None and plan.max_context_tokens < model.max_position:
+        logger.warning(
+            "the KV cache holds %d tokens, so that contexts end there and not at the model's %d; more need --kv-memory",
+            plan.num_tokens,
+            model.max_position,
+        )
     limits = options.scheduler
     report(Fact("step", f"at most {limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens"))
 
@@ -170,6 +176,6 @@ def _refuse_more_than_there_is(plan: KVPlan, device: torch.device) -> None:
     free = available_memory()
     if device.type == "cpu" and plan.num_bytes > free:
         raise ConfigError(
-            f"a KV cache of {plan.num_bytes / GIB:.2f} GiB was asked for, and {free / GIB:.2f} GiB of memory are free;"
+            f"a KV cache of {format_size(plan.num_bytes)} was asked for, and {format_size(free)} of memory are free;"
             " lower --kv-memory"
         )

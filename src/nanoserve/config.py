@@ -170,6 +170,8 @@ class Options:
         for flag, port in (("--grpc-port", self.server.grpc_port), ("--http-port", self.server.http_port)):
             if port > 65535:
                 raise ConfigError(f"{flag} is {port}; it must be at most 65535")
+        if self.server.grpc_port == self.server.http_port != 0:
+            raise ConfigError(f"--grpc-port and --http-port are both {self.server.http_port}; they must differ")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.model.device):
             raise ConfigError(f"--device is {self.model.device!r}; it must be auto, cpu, cuda or cuda:N")
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
@@ -236,8 +238,14 @@ class Setting:
     def full_help(self) -> str:
         """The help with the default, unless it says it or there is none."""
         is_plain = self.default is None or self.kind is bool or "Default:" in self.help
-        default = f"{self.default:g}" if isinstance(self.default, float) else self.default
-        return self.help if is_plain else f"{self.help} Default: {default}."
+        return self.help if is_plain else f"{self.help} Default: {self.shown_default}."
+
+    @property
+    def shown_default(self) -> str:
+        """As a person would write it."""
+        if self.kind == "size":
+            return format_size(self.default)
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     def parse(self, value: object) -> Any:
         """The field's value for what stands in a flag or variable (text) or a file. Raises ValueError."""
@@ -301,3 +309,11 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError("it must be a size such as 2GiB, 512MB or a number of bytes")
     return int(float(match[1]) * SIZE_UNITS[match[2]])
+
+
+def format_size(num_bytes: int) -> str:
+    """A size as a person reads it, and as parse_size takes it: 1.5 GiB, 16 MiB, 96 KiB; rounded to a tenth."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size:
+            return f"{round(num_bytes / size, 1):g} {unit}"
+    return f"{num_bytes} bytes"

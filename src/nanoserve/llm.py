@@ -12,8 +12,10 @@ It is the server in this process and a client of it, so that rules, errors and r
 
 import asyncio
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,7 +32,7 @@ from nanoserve_client import (
 )
 from tqdm import tqdm
 
-from nanoserve.config import SECTIONS, Options
+from nanoserve.config import SECTIONS, ConfigError, Options, Setting, settings
 from nanoserve.local import LocalServer
 from nanoserve.request import SamplingParams
 
@@ -73,43 +75,52 @@ class AsyncLLM:
             async for delta in llm.stream_chat("What is TTFT?"):
                 print(delta.text, end="")
 
-    Arguments, results and errors are those of LLM.
+    Arguments, results and errors are those of LLM. Outside of the block there is no model: RuntimeError.
     """
 
-    def __init__(self, model: str | None = None, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
         self._options = make_options(model, options)
+        self._batch = Batch(self._options)
+        # Within the block.
+        self._inside: tuple[LocalServer, AsyncClient] | None = None
 
     async def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> list[RequestOutput]:
         """Complete prompts as they stand. See LLM.generate."""
-        return await self._batch.run(self._client.generate, as_prompts(prompts), sampling_params)
+        return await self._batch.run(self._client().generate, as_prompts(prompts), sampling_params)
 
     async def chat(
         self, conversations: Conversation | Sequence[Conversation], sampling_params: Params = None
     ) -> list[RequestOutput]:
         """Answer conversations, by the model's chat template. See LLM.chat."""
-        return await self._batch.run(self._client.chat, as_conversations(conversations), sampling_params)
+        return await self._batch.run(self._client().chat, as_conversations(conversations), sampling_params)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncGenerateStream:
         """Complete one prompt, token by token."""
-        return self._client.generate(prompt, **as_options(sampling_params))
+        return self._client().generate(prompt, **as_options(sampling_params))
 
     def stream_chat(
         self, conversation: Conversation, sampling_params: SamplingParams | None = None
     ) -> AsyncGenerateStream:
         """Answer one conversation, token by token."""
-        return self._client.chat(_messages(conversation), **as_options(sampling_params))
+        return self._client().chat(_messages(conversation), **as_options(sampling_params))
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.to_thread(LocalServer, self._options)
-        self._client = self._server.async_client()
-        self._batch = Batch(self._options)
+        server = await asyncio.to_thread(LocalServer, self._options)
+        self._inside = server, server.async_client()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.close()
-        await asyncio.to_thread(self._server.stop)
+        assert self._inside is not None
+        (server, client), self._inside = self._inside, None
+        await client.close()
+        await asyncio.to_thread(server.stop)
+
+    def _client(self) -> AsyncClient:
+        if self._inside is None:
+            raise RuntimeError("there is a model only within `async with AsyncLLM() as llm:`")
+        return self._inside[1]
 
 
 class LLM:
@@ -119,11 +130,12 @@ class LLM:
     above all; one bad request of a batch ends the batch, and the error's note says which it was.
     """
 
-    def __init__(self, model: str | None = None, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
         """Load a model: a folder, a Hub id, or None for the one that is built in.
 
         options: fields of ModelOptions, CacheOptions and SchedulerConfig in nanoserve.config, such as dtype,
-        max_num_seqs and kv_memory_bytes. Raises ConfigError, and TypeError for an option that there is not.
+        max_num_seqs and kv_memory_bytes (bytes, or "2GiB"). Raises ConfigError, and TypeError for an option that there
+        is not.
         """
         self._options = make_options(model, options)
         self._server = LocalServer(self._options)
@@ -239,33 +251,70 @@ async def _result(stream: AsyncGenerateStream) -> Result:
 # --------------------------------------------------------------------------------------- what callers give
 
 
-def make_options(model: str | None, options: Mapping[str, Any]) -> Options:
+def make_options(model: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> Options:
     """Options of the engine from keyword arguments. Raises TypeError for an unknown one, ConfigError for bad values."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in ENGINE_SECTIONS}
-    homes = {each.name: name for name in ENGINE_SECTIONS for each in fields(SECTIONS[name]) if each.name != "path"}
+    known = {each.field: each for each in settings(*ENGINE_SECTIONS) if not each.is_positional}
     if model is not None:
-        sections["model"]["path"] = model
+        sections["model"]["path"] = os.fspath(model)
     for name, value in options.items():
-        if name not in homes:
-            close = difflib.get_close_matches(name, homes, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(homes)}"
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
             raise TypeError(f"there is no option {name!r}; {hint}")
-        sections[homes[name]][name] = value
+        sections[known[name].section][name] = _fitting(known[name], value)
     return Options(**{name: SECTIONS[name](**values) for name, values in sections.items()})
 
 
+def _fitting(setting: Setting, value: Any) -> Any:
+    """The value of a field, such as 2 << 30 for "2GiB". Raises ConfigError if it is not of the field's kind."""
+    if value is None and setting.default is None:
+        return None
+    try:
+        if setting.kind is not bool:
+            return setting.parse(value)
+        if not isinstance(value, bool):
+            raise ValueError("it must be True or False")
+        return value
+    except ValueError as error:
+        raise ConfigError(f"{setting.field} is {value!r}; {error}") from None
+
+
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
-    """One prompt becomes a list of it."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]
-    return list(prompts)
+    """One prompt becomes a list of it. Raises TypeError for what is no prompt."""
+    return _as_batch(prompts, _is_prompt, "a text or token ids")
 
 
 def as_conversations(conversations: Conversation | Sequence[Conversation]) -> list[Any]:
-    """One conversation becomes a list of it."""
-    if isinstance(conversations, str) or (len(conversations) > 0 and isinstance(conversations[0], Mapping)):
-        return [conversations]
-    return list(conversations)
+    """One conversation becomes a list of it. Raises TypeError for what is no conversation."""
+    return _as_batch(conversations, _is_conversation, "a text or a list of messages")
+
+
+def _as_batch(given: Any, is_one: Callable[[Any], bool], kind: str) -> list[Any]:
+    if isinstance(given, str):
+        return [given]
+    if not _is_list(given):
+        raise TypeError(f"a {type(given).__name__} was given; it must be {kind}, or a list of such")
+    # An empty list is a batch of none.
+    if len(given) > 0 and is_one(given):
+        return [given]
+    for index, one in enumerate(given):
+        if not is_one(one):
+            raise TypeError(f"prompt {index} of {len(given)} is a {type(one).__name__}; it must be {kind}")
+    return list(given)
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or (_is_list(value) and all(isinstance(each, Integral) for each in value))
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, str) or (_is_list(value) and all(isinstance(each, Mapping) for each in value))
+
+
+def _is_list(value: Any) -> bool:
+    """Arrays are lists, too; texts and mappings are not."""
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, str | Mapping)
 
 
 def _messages(conversation: Conversation) -> Any:
@@ -274,9 +323,11 @@ def _messages(conversation: Conversation) -> Any:
 
 
 def one_for_each(prompts: Sequence[Any], params: Params) -> list[SamplingParams | None]:
-    """Raises ValueError if their numbers differ."""
+    """Raises ValueError if their numbers differ, TypeError for what is no SamplingParams."""
     if params is None or isinstance(params, SamplingParams):
         return [params] * len(prompts)
+    if not _is_list(params) or not all(isinstance(each, SamplingParams) for each in params):
+        raise TypeError("sampling_params must be a SamplingParams, or a list with one for each prompt")
     if len(params) != len(prompts):
         raise ValueError(f"there are {len(params)} sampling_params for {len(prompts)} prompts; one for each is needed")
     return list(params)

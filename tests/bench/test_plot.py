@@ -1,9 +1,10 @@
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 from nanoserve.bench.load import Measurement, Record
-from nanoserve.bench.plot import check_plot, save_plot, token_rates
+from nanoserve.bench.plot import _draw_shares, check_plot, save_plot, token_rates
 from nanoserve.config import ConfigError
 
 RECORD = Record(0.0, [(0.0, 1), (0.55, 2), (2.0, 4)], end_s=2.0)
@@ -24,6 +25,14 @@ def test_the_file_has_the_format_of_its_name(tmp_path, name, begin):
     check_plot(path)
     save_plot(path, [("8:64:16", MEASUREMENT), ("nothing came", Measurement([], 1.0, is_interrupted=True))])
     assert path.read_bytes().startswith(begin)
+
+
+def test_percentiles_can_be_read_off():
+    axes = Figure().subplots()
+    _draw_shares(axes, [30.0, 10.0, 20.0, 40.0])
+    [line] = axes.get_lines()
+    assert dict(zip(*line.get_data(), strict=True)) == {10: 0.25, 20: 0.5, 30: 0.75, 40: 1}
+    _draw_shares(axes, [])
 
 
 def test_a_picture_that_could_not_be_drawn_is_refused_before_the_run(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ import time
 import pytest
 from nanoserve_client import Client
 
+from nanoserve.cli.chat import Chat, Pace
+
 PROMPT = "> \x1b[0m"
 ENDLESS = ("--ignore-eos", "--max-tokens", "1500")
 
@@ -31,6 +33,24 @@ def test_an_answer_streams_with_its_pace_and_ctrl_d_leaves(chat):
     terminal.wait_for(PROMPT)
     terminal.type("\x04")
     assert terminal.wait_for_exit() == 0
+
+
+def test_the_time_to_the_first_token_begins_before_the_request_is_sent(monkeypatch):
+    order = []
+
+    class WatchedPace(Pace):
+        def __init__(self):
+            order.append("clock")
+            super().__init__()
+
+    class WatchedClient:
+        def chat(self, _messages):
+            order.append("sent")
+            return iter([])
+
+    monkeypatch.setattr("nanoserve.cli.chat.Pace", WatchedPace)
+    Chat(WatchedClient(), {}, None).take("Hello!")
+    assert order == ["clock", "sent"]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat, target):

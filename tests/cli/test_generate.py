@@ -91,7 +91,10 @@ def test_a_value_out_of_range_is_told_of(generate):
     assert "top_p: 2 is not allowed; allowed: above 0, up to 1" in done.stderr
     assert done.returncode == 1
     done = generate("Hello", "--top-k", "-1")
-    assert "a value does not fit its parameter" in done.stderr
+    assert "a value does not fit its parameter: top_k is -1: " in done.stderr
+    assert done.returncode == 2
+    done = generate("Hello", "--time-limit", "1e30")
+    assert "a value does not fit its parameter: time_limit is 1e+30: " in done.stderr
     assert done.returncode == 2
 
 
@@ -115,6 +118,12 @@ def test_no_prompt_on_a_terminal_is_said_instead_of_waiting_for_one(on_terminal)
     terminal = on_terminal("generate")
     terminal.wait_for("there is no prompt: give one as an argument, through a pipe, or with --file")
     assert terminal.wait_for_exit() == 2
+
+
+def test_what_is_for_a_server_elsewhere_is_refused_without_one(command):
+    done = command("generate", "Hello", "--api-key", "key")
+    assert done.stderr == ("nanoserve: --api-key would change nothing without --target: the model is in this process\n")
+    assert done.returncode == 2
 
 
 def test_a_server_that_is_not_there_is_one_line(command):

@@ -38,6 +38,11 @@ def invent_architecture(folder):
     (folder / "config.json").write_text('{"model_type": "nonsense"}')
 
 
+def see_pictures(folder):
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    (folder / "model.safetensors").unlink()
+
+
 def drop_tokenizer(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -70,7 +75,8 @@ def check_refusal(code, error, words):
         (scramble, "cannot be read: Error while deserializing header"),
         (pickle, "found only pytorch_model.bin, and pickles are not loaded"),
         (change_architecture, "falcon cannot be served: its attention cannot be replaced"),
-        (invent_architecture, "Transformers does not recognize this architecture"),
+        (invent_architecture, "nonsense cannot be served: transformers"),
+        (see_pictures, "vit cannot be served: it is no language model that writes text"),
         (drop_tokenizer, "has no tokenizer"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -85,7 +91,7 @@ def test_a_model_that_cannot_be_served(damage, words, refuse, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--kv-memory", "900GiB"], "a KV cache of 900.00 GiB was asked for"),
+        (["--kv-memory", "900GiB"], "a KV cache of 900 GiB was asked for"),
         (["--kv-memory", "10KB"], "the KV cache of 10000 bytes"),
         (["--max-context-tokens", "999999"], "the model's limit is 2048"),
         (["--device", "cuda:99"], "cuda"),
@@ -97,7 +103,7 @@ def test_a_machine_that_has_not_what_is_asked_for(arguments, words, refuse):
 
 def test_a_port_in_use(refuse, target):
     refuse(
-        f"cannot listen on {target}: Address already in use",
+        f"cannot listen on {target}: Address already in use; --grpc-port and --host choose where",
         "serve",
         "--http-port",
         "0",

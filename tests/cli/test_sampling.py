@@ -27,7 +27,9 @@ def test_every_parameter_of_the_engine_has_a_flag_that_the_client_explains():
     assert [each.name for each in flags] == [name for name in expected if name not in WITHOUT_FLAG]
     for each in flags:
         assert each.name in GenerateOptions.__optional_keys__
-        assert each.help.endswith((".", ".)")), each.name
+        assert each.help.endswith("."), each.name
+        assert "`" not in each.help, each.name
+        assert "Default False" not in each.help, each.name
 
 
 @pytest.mark.parametrize("flag", sampling_flags(), ids=lambda f: f.name)
@@ -54,6 +56,9 @@ def test_flags_may_be_left_out():
 
 
 @pytest.mark.parametrize("argv", [["--top-k", "many"], ["--logit-bias", "7"], ["--temperature", "hot"]])
-def test_what_is_no_number_is_refused(argv):
+def test_what_is_no_number_is_refused(argv, capsys):
     with pytest.raises(SystemExit):
         parse(*argv)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "_bias" not in error

@@ -418,7 +418,10 @@ async def test_raw_request_is_sent_as_it_is(face, server):
     [
         (lambda c: c.generate("x", temprature=1.0), TypeError, "temprature"),
         (lambda c: c.generate_raw(pb.GenerateRequest(), temperature=1.0), TypeError, "temperature"),
-        (lambda c: c.generate("x", n=-1), ValueError, "-1"),
+        (lambda c: c.generate("x", n=-1), ValueError, "n is -1: "),
+        (lambda c: c.generate("x", top_k=5, temperature="hot"), TypeError, "temperature is 'hot': "),
+        (lambda c: c.generate("x", time_limit=1e30), ValueError, "time_limit is 1e\\+30: "),
+        (lambda c: c.generate([-1]), ValueError, "the prompt is neither a text nor token ids: "),
         (lambda c: c.chat([{"role": "usr", "content": "x"}]), ValueError, "'usr'.*system, user"),
         (lambda c: c.chat([{"role": "user", "text": "x"}]), TypeError, "text"),
     ],

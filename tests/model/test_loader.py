@@ -1,6 +1,7 @@
 """What is loaded, what is refused and why, and what the rest of the server is told of a model."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -224,7 +225,7 @@ def break_generation_config(folder: Path) -> None:
     [
         (drop_folder, "there is no folder"),
         (drop_config, "has no config.json"),
-        (break_config, "config.json cannot be read"),
+        (break_config, "config.json is not valid JSON"),
         (unknown_architecture, "no-such-model"),
         (cut_weights, "cannot be read: .*(incomplete|header|metadata)"),
         (drop_a_weight, r"1 missing keys, such as model\.layers\.1\.mlp\.up_proj\.weight"),
@@ -258,6 +259,11 @@ def test_a_hub_id_is_loaded_at_its_revision(llama_folder: Path, monkeypatch: pyt
     monkeypatch.setattr(loader, "snapshot_download", download)
     assert load("some/model", revision="v1").architecture == "LlamaForCausalLM"
     assert (asked["name"], asked["revision"]) == ("some/model", "v1")
+
+
+def test_a_revision_of_a_folder_is_refused(llama_folder: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"--revision is for a Hub id, and .* is a folder"):
+        load(llama_folder, revision="v1")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test says it lacks")
@@ -354,10 +360,26 @@ def test_a_rope_left_to_the_batch_would_be_found(tmp_path: Path, monkeypatch: py
         load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+def test_a_file_that_is_larger_than_memory_is_refused_too(tmp_path: Path, dtype: str | None) -> None:
+    save_tiny_model("qwen3", tmp_path)
+    write_json(tmp_path / "config.json", dtype=dtype)
+    num_bytes = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    tensor = {"dtype": "BF16", "shape": [num_bytes // 2], "data_offsets": [0, num_bytes]}
+    header = json.dumps({"weight": tensor}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + num_bytes)  # a hole, which takes no room on the disk
+    with pytest.raises(ModelLoadError, match=r"the weights take .* GiB in (bfloat16|float32), and .* are free"):
+        load(tmp_path)
+
+
 def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny_model("qwen3", tmp_path)
     monkeypatch.setattr(loader, "available_memory", lambda: 1000)
-    with pytest.raises(ModelLoadError, match=r"GiB in float32, and 0\.0 GiB of memory are free"):
+    with pytest.raises(
+        ModelLoadError, match=r"KiB in float32, and 1000 bytes of memory are free; --dtype bfloat16 takes half"
+    ):
         load_model(ModelOptions(path=str(tmp_path), dtype="float32", device="cpu"))

@@ -239,9 +239,9 @@ async def test_mtls_serves_only_certificates_of_the_client_ca(serve, authority, 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("no key", "both a certificate and a key"),
-        ("no cert", "both a certificate and a key"),
-        ("ca alone", "of the server's own"),
+        ("no key", "--tls-cert and --tls-key go together"),
+        ("no cert", "--tls-cert and --tls-key go together"),
+        ("ca alone", "--tls-client-ca needs --tls-cert and --tls-key"),
         ("missing cert", "No such file"),
         ("missing ca", "No such file"),
         ("garbage cert", "do not work"),

@@ -159,7 +159,8 @@ async def test_a_port_in_use_is_one_clear_line(served):
     second = Server(ServerConfig(grpc_port=served.port), FakeEngine())
     with pytest.raises(ServerError) as caught:
         await second.start()
-    assert str(caught.value) == f"cannot listen on 127.0.0.1:{served.port}: Address already in use"
+    where = f"127.0.0.1:{served.port}"
+    assert str(caught.value) == f"cannot listen on {where}: Address already in use; --grpc-port and --host choose where"
 
 
 async def test_an_address_of_another_machine_is_one_clear_line():

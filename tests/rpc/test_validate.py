@@ -91,6 +91,10 @@ def with_number(path: str, value: float) -> pb.GenerateRequest:
 
 def test_a_refusal_says_what_is_allowed():
     assert refused(sampling={"top_p": 0}) == {"sampling.top_p": "0 is not allowed; allowed: above 0, up to 1"}
+    assert refused(stopping={"max_tokens": 0}) == {"stopping.max_tokens": "0 is not allowed; allowed: 1 to 4294967295"}
+    assert refused(sampling={"temperature": 100.1}) == {
+        "sampling.temperature": "100.1 is not allowed; allowed: 0 to 100"
+    }
     assert refused(n=129) == {"n": "129 is not allowed; allowed: 1 to 128"}
 
 

@@ -1,13 +1,15 @@
-"""A picture of a run: how TTFT and ITL are spread, and the throughput over time; a row for each workload."""
+"""A picture of a run: the distributions of TTFT and ITL, and the throughput over time; a row for each workload."""
 
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nanoserve.bench.load import Measurement
 from nanoserve.config import ConfigError
 
 FORMATS = (".png", ".svg")
+# Of the throughput over time.
 NUM_BINS = 50
 
 
@@ -31,10 +33,10 @@ def save_plot(path: Path, measurements: Sequence[tuple[str, Measurement]]) -> No
     rows = figure.subplots(len(measurements), 3, squeeze=False)
     for (ttft, itl, throughput), (name, measurement) in zip(rows, measurements, strict=True):
         records = measurement.records
-        ttft.hist([r.ttft_s * 1000 for r in records if r.ttft_s is not None], bins=NUM_BINS)
-        ttft.set(title=f"{name}: time to first token", xlabel="ms", ylabel="requests")
-        itl.hist([seconds * 1000 for r in records for seconds in r.itls_s], bins=NUM_BINS)
-        itl.set(title="inter-token latency", xlabel="ms", ylabel="tokens")
+        _draw_shares(ttft, [r.ttft_s * 1000 for r in records if r.ttft_s is not None])
+        ttft.set(title=f"{name}: time to first token", xlabel="ms, at most", ylabel="share of requests")
+        _draw_shares(itl, [seconds * 1000 for r in records for seconds in r.itls_s])
+        itl.set(title="inter-token latency", xlabel="ms, at most", ylabel="share of tokens")
         rates, edges_s = token_rates(measurement)
         throughput.stairs(rates, edges_s, fill=True)
         throughput.set(title="throughput", xlabel="s", ylabel="output tokens/s")
@@ -42,6 +44,14 @@ def save_plot(path: Path, measurements: Sequence[tuple[str, Measurement]]) -> No
         figure.savefig(path)
     except OSError as error:
         raise ConfigError(f"--plot is {str(path)!r}; it cannot be written: {error.strerror}") from None
+
+
+def _draw_shares(axes: Any, values: Sequence[float]) -> None:
+    """How many of the values are at most so large: every percentile can be read off, of few values and of many."""
+    if values:
+        axes.ecdf(values)
+    axes.set(xlim=(0, None), ylim=(0, 1), yticks=[0, 0.25, 0.5, 0.75, 0.9, 1])
+    axes.grid(alpha=0.4)
 
 
 def token_rates(measurement: Measurement) -> tuple[list[float], list[float]]:

@@ -61,6 +61,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument(
         "--api",
         choices=("grpc", "openai"),
+        metavar="grpc|openai",
         default="grpc",
         help="Over which the requests go. openai = completions at --openai-url; what is served is still asked of "
         "--target. Default: grpc.",

@@ -20,7 +20,7 @@ from nanoserve.cli.terminal import CommandError, write, write_error
 from nanoserve.config import ConfigError
 
 COMMANDS = {
-    "serve": "serve a model over gRPC",
+    "serve": "serve a model over gRPC, and over OpenAI's API",
     "generate": "complete prompts, from arguments, a pipe or a file",
     "chat": "talk to a model in the terminal",
     "bench": "measure throughput and latency",

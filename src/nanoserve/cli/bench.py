@@ -15,7 +15,7 @@ KINDS = {
 def add_arguments(parser: Parser) -> None:
     parser.describe(
         "KIND [OPTIONS]",
-        "Measure. KIND is\n" + "\n".join(f"  {kind:8} {what}" for kind, what in KINDS.items()),
+        "Measure how fast it is.\n\nKinds:\n" + "\n".join(f"  {kind:8}  {what}" for kind, what in KINDS.items()),
         "nanoserve bench offline --help\nnanoserve bench serve --target 127.0.0.1:50051",
     )
     parser.add_argument("kind", metavar="KIND", nargs="?", choices=KINDS, help=argparse.SUPPRESS)

@@ -149,12 +149,12 @@ class Chat:
 
     def _answer(self, message: str) -> None:
         question = {"role": "user", "content": message}
+        pace, text, ending = Pace(), "", ""
         try:
             stream = self._client.chat([*self._conversation(), question], **self._sampling)
         except (TypeError, ValueError) as error:
             self._give_up(f"A value does not fit its parameter: {error}.")
             return
-        pace, text, ending = Pace(), "", ""
         try:
             with stopped_by_ctrl_c(stream):
                 for delta in stream:

@@ -38,6 +38,8 @@ def connected(arguments: argparse.Namespace, status_line: StatusLine | None) -> 
         with _remote_client(remote) as client:
             yield client, _served_by(client, remote.target)
         return
+    if useless := choices.flags("client"):
+        raise CommandError(f"{', '.join(useless)} would change nothing without --target: the model is in this process")
     with choices.origins_in_errors():
         server = _start_server(choices.options(), status_line)
     try:

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import inspect
 import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -13,10 +14,9 @@ SERVE_SECTIONS = ("model", "cache", "scheduler", "server")
 # What a model in this process needs.
 ENGINE_SECTIONS = ("model", "cache", "scheduler")
 CONFIGURATION = """\
-Every option but those of single requests may also stand in the environment, as
-NANOSERVE_MAX_NUM_SEQS, and in a file, as max-num-seqs = 32. A flag overrules a
-variable, a variable the file. A switch that one of them turned is turned back by its
-opposite: --compile for --no-compile, --no-tls for --tls."""
+Every option but those of single requests may also stand in the environment, as NANOSERVE_MAX_NUM_SEQS, and in a file,
+as max-num-seqs = 32. A flag overrules a variable, a variable the file. A switch that one of them turned is turned back
+by its opposite: --compile for --no-compile, --no-tls for --tls."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def describe(self, usage: str, description: str, examples: str) -> None:
         """usage: what follows the command's name. examples: a command a line, each with what it does."""
-        self.usage = f"{self.prog} {usage}"
+        self.usage = f"{self.prog} {usage}".rstrip()
         self.description = inspect.cleandoc(description)
         self.epilog = "Examples:\n" + "\n".join(f"  {line}" for line in inspect.cleandoc(examples).splitlines())
 
@@ -47,6 +47,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=min(100, shutil.get_terminal_size().columns - 2))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """A flag is not broken at its dashes."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs are filled; lists and commands have lines of their own, which are indented."""
+        wrapper = textwrap.TextWrapper(width - len(indent), break_on_hyphens=False)
+        paragraphs = [each if "\n " in each else wrapper.fill(each) for each in text.split("\n\n")]
+        return textwrap.indent("\n\n".join(paragraphs), indent)
 
 
 def add_options(

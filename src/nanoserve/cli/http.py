@@ -41,7 +41,7 @@ async def openai_api(config: ServerConfig, server: "Server") -> AsyncIterator[st
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {config.http_host}:{config.http_port}: {error.strerror}; "
-            "--http-port chooses another port, 0 none"
+            "--http-port and --http-host choose where, --http-port 0 serves none"
         ) from None
     with listener, tempfile.TemporaryDirectory(prefix="nanoserve-") as folder:
         target = f"unix:{folder}/grpc"

@@ -64,8 +64,7 @@ def _default(setting: Setting) -> str:
     if isinstance(setting.default, bool):
         return "off"
     # Where it lies on this machine is of no interest.
-    value = "built-in" if setting.default == str(BUILTIN_MODEL) else setting.default
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+    return "`built-in`" if setting.default == str(BUILTIN_MODEL) else f"`{setting.shown_default}`"
 
 
 def _sampling_table() -> str:

@@ -64,10 +64,14 @@ def read_sampling(arguments: argparse.Namespace) -> GenerateOptions:
 
 
 def _explanations(doc: str) -> dict[str, str]:
-    """What a docstring says of each of its Attributes."""
+    """What a docstring says of each of its Attributes, less what is plain of a switch, or of Python names."""
     attributes = inspect.cleandoc(doc).partition("Attributes:\n")[2]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    sentences = {name: re.split(r"(?<=\.) ", " ".join(text.split())) for name, text in entries}
+    return {
+        name: " ".join(each for each in texts if each != "Default False." and "`" not in each)
+        for name, texts in sentences.items()
+    }
 
 
 def _reading(hint: Any) -> dict[str, Any]:
@@ -83,4 +87,7 @@ def _reading(hint: Any) -> dict[str, Any]:
 
 def _bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
-    return int(token), float(bias)
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN=BIAS, such as 50=-100") from None

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanoserve.config import ConfigError
+from nanoserve.config import ConfigError, format_size
 
 GIB = 1 << 30
 # Without a size from the operator: this share of the free memory of a machine without an accelerator, but no more
@@ -90,9 +90,9 @@ class KVPlan:
                 f" x {self.block_size} tokens = {self.specs.count(spec)} x {layer_bytes} bytes"
             )
         lines.append(f"a block of {self.block_size} tokens: {self.bytes_per_block} bytes")
-        lines.append(f"memory: {self.budget_bytes / GIB:.2f} GiB ({self.budget_source})")
+        lines.append(f"memory: {format_size(self.budget_bytes)} ({self.budget_source})")
         lines.append(
-            f"{self.num_blocks} blocks = {self.num_tokens} tokens = {self.num_bytes / GIB:.2f} GiB:"
+            f"{self.num_blocks} blocks = {self.num_tokens} tokens = {format_size(self.num_bytes)}:"
             f" {self.num_tokens / self.max_context_tokens:.1f} sequences of {self.max_context_tokens} tokens"
         )
         return "\n".join(lines)
@@ -142,10 +142,10 @@ def _free_share(device: torch.device, must_hold: int) -> tuple[int, str]:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         budget = max(0, int((free - DEVICE_ACTIVATION_BYTES) * DEVICE_SHARE))
-        return budget, f"{DEVICE_SHARE:.0%} of {free / GIB:.1f} GiB free, less room for activations"
+        return budget, f"{DEVICE_SHARE:.0%} of {format_size(free)} free, less room for activations"
     free = available_memory()
     budget = min(int(free * CPU_SHARE), max(CPU_LIMIT_BYTES, must_hold))
-    return budget, f"{CPU_SHARE:.0%} of {free / GIB:.1f} GiB free, usually at most {CPU_LIMIT_BYTES / GIB:.0f} GiB"
+    return budget, f"{CPU_SHARE:.0%} of {format_size(free)} free, usually at most {format_size(CPU_LIMIT_BYTES)}"
 
 
 def available_memory() -> int:

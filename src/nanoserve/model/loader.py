@@ -19,15 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from nanoserve.config import ConfigError, ModelOptions
-from nanoserve.kv_cache.paged_kv_cache import GIB, KVSpec, available_memory
+from nanoserve.config import ConfigError, ModelOptions, format_size
+from nanoserve.kv_cache.paged_kv_cache import KVSpec, available_memory
 from nanoserve.model import attention
 from nanoserve.model.attention import AttentionLayer
 from nanoserve.model.cpu import prepare_cpu
@@ -43,6 +51,8 @@ LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 SELECTING_MODULES = ("Indexer", "Compressor")
 # For a trial run of a model whose context is unknown.
 SOME_CONTEXT = 2048
+# What a safetensors file calls the types that a model can be computed in.
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 # Of each checkpoint file, for the fingerprint.
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 4096
@@ -151,6 +161,8 @@ def _find_folder(options: ModelOptions) -> Path:
     """The folder of the model's files; from the Hub if `path` is no folder here."""
     folder = Path(options.path)
     if folder.is_dir():
+        if options.revision is not None:
+            raise ModelLoadError(f"--revision is for a Hub id, and {folder} is a folder")
         return folder
     if folder.is_absolute() or options.path.count("/") != 1 or options.path.startswith("."):
         raise ModelLoadError(f"there is no folder {options.path!r}, and it is not a Hub id such as 'owner/name'")
@@ -170,12 +182,17 @@ def _find_folder(options: ModelOptions) -> Path:
 def _read_config(folder: Path, options: ModelOptions) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"{folder} has no config.json: it is not a model in Hugging Face format")
+    kind = _read_json(folder / "config.json").get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and not options.trust_remote_code:
+        raise ModelLoadError(f"{kind} cannot be served: transformers {transformers.__version__} does not know it")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:
         raise ModelLoadError(f"{folder / 'config.json'} cannot be read: {error}") from error
     if config.is_encoder_decoder:
         raise ModelLoadError(f"{config.model_type} cannot be served: it is an encoder-decoder")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not options.trust_remote_code:
+        raise ModelLoadError(f"{config.model_type} cannot be served: it is no language model that writes text")
     others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
     if others:
         raise ModelLoadError(f"{config.model_type} cannot be served: it has layers of type {', '.join(sorted(others))}")
@@ -226,7 +243,8 @@ def _refuse_what_does_not_fit(folder: Path, dtype: torch.dtype, device: torch.de
     num_bytes = 0
     for path in folder.glob("*.safetensors"):
         try:
-            with safe_open(path, "pt") as tensors:
+            # Not "pt": that asks the system for as much memory as the file is long, and nothing is read here.
+            with safe_open(path, "np") as tensors:
                 shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ModelLoadError(f"{path} cannot be read: {error}") from error
@@ -234,8 +252,9 @@ def _refuse_what_does_not_fit(folder: Path, dtype: torch.dtype, device: torch.de
     free = available_memory()
     if device.type == "cpu" and num_bytes > free:
         name = str(dtype).removeprefix("torch.")
-        sizes = f"{num_bytes / GIB:.1f} GiB in {name}, and {free / GIB:.1f} GiB of memory are free"
-        raise ModelLoadError(f"the weights take {sizes}")
+        sizes = f"{format_size(num_bytes)} in {name}, and {format_size(free)} of memory are free"
+        hint = "; --dtype bfloat16 takes half" if dtype == torch.float32 else ""
+        raise ModelLoadError(f"the weights take {sizes}{hint}")
 
 
 def _resolve_dtype(options: ModelOptions, config: PreTrainedConfig, folder: Path, device: torch.device) -> torch.dtype:
@@ -257,10 +276,9 @@ def _has_fast_bfloat16() -> bool:
 def _stored_dtype(folder: Path) -> torch.dtype:
     """Of the checkpoint's first floating-point tensor."""
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as tensors:
+        with safe_open(path, "np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                dtype: torch.dtype = tensors.get_tensor(name).dtype
-                if dtype.is_floating_point and dtype.itemsize > 1:
+                if dtype := STORED_DTYPES.get(tensors.get_slice(name).get_dtype()):
                     return dtype
     return torch.float32
 

@@ -100,10 +100,10 @@ def read_tls_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
     if cert is None and key is None:
         if client_ca is not None:
-            raise ServerError("a client CA needs a TLS certificate and key of the server's own")
+            raise ServerError("--tls-client-ca needs --tls-cert and --tls-key, the server's own")
         return None
     if cert is None or key is None:
-        raise ServerError("TLS needs both a certificate and a key")
+        raise ServerError("--tls-cert and --tls-key go together")
     pems = {path: _read(path) for path in (cert, key, client_ca) if path is not None}
     checker = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:

@@ -152,7 +152,7 @@ class Server:
             return self._grpc.add_secure_port(address, self._credentials)
         except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            raise ServerError(f"cannot listen on {address}: {why}") from None
+            raise ServerError(f"cannot listen on {address}: {why}; --grpc-port and --host choose where") from None
 
     async def _poll_health(self) -> None:
         while True:

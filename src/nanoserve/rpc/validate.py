@@ -45,8 +45,7 @@ class Range:
         return (self.low < value if self.is_open else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}, up to" if self.is_open else f"{self.low:g} to"
-        return f"{low} {self.high:g}"
+        return f"{f'above {self.low}, up to' if self.is_open else f'{self.low} to'} {self.high}"
 
 
 UINT32 = Range(0, 2**32 - 1)
@@ -108,7 +107,9 @@ class Violations:
 
     def number(self, path: str, value: float, allowed: Range) -> None:
         if value not in allowed:
-            self.add(path, f"{value:g} is not allowed; allowed: {allowed}")
+            # A float came as one of 32 bits, whose further digits nobody wrote.
+            shown = value if isinstance(value, int) else f"{value:g}"
+            self.add(path, f"{shown} is not allowed; allowed: {allowed}")
 
     def required(self, path: str, value: str) -> None:
         if not value:

@@ -5,6 +5,7 @@ only what the messages cannot carry.
 """
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,11 +83,11 @@ class GenerateOptions(CallOptions, total=False):
         temperature: 0 to 100. 0 = greedy.
         top_p: Above 0, up to 1. Keeps the smallest set of most likely tokens whose probability reaches it. 1 = all.
         top_k: Keeps that many most likely tokens. 0 = all.
-        min_p: 0 to 1. Keeps tokens with at least min_p times the probability of the most likely one. 0 = all.
+        min_p: 0 to 1. Keeps tokens with at least that part of the probability of the most likely one. 0 = all.
         frequency_penalty: -2 to 2, for each time a token was generated. 0 = off.
         presence_penalty: -2 to 2, once if it was generated. 0 = off.
         repetition_penalty: Above 0, up to 100, for tokens of prompt or output. 1 = off.
-        seed: 0 to 2**64 - 1. Sequence i draws with seed + i. Default: random; `Started.sampling.seed` reports it.
+        seed: 0 to 2**64 - 1. Sequence i draws with seed + i. Default: random. `Started.sampling.seed` reports it.
         logit_bias: Token id to what is added to its logit, -100 to 100; at most 1024 entries.
 
         max_tokens: Most tokens of each sequence, at least 1. Default: what the context leaves.
@@ -95,8 +96,8 @@ class GenerateOptions(CallOptions, total=False):
         stop_token_ids: Tokens that end a sequence, besides EOS; at most 1024.
         ignore_eos: EOS is a token like any other. Default False.
         include_stop: Keep the stop string or stop token in the text. Default False.
-        time_limit: Seconds from arrival until sequences end softly, with FinishReason.TIME_LIMIT and what there is;
-            above 0. Default: none. (`timeout` is hard: it fails the call.)
+        time_limit: Seconds from arrival until sequences end softly, with what there is; above 0. Default: none.
+            `FinishReason.TIME_LIMIT` tells of it. `timeout` is hard: it fails the call.
 
         omit_text: Token ids only. Default False. Not with `stop`.
         keep_special_tokens: Keep special tokens in the text. Default False.
@@ -141,8 +142,30 @@ class GenerateOptions(CallOptions, total=False):
 
 
 def generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOptions) -> pb.GenerateRequest:
-    """The request for a text, token ids, or a chat. Raises TypeError for an option that does not exist."""
+    """The request for a text, token ids, or a chat.
+
+    Raises TypeError for an option that does not exist, and TypeError or ValueError, with its name, for a value that
+    its field cannot carry.
+    """
     refuse_unknown(options, GenerateOptions.__optional_keys__)
+    try:
+        return _generate_request(prompt, options)
+    except (TypeError, ValueError, OverflowError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{_misfit(options)}: {error}") from error
+
+
+def _misfit(options: GenerateOptions) -> str:
+    """What the message could not carry: each option is tried alone."""
+    for name, value in options.items():
+        try:
+            _generate_request("", cast(GenerateOptions, {name: value}))
+        except (TypeError, ValueError, OverflowError):
+            return f"{name} is {reprlib.repr(value)}"
+    return "the prompt is neither a text nor token ids"
+
+
+def _generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOptions) -> pb.GenerateRequest:
     request = pb.GenerateRequest(
         model=options.get("model") or "",
         sampling=_sampling(options),
