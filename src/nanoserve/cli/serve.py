@@ -13,6 +13,7 @@ from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import start_logging
 from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, Options, ServerConfig
+from nanoserve.observer import Observers
 
 if TYPE_CHECKING:
     from nanoserve.engine.engine import Engine
@@ -49,12 +50,13 @@ async def serve(options: Options, loading: Loading) -> int:
     # Imported here, because gRPC takes a moment, and --help should not.
     from nanoserve.rpc.server import Server
 
-    server = Server(options.server)
+    observers = Observers()
+    server = Server(options.server, observers=observers)
     async with openai_api(options.server, server) as url:
-        return await _serve(options, loading, server, url)
+        return await _serve(options, loading, server, observers, url)
 
 
-async def _serve(options: Options, loading: Loading, server: "Server", url: str | None) -> int:
+async def _serve(options: Options, loading: Loading, server: "Server", observers: Observers, url: str | None) -> int:
     started_s = time.monotonic()
     try:
         address = _address(options.server, await server.start())
@@ -62,7 +64,7 @@ async def _serve(options: Options, loading: Loading, server: "Server", url: str 
         await asyncio.sleep(0)  # lets it take over the signals
         name = BUILTIN_MODEL_NAME if options.model.path == str(BUILTIN_MODEL) else options.model.path
         logger.info("listening on %s, not ready yet: loading %s", address, name)
-        engine = await _load(options, loading, serving)
+        engine = await _load(options, loading, observers, serving)
     except Exception:
         await server.stop()
         raise
@@ -85,10 +87,10 @@ async def _serve(options: Options, loading: Loading, server: "Server", url: str 
     return 0
 
 
-async def _load(options: Options, loading: Loading, serving: "asyncio.Task[None]") -> "Engine":
+async def _load(options: Options, loading: Loading, observers: Observers, serving: "asyncio.Task[None]") -> "Engine":
     """Build the engine on another thread; a signal in the meantime ends the process."""
     with loading:
-        building = asyncio.create_task(asyncio.to_thread(_build, options, loading))
+        building = asyncio.create_task(asyncio.to_thread(_build, options, loading, observers))
         await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
     if not building.done():
         # Nothing can stop a thread that loads a model.
@@ -97,11 +99,11 @@ async def _load(options: Options, loading: Loading, serving: "asyncio.Task[None]
     return building.result()
 
 
-def _build(options: Options, loading: Loading) -> "Engine":
+def _build(options: Options, loading: Loading, observers: Observers) -> "Engine":
     loading.stage("importing torch and transformers")
     from nanoserve.engine_process import start_engine
 
-    return start_engine(options, loading)
+    return start_engine(options, loading, observers)
 
 
 def _address(config: ServerConfig, port: int) -> str:
