@@ -16,7 +16,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 ALLOWED = {
     "__main__": {"cli"},
     "bench": {"cli", "config", "request", "build", "engine"},
-    "cli": {"config", "request", "observer", "rpc", "build", "engine", "engine_process", "local"},
+    "cli": {"config", "request", "observer", "observability", "rpc", "build", "engine", "engine_process", "local"},
     "llm": {"config", "request", "local"},
     "local": {"config", "request", "rpc", "build"},
     "engine_process": {"config", "request", "observer", "engine", "build"},
@@ -26,6 +26,7 @@ ALLOWED = {
     "model": {"config", "request", "kv_cache"},
     "features": {"config", "request", "kv_cache"},
     "kv_cache": {"config", "request"},
+    "observability": {"config", "request", "observer"},
     "observer": {"request"},
     "request": set(),
     "config": set(),

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 from nanoserve.request import FinishReason, Preemption, RequestError, SamplingParams, StepPart, StepRecord
 
@@ -31,6 +31,8 @@ class CallRecord:
     # W3C trace context of the caller; empty = none.
     traceparent: str = ""
     tracestate: str = ""
+    # Of the trace that it is part of, 32 hexadecimal digits; empty = none.
+    trace_id: str = ""
     # What the engine was asked to generate; None = nothing.
     request: "RequestRecord | None" = None
     # The status as gRPC names it, such as "DEADLINE_EXCEEDED". Set at the end, as are the next two.
@@ -71,6 +73,8 @@ class RequestRecord:
     num_prompt_tokens: int = 0
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
+    # The prompt is a conversation, not a text.
+    is_chat: bool = False
 
     # Set as it runs.
 
@@ -94,17 +98,31 @@ class RequestRecord:
     # Why it failed. None = it did not, or nobody waits for it any more.
     error: RequestError | None = None
 
+    # Set if an observer wants content.
+
+    # A text, token ids, or the messages of a conversation.
+    prompt: str | list[int] | list[dict[str, Any]] | None = None
+    # What was generated, by sequence.
+    texts: dict[int, str] | None = None
+
     @property
     def is_abandoned(self) -> bool:
         """Its caller went away, or its deadline passed, before the engine was done with it."""
         return self.error is None and len(self.finish_reasons) < self.params.n
 
 
-class Observer(Protocol):
-    """Who watches. Each method is called on the event loop and returns at once; one that is not needed stays as it is.
+class Observer:
+    """Who watches: derive from it, and write the methods that are needed. Each is called on the event loop and returns
+    at once.
 
     What is told of an engine begins with its start, so whoever watches is there before.
     """
+
+    # Requests keep what was asked and answered until they end.
+    wants_content: bool = False
+
+    def server_ready(self, model: str, after_s: float) -> None:
+        """Requests are served; `after_s` since the process began to start."""
 
     def call_started(self, call: CallRecord) -> None:
         """An RPC has come in."""
@@ -123,7 +141,7 @@ class Observer(Protocol):
 
 
 # The RPC that this task serves.
-_current_call: ContextVar[CallRecord | None] = ContextVar("current_call", default=None)
+current_call: ContextVar[CallRecord | None] = ContextVar("current_call", default=None)
 
 
 class Observers(Observer):
@@ -134,6 +152,7 @@ class Observers(Observer):
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = list(observers)
+        self.wants_content = any(observer.wants_content for observer in observers)
         # By id: requests that run.
         self._requests: dict[str, RequestRecord] = {}
 
@@ -142,19 +161,18 @@ class Observers(Observer):
         """Nobody watches."""
         return not self._observers
 
-    def add(self, observer: Observer) -> None:
-        """It hears of all that begins from now on; of steps only if this is before the engine's start."""
-        self._observers.append(observer)
+    def server_ready(self, model: str, after_s: float) -> None:
+        self._tell(lambda observer: observer.server_ready(model, after_s))
 
     def call_started(self, call: CallRecord) -> None:
-        _current_call.set(call)
+        current_call.set(call)
         self._tell(lambda observer: observer.call_started(call))
 
     def call_ended(self, call: CallRecord) -> None:
         self._tell(lambda observer: observer.call_ended(call))
 
     def request_arrived(self, request: RequestRecord) -> None:
-        if (call := _current_call.get()) is not None:
+        if (call := current_call.get()) is not None:
             request.call, call.request, call.request_id = call, request, request.label
         self._tell(lambda observer: observer.request_arrived(request))
 

@@ -11,8 +11,9 @@ from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.http import openai_api
 from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
-from nanoserve.cli.terminal import start_logging
+from nanoserve.cli.terminal import FILE_FORMAT, TERMINAL_FORMAT, start_logging
 from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, Options, ServerConfig
+from nanoserve.observability import logs
 from nanoserve.observer import Observers
 
 if TYPE_CHECKING:
@@ -38,9 +39,13 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    loading = Loading(start_logging(logging.INFO))
+    status_line = start_logging(logging.INFO)
     choices = Choices.of(arguments)
     options = choices.options()
+    for handler in logging.getLogger().handlers:
+        people = FILE_FORMAT if status_line is None else TERMINAL_FORMAT
+        logs.dress(handler, options.observability.log_format, people)
+    loading = Loading(status_line)
     with choices.origins_in_errors():
         return asyncio.run(serve(options, loading))
 
@@ -48,12 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
 async def serve(options: Options, loading: Loading) -> int:
     """Serve until a signal, or until the engine is gone. Returns the exit code. Raises ConfigError."""
     # Imported here, because gRPC takes a moment, and --help should not.
+    from nanoserve.observability.telemetry import Telemetry
     from nanoserve.rpc.server import Server
 
-    observers = Observers()
+    telemetry = Telemetry(options.observability)
+    observers = Observers(*telemetry.observers)
     server = Server(options.server, observers=observers)
-    async with openai_api(options.server, server) as url:
-        return await _serve(options, loading, server, observers, url)
+    try:
+        async with openai_api(options.server, server, telemetry) as url:
+            return await _serve(options, loading, server, observers, url)
+    finally:
+        await telemetry.close()
 
 
 async def _serve(options: Options, loading: Loading, server: "Server", observers: Observers, url: str | None) -> int:
@@ -74,6 +84,7 @@ async def _serve(options: Options, loading: Loading, server: "Server", observers
     if url is not None:
         loading.fact("OpenAI", url)
     ready_after_s = time.monotonic() - started_s
+    observers.server_ready(engine.model.name, ready_after_s)
     logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())
     ended = asyncio.create_task(engine.wait_until_ended())
     await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)

@@ -213,6 +213,10 @@ class Engine:
         """
         arrival_s = time.monotonic()
         with self._observed(RequestRecord(label, arrival_s, params=params, priority=priority)) as record:
+            record.is_chat = isinstance(prompt, Chat)
+            if self._observers.wants_content:
+                record.prompt = prompt.messages if isinstance(prompt, Chat) else prompt
+                record.texts = dict.fromkeys(range(params.n), "")
             self._check_admission()
             arrival = _Arrival(label)
             self._arrivals[id(arrival)] = arrival

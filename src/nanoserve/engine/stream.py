@@ -133,6 +133,8 @@ class RequestStream:
         if self._texts is not None:
             piece = self._texts[output.index].push(token_ids, finish_reason)
             delta.text += piece.text
+            if self.record.texts is not None:
+                self.record.texts[output.index] += piece.text
             if piece.stop_string is not None:
                 delta.stop_string = piece.stop_string
                 token_ids = token_ids[: piece.num_tokens]

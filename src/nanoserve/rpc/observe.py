@@ -3,6 +3,7 @@
 How an RPC ended is read where its caller reads it, in status and trailers; only a call that was cut off has none.
 """
 
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from nanoserve.rpc.call import REQUEST_ID_HEADER, Metadata, header
 OBSERVED = "/nanoserve."
 # A cancelled RPC with less time than this left was ended by its deadline, not by its caller.
 DEADLINE_MARGIN_S = 0.1
+# Of any version: version, trace id, parent id, flags (https://www.w3.org/TR/trace-context/).
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 _CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 _Asked = TypeVar("_Asked")
@@ -47,12 +50,14 @@ class ObserverInterceptor(grpc.aio.ServerInterceptor):
         self, serve: Callable[[Any, _Context], Awaitable[Any]], method: str, metadata: Metadata
     ) -> Callable[[Any, _Context], Awaitable[Any]]:
         async def observed(request: Any, context: _Context) -> Any:
+            traceparent = header(metadata, "traceparent") or ""
             call = CallRecord(
                 method=method.removeprefix("/"),
                 request_id=header(metadata, REQUEST_ID_HEADER) or "",
                 start_s=time.monotonic(),
-                traceparent=header(metadata, "traceparent") or "",
+                traceparent=traceparent,
                 tracestate=header(metadata, "tracestate") or "",
+                trace_id=traceparent.split("-")[1] if _TRACEPARENT.fullmatch(traceparent) else "",
             )
             self._observers.call_started(call)
             try:
