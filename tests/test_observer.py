@@ -1,14 +1,12 @@
 """Who watches an engine and a server: what each is told, in which order, and that it never breaks serving."""
 
-import asyncio
-import contextlib
-
 import grpc
 import pytest
-from engine_bench import PROMPT, SECONDS, running
+from engine_bench import PROMPT, running
 from fake_engine import FakeEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanoserve_client import AsyncClient, NanoserveError
+from watched_server import until, watched
 
 from nanoserve.config import ServerConfig
 from nanoserve.observer import Observer, Observers
@@ -48,24 +46,6 @@ class Grump(Observer):
         raise RuntimeError(call)
 
     step_ended = request_ended = call_started
-
-
-@contextlib.asynccontextmanager
-async def watched(*observers, **options):
-    """A bench with a gRPC server before it, and a client."""
-    everyone = Observers(*observers)
-    async with running(observers=everyone, **options) as bench:
-        server = Server(ServerConfig(grpc_port=0, drain_timeout_s=0), bench.engine, observers=everyone)
-        port = await server.start()
-        async with AsyncClient(f"127.0.0.1:{port}", retries=False) as client:
-            yield bench, client
-        await server.stop()
-
-
-async def until(holds):
-    async with asyncio.timeout(SECONDS):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 async def test_a_request_is_told_from_its_call_to_its_steps():

@@ -172,7 +172,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be, or do not go together."""
-        for setting in settings("model", "cache", "scheduler", "server", "observability"):
+        for setting in settings(*(part.name for part in fields(self))):
             value = getattr(getattr(self, setting.section), setting.field)
             # Not "value < at_least": that is false for NaN.
             if setting.at_least is not None and value is not None and not value >= setting.at_least:

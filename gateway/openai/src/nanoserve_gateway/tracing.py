@@ -1,5 +1,7 @@
-"""The gateway's span of an HTTP request, if opentelemetry is installed: it continues the caller's `traceparent`, and the
-client's span of the gRPC call is its child. Without a tracer provider it only passes that header on.
+"""The gateway's span of an HTTP request, if opentelemetry is installed.
+
+It continues the caller's `traceparent`, and the client's span of the gRPC call is its child. Without a tracer provider
+that header is only passed on.
 """
 
 from typing import Any
