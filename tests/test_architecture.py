@@ -96,6 +96,13 @@ def test_features_do_not_import_each_other_and_only_build_imports_them():
         assert not used or path.name == "build.py", path
 
 
+def test_observers_know_nothing_of_each_other():
+    folder = SOURCE / "observability"
+    for name in ("tracing", "metrics", "access_log", "logs"):
+        used = {each.rpartition(".")[2] for each in imports_of(folder / f"{name}.py") if ".observability." in each}
+        assert used <= {"conventions"}, name
+
+
 def test_gateway_needs_neither_the_engine_nor_torch():
     code = (
         "import sys, nanoserve_gateway.server\n"

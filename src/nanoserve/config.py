@@ -134,7 +134,10 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ObservabilityOptions:
-    """What is seen of the server from outside; OpenTelemetry's own variables, OTEL_*, say where traces go."""
+    """What the server tells of itself.
+
+    Where traces go, OpenTelemetry's own variables say: OTEL_EXPORTER_OTLP_ENDPOINT and others.
+    """
 
     metrics: bool = option(True, "Keep no metrics, and serve no /metrics beside OpenAI's API.", flag="--no-metrics")
     log_format: Literal["human", "json"] = option("human", "json = an object a line.")

@@ -91,6 +91,8 @@ class RequestRecord:
     # Of all its sequences.
     num_completion_tokens: int = 0
     finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
+    # Of the sequences that have come to their end.
+    num_preemptions: int = 0
 
     # Set at the end.
 
@@ -118,6 +120,8 @@ class Observer:
     What is told of an engine begins with its start, so whoever watches is there before.
     """
 
+    # Steps are recorded, so that `step_ended` is told, and requests have chunks and preemptions.
+    wants_steps: bool = True
     # Requests keep what was asked and answered until they end.
     wants_content: bool = False
 
@@ -152,6 +156,7 @@ class Observers(Observer):
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = list(observers)
+        self.wants_steps = any(observer.wants_steps for observer in observers)
         self.wants_content = any(observer.wants_content for observer in observers)
         # By id: requests that run.
         self._requests: dict[str, RequestRecord] = {}

@@ -133,30 +133,27 @@ async def test_the_page_tells_of_every_metric():
     """Name, unit and labels of each row of its table."""
     read = Read()
     read.metrics.server_ready("model", 1.0)
-    async with watched(read.metrics, max_waiting=1, num_blocks=32) as (bench, client):
-        # One of everything that can happen.
-        await client.generate(PROMPT, max_tokens=2).result()
+    async with watched(read.metrics, max_waiting=2, num_blocks=32) as (bench, client):
+        # One of everything: two that preempt each other, one that is refused, one that is late, one that leaves.
         bench.executor.gate.clear()
-        stream = client.generate(PROMPT, timeout=0.5)
-        first = asyncio.create_task(stream.result())
-        await until(lambda: bench.engine._streams)
+        streams = [client.generate([i] * 40, max_tokens=50, ignore_eos=True) for i in (1, 2)]
+        await until(lambda: len(bench.engine._streams) == 2)
         with pytest.raises(NanoserveError):
             await client.generate(PROMPT).result()
+        bench.executor.gate.set()
+        await asyncio.gather(*(stream.result() for stream in streams))
+        bench.executor.gate.clear()
         with pytest.raises(NanoserveError):
-            await first
+            await client.generate(PROMPT, timeout=0.5).result()
         left = client.generate(PROMPT)
         await until(lambda: bench.engine._streams)
         left.cancel()
         bench.executor.gate.set()
-        streams = [client.generate([i] * 40, max_tokens=50, ignore_eos=True) for i in (1, 2)]
-        for each in streams:
-            await each.start()
-        await asyncio.gather(*(each.result() for each in streams))
         await until(lambda: len(read.all()) == 19)
         kept = {
             metric.name: (metric.unit, {label for p in metric.data.data_points for label in p.attributes})
             for metric in read.all().values()
         }
-    rows = re.findall(r"^\| `([a-z_.]+)` \| ([^|]+) \| ([^|]*) \|", PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \|([^|]+)\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
     told = {name: (unit.strip(), set(re.findall(r"`([a-z_.]+)`", labels))) for name, unit, labels in rows}
     assert told == kept

@@ -177,7 +177,7 @@ class Engine:
                 loop.call_soon_threadsafe(self._deliver, events)
 
         self._core.start(deliver)
-        if not self._observers.is_empty:
+        if self._observers.wants_steps:
             self._core.post(ObserveSteps())
 
     async def close(self) -> None:

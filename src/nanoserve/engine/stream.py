@@ -98,7 +98,6 @@ class RequestStream:
         self._error: RequestError | None = None
         self._finished: Finished | None = None
         self._news = asyncio.Event()
-        self._preemptions = 0
 
     @property
     def has_started(self) -> bool:
@@ -147,7 +146,7 @@ class RequestStream:
         if finish_reason is not None:
             self._unfinished.remove(output.index)
             self.record.finish_reasons[output.index] = finish_reason
-            self._preemptions += output.num_preemptions
+            self.record.num_preemptions += output.num_preemptions
             if not self._unfinished:
                 self._finish()
         self._news.set()
@@ -176,7 +175,7 @@ class RequestStream:
             queue_s=record.started_s - record.arrival_s,
             prefill_s=first_token_s - record.started_s,
             decode_s=(record.last_token_s or first_token_s) - first_token_s,
-            preemptions=self._preemptions,
+            preemptions=record.num_preemptions,
         )
 
     # ------------------------------------------------------------------------------------ the caller's side

@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 class AccessLog(Observer):
     """The fields of a line are attributes of its record too, for logs in JSON."""
 
+    wants_steps = False
+
     def call_ended(self, call: CallRecord) -> None:
         fields = dict(_fields(call))
         line = " ".join(f"{name}={value}" for name, value in fields.items())
@@ -33,8 +35,8 @@ def _request_fields(call: CallRecord, request: RequestRecord) -> Iterator[tuple[
     yield "prompt_tokens", request.num_prompt_tokens
     yield "cached_tokens", request.num_cached_tokens
     yield "completion_tokens", request.num_completion_tokens
-    if request.preemptions:
-        yield "preemptions", len(request.preemptions)
+    if request.num_preemptions:
+        yield "preemptions", request.num_preemptions
     if request.finish_reasons:
         yield "finish_reasons", ",".join(reason.value for _, reason in sorted(request.finish_reasons.items()))
     ends = [request.started_s, request.first_token_s, request.last_token_s]

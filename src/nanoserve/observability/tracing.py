@@ -122,12 +122,17 @@ def _request_attributes(request: RequestRecord, model: str) -> Iterator[tuple[st
     yield names.PROVIDER, names.NANOSERVE
     yield names.REQUEST_MODEL, model
     yield names.RESPONSE_MODEL, model
-    yield names.PRIORITY, request.priority
     yield names.TEMPERATURE, params.temperature
     yield names.TOP_P, params.top_p
-    yield names.TOP_K, params.top_k
-    yield names.FREQUENCY_PENALTY, params.frequency_penalty
-    yield names.PRESENCE_PENALTY, params.presence_penalty
+    # What is off needs no word.
+    if params.top_k:
+        yield names.TOP_K, params.top_k
+    if params.frequency_penalty:
+        yield names.FREQUENCY_PENALTY, params.frequency_penalty
+    if params.presence_penalty:
+        yield names.PRESENCE_PENALTY, params.presence_penalty
+    if request.priority:
+        yield names.PRIORITY, request.priority
     if params.n != 1:
         yield names.CHOICES, params.n
     if params.max_tokens is not None:
