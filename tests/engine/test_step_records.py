@@ -1,5 +1,7 @@
 """What the scheduler tells those who watch: records agree with the blocks, rows and tokens that they speak of."""
 
+import pickle
+
 import pytest
 from scheduler_bench import BLOCK, Bench
 
@@ -62,6 +64,16 @@ def test_a_record_ends_the_events_of_each_step():
     assert [(r.num_prompt_tokens, r.num_completion_tokens) for r in records] == [(10, 0), (0, 1), (0, 1)]
     assert [r.start_s for r in records] == [0.0, 1.0, 2.0]
     assert [len(r.late_releases) for r in records] == [0, 0, 1]
+
+
+def test_a_record_travels_between_processes():
+    bench = WatchedBench(max_num_seqs=2)
+    for name in ("a", "b", "c"):
+        bench.add(name, range(10), max_tokens=2)
+    bench.run()
+    idle = bench.scheduler.settle(9.0)
+    for record in [*bench.records(), *idle]:
+        assert pickle.loads(pickle.dumps(record)) == record
 
 
 def test_a_long_prompt_comes_in_parts():

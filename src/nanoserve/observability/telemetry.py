@@ -6,6 +6,7 @@ variables say (headers, certificates, sampling, batching) the SDK reads itself.
 """
 
 import asyncio
+import threading
 from collections.abc import Mapping
 
 from opentelemetry import trace
@@ -28,8 +29,8 @@ from nanoserve.observer import Observer
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
-# How long the last spans may take to leave at the end.
-FLUSH_TIMEOUT_MS = 3000
+# How long the last spans and metrics may take to leave at the end, each.
+FLUSH_TIMEOUT_S = 3
 
 
 class Telemetry:
@@ -45,7 +46,8 @@ class Telemetry:
         self._registry = CollectorRegistry()
         if _is_exported("TRACES", variables):
             self._tracer_provider = TracerProvider(resource=resource)
-            self._tracer_provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+            self._span_exporter = OTLPSpanExporter()
+            self._tracer_provider.add_span_processor(BatchSpanProcessor(self._span_exporter))
             # For the gateway, which is in this process.
             trace.set_tracer_provider(self._tracer_provider)
             self.observers.append(Tracing(self._tracer_provider, wants_content=options.trace_content))
@@ -75,10 +77,13 @@ class Telemetry:
 
     def _close(self) -> None:
         if self._tracer_provider is not None:
-            self._tracer_provider.force_flush(FLUSH_TIMEOUT_MS)
+            # The provider would wait for as long as the exporter tries.
+            patience = threading.Timer(FLUSH_TIMEOUT_S, self._span_exporter.shutdown)
+            patience.start()
             self._tracer_provider.shutdown()
+            patience.cancel()
         if self._meter_provider is not None:
-            self._meter_provider.shutdown(FLUSH_TIMEOUT_MS)
+            self._meter_provider.shutdown(FLUSH_TIMEOUT_S * 1000)
 
 
 def _is_exported(signal: str, variables: Mapping[str, str]) -> bool:
