@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from logged_process import START_S, LoggedProcess
@@ -27,15 +27,15 @@ def free_port() -> int:
 class ServeProcess(LoggedProcess):
     """A running server."""
 
-    def __init__(self, *arguments: str, sabotage: str = "") -> None:
-        """`sabotage`: Python that the server and its engine's process run before anything else, for failures that no
-        caller can provoke.
+    def __init__(self, *arguments: str, sabotage: str = "", variables: Mapping[str, str] | None = None) -> None:
+        """`variables`: of the environment. `sabotage`: Python that the server and its engine's process run before
+        anything else, for failures that no caller can provoke.
         """
         # Python itself imports a module of this name at its start.
         self._sabotage = tempfile.TemporaryDirectory()
         (Path(self._sabotage.name) / "sitecustomize.py").write_text(sabotage)
         command = [NANOSERVE, "serve", "--grpc-port", "0", "--http-port", "0", *arguments]
-        super().__init__(command, environment={**os.environ, "PYTHONPATH": self._sabotage.name})
+        super().__init__(command, environment={**os.environ, **(variables or {}), "PYTHONPATH": self._sabotage.name})
 
     @property
     def address(self) -> str:
@@ -76,9 +76,9 @@ class ServeProcess(LoggedProcess):
 
 
 @contextlib.contextmanager
-def starting(*arguments: str, sabotage: str = "") -> Iterator[ServeProcess]:
+def starting(*arguments: str, sabotage: str = "", variables: Mapping[str, str] | None = None) -> Iterator[ServeProcess]:
     """A server that is about to start; ended whatever happens."""
-    server = ServeProcess(*arguments, sabotage=sabotage)
+    server = ServeProcess(*arguments, sabotage=sabotage, variables=variables)
     try:
         yield server
     finally:
@@ -86,8 +86,8 @@ def starting(*arguments: str, sabotage: str = "") -> Iterator[ServeProcess]:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, sabotage: str = "") -> Iterator[ServeProcess]:
+def serving(*arguments: str, sabotage: str = "", variables: Mapping[str, str] | None = None) -> Iterator[ServeProcess]:
     """A server that is ready."""
-    with starting(*arguments, sabotage=sabotage) as server:
+    with starting(*arguments, sabotage=sabotage, variables=variables) as server:
         server.wait_until_ready()
         yield server

@@ -16,16 +16,18 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 ALLOWED = {
     "__main__": {"cli"},
     "bench": {"cli", "config", "request", "build", "engine"},
-    "cli": {"config", "request", "rpc", "build", "engine", "engine_process", "local"},
+    "cli": {"config", "request", "observer", "observability", "rpc", "build", "engine", "engine_process", "local"},
     "llm": {"config", "request", "local"},
     "local": {"config", "request", "rpc", "build"},
-    "engine_process": {"config", "request", "engine", "build"},
+    "engine_process": {"config", "request", "observer", "engine", "build"},
     "build": {"config", "request", "engine", "model", "features", "kv_cache"},
-    "rpc": {"config", "request", "engine"},
-    "engine": {"config", "request", "kv_cache"},
+    "rpc": {"config", "request", "observer", "engine"},
+    "engine": {"config", "request", "observer", "kv_cache"},
     "model": {"config", "request", "kv_cache"},
     "features": {"config", "request", "kv_cache"},
     "kv_cache": {"config", "request"},
+    "observability": {"config", "request", "observer"},
+    "observer": {"request"},
     "request": set(),
     "config": set(),
 }
@@ -92,6 +94,13 @@ def test_features_do_not_import_each_other_and_only_build_imports_them():
     for path in MODULES:
         used = {name for name in imports_of(path) if name.startswith("nanoserve.features")}
         assert not used or path.name == "build.py", path
+
+
+def test_observers_know_nothing_of_each_other():
+    folder = SOURCE / "observability"
+    for name in ("tracing", "metrics", "access_log", "logs"):
+        used = {each.rpartition(".")[2] for each in imports_of(folder / f"{name}.py") if ".observability." in each}
+        assert used <= {"conventions"}, name
 
 
 def test_gateway_needs_neither_the_engine_nor_torch():

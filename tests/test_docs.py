@@ -47,6 +47,10 @@ NOT_RUN = {
     "make serve": "serves until it is stopped; the pages' server is what it starts",
     "make envoy": "the same; the pages' Envoy is what it starts",
     "make envoy SERVERS=several-servers.yaml": "the same; tests/gateway/envoy/ does what the page says of it",
+    "docker run --rm -p 127.0.0.1:16686:16686 -p 127.0.0.1:4317:4317 jaegertracing/jaeger:2.5.0": (
+        "a container; tests/observability/test_tracing.py has a collector of its own"
+    ),
+    "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317 OTEL_METRICS_EXPORTER=none make serve": "serves",
     ".venv/bin/nanoserve serve --grpc-port 50052 --http-port 8001": "the same",
     "make check": "runs all tests, this one too",
     ".venv/bin/nanoserve serve Qwen/Qwen3-0.6B --dtype bfloat16 --kv-memory 4GiB": "downloads a model",

@@ -133,6 +133,18 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ObservabilityOptions:
+    """What the server tells of itself.
+
+    Where traces go, OpenTelemetry's own variables say: OTEL_EXPORTER_OTLP_ENDPOINT and others.
+    """
+
+    metrics: bool = option(True, "Keep no metrics, and serve no /metrics beside OpenAI's API.", flag="--no-metrics")
+    log_format: Literal["human", "json"] = option("human", "json = an object a line.")
+    trace_content: bool = option(False, "Put prompts and answers into traces, for whoever can read those.")
+
+
+@dataclass(frozen=True, slots=True)
 class ClientOptions:
     """A running server to talk to, instead of a model in this process."""
 
@@ -159,10 +171,11 @@ class Options:
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    observability: ObservabilityOptions = field(default_factory=ObservabilityOptions)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be, or do not go together."""
-        for setting in settings("model", "cache", "scheduler", "server"):
+        for setting in settings(*(part.name for part in fields(self))):
             value = getattr(getattr(self, setting.section), setting.field)
             # Not "value < at_least": that is false for NaN.
             if setting.at_least is not None and value is not None and not value >= setting.at_least:
@@ -186,6 +199,7 @@ SECTIONS: dict[str, Any] = {
     "cache": CacheOptions,
     "scheduler": SchedulerConfig,
     "server": ServerConfig,
+    "observability": ObservabilityOptions,
     "client": ClientOptions,
 }
 

@@ -30,6 +30,7 @@ from nanoserve.config import ConfigError, Options
 from nanoserve.engine.core import CoreState, Deliver, EngineCore
 from nanoserve.engine.engine import Engine, ServedModel
 from nanoserve.engine.text import TextCodec
+from nanoserve.observer import Observers
 from nanoserve.request import EngineEnded, Event, Fact, Message, Report, Stage
 
 # Anything that can be pickled, both ways.
@@ -57,9 +58,10 @@ class _Ready:
 # ------------------------------------------------------------------------------------------------- the server's end
 
 
-def start_engine(options: Options, report: Report) -> Engine:
+def start_engine(options: Options, report: Report, observers: Observers | None = None) -> Engine:
     """An engine whose steps run in a process of their own, warm but not started. Takes as long as the model does.
 
+    observers: of its requests and steps; None = nobody watches.
     Raises ConfigError.
     """
     process = _EngineProcess(options)
@@ -78,6 +80,7 @@ def start_engine(options: Options, report: Report) -> Engine:
         ready.model,
         max_waiting=options.scheduler.max_waiting,
         step_timeout_s=options.server.step_timeout_s,
+        observers=observers,
     )
 
 

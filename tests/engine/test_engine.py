@@ -1,22 +1,15 @@
 """The asyncio face over simulated KV memory and a real tokenizer: what callers read, and how requests end."""
 
 import asyncio
-import contextlib
 import threading
 
 import pytest
-from fake_executor import FakeExecutor, expected_completion
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from engine_bench import PROMPT, SECONDS, VOCAB, byte_codec, running
+from fake_executor import expected_completion
 
-from nanoserve.config import SchedulerConfig
-from nanoserve.engine.core import EngineCore
-from nanoserve.engine.detokenizer import _ByteLevel
-from nanoserve.engine.engine import LONG_PROMPT_CHARS, Engine, RollingSum, ServedModel
-from nanoserve.engine.scheduler import Scheduler
+from nanoserve.engine.engine import LONG_PROMPT_CHARS, RollingSum
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
-from nanoserve.engine.text import Chat, TextCodec
-from nanoserve.kv_cache.block_pool import BlockPool
+from nanoserve.engine.text import Chat
 from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
@@ -28,73 +21,6 @@ from nanoserve.request import (
     Overloaded,
     SamplingParams,
 )
-
-BLOCK = 4
-VOCAB = 256
-PROMPT = list(b"once upon")
-SECONDS = 20
-
-
-class GatedExecutor(FakeExecutor):
-    """Waits before each step while the gate is shut; raises on demand."""
-
-    def __init__(self):
-        super().__init__(BLOCK, VOCAB)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.is_broken = False
-
-    def execute(self, plan):
-        assert self.gate.wait(SECONDS)
-        if self.is_broken:
-            raise RuntimeError("broken")
-        return super().execute(plan)
-
-
-def byte_codec():
-    """Token i is byte i; no chat template."""
-    tokenizer = Tokenizer(models.BPE(dict(_ByteLevel.BYTES), []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
-
-
-class Bench:
-    def __init__(self, *, max_num_seqs=4, max_waiting=8, num_blocks=64, eos=(), step_timeout_s=60.0):
-        self.executor = GatedExecutor()
-        self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(
-            SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=64),
-            self.pool,
-            block_size=BLOCK,
-            max_context_tokens=128,
-            cache_identity="model",
-        )
-        self.core = EngineCore(self.scheduler, self.executor)
-        model = ServedModel("fake", 0.0, 128, VOCAB, tuple(eos), SamplingParams())
-        self.codec = byte_codec()
-        self.engine = Engine(self.core, self.codec, model, max_waiting=max_waiting, step_timeout_s=step_timeout_s)
-        self.engine.start()
-
-    async def collect(self, prompt=PROMPT, *, request=None, **params):
-        options = {"seed": 7, "max_tokens": 6, **params}
-        return [e async for e in self.engine.generate(prompt, SamplingParams(**options), **(request or {}))]
-
-    async def until_free(self):
-        async with asyncio.timeout(SECONDS):
-            while self.engine.stats().scheduler.num_owned_blocks or self.scheduler.has_work:
-                await asyncio.sleep(0.005)
-        self.scheduler.check_invariants()
-
-
-@contextlib.asynccontextmanager
-async def running(**options):
-    bench = Bench(**options)
-    try:
-        yield bench
-    finally:
-        bench.executor.gate.set()
-        await bench.engine.close()
 
 
 def deltas(events, index=0):

@@ -2,87 +2,20 @@
 
 import hypothesis.strategies as st
 import pytest
-from fake_executor import FakeExecutor, expected_completion
+from fake_executor import expected_completion
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from scheduler_bench import Bench
 
-from nanoserve.config import SchedulerConfig
-from nanoserve.engine.scheduler import Scheduler
-from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.request import (
     FailureReason,
     FinishReason,
-    Request,
     RequestFailed,
     RequestStarted,
-    SamplingParams,
     SequenceOutput,
     SequenceResult,
     StepResult,
 )
-
-BLOCK = 4
-
-
-class Bench:
-    """A scheduler, a fake executor, and what came out of them."""
-
-    def __init__(self, *, num_blocks=64, max_num_seqs=8, budget=32, max_context=128, cache=True, batching="continuous"):
-        self.pool = BlockPool(num_blocks, keep_cached=cache)
-        self.scheduler = Scheduler(
-            SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, batching=batching),
-            self.pool,
-            block_size=BLOCK,
-            max_context_tokens=min(max_context, num_blocks * BLOCK),
-            cache_identity="model",
-            enable_prefix_cache=cache,
-        )
-        self.executor = FakeExecutor(BLOCK, max_num_batched_tokens=budget)
-        self.now = 0.0
-        self.events = []
-
-    def add(self, request_id, prompt, *, eos=frozenset(), **options):
-        names = {"priority", "deadline_s", "time_limit_s", "cache_salt", "skip_cache_read"}
-        request_options = {name: options.pop(name) for name in names & options.keys()}
-        params = SamplingParams(**{"seed": 7, "max_tokens": 5, **options})
-        request = Request(request_id, list(prompt), params, eos_token_ids=eos, **request_options)
-        self.scheduler.add(request)
-        return request
-
-    def step(self):
-        plan = self.scheduler.schedule(self.now)
-        result = self.executor.execute(plan) if plan.sequences else StepResult([])
-        events = self.scheduler.commit(plan, result, self.now)
-        self.scheduler.check_invariants()
-        self.events += events
-        self.now += 1
-        return plan
-
-    def run(self, max_steps=1000):
-        for _ in range(max_steps):
-            if not self.scheduler.has_work:
-                return self
-            self.step()
-        raise AssertionError("the scheduler does not come to an end")
-
-    def outputs(self, request_id, index=0):
-        return [
-            e for e in self.events if isinstance(e, SequenceOutput) and (e.request_id, e.index) == (request_id, index)
-        ]
-
-    def completion(self, request_id, index=0):
-        return [t for e in self.outputs(request_id, index) for t in e.token_ids]
-
-    def finish_reason(self, request_id, index=0):
-        [reason] = [e.finish_reason for e in self.outputs(request_id, index) if e.finish_reason]
-        return reason
-
-    def started(self, request_id):
-        [event] = [e for e in self.events if isinstance(e, RequestStarted) and e.request_id == request_id]
-        return event
-
-    def expect(self, request_id, prompt, count, *, seed=7, index=0):
-        assert self.completion(request_id, index) == expected_completion(prompt, seed + index, count, 1000)
 
 
 def prompt_of(length, start=0):
@@ -340,7 +273,7 @@ def test_a_step_that_raised_fails_its_requests_and_no_others():
     bench = Bench(max_num_seqs=1)
     bench.add("a", prompt_of(6))
     bench.add("b", prompt_of(6, 30))
-    events = bench.scheduler.fail(bench.scheduler.schedule(0.0))
+    events = bench.scheduler.fail(bench.scheduler.schedule(0.0), 0.0)
     assert RequestFailed("a", FailureReason.ENGINE_FAILURE) in events
     bench.scheduler.check_invariants()
     bench.run()
@@ -435,7 +368,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.bench is not None)
     @rule()
     def step_raises(self):
-        self.bench.events += self.bench.scheduler.fail(self.bench.scheduler.schedule(self.bench.now))
+        self.bench.events += self.bench.scheduler.fail(self.bench.scheduler.schedule(self.bench.now), self.bench.now)
 
     @precondition(lambda self: self.bench is not None)
     @rule()

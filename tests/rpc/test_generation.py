@@ -258,8 +258,7 @@ async def silent(_params):
 
 
 @pytest.mark.parametrize(("script", "phase"), [(endless, "running"), (silent, "waiting")])
-async def test_a_cancelled_call_closes_the_engines_stream(served, caplog, script, phase):
-    caplog.set_level(logging.INFO, "nanoserve")
+async def test_a_cancelled_call_closes_the_engines_stream(served, script, phase):
     served.engine.script = script
     call = served.generation.Generate(HI, metadata=(("x-request-id", "r-1"),))
     reader = asyncio.create_task(read(call))
@@ -270,7 +269,6 @@ async def test_a_cancelled_call_closes_the_engines_stream(served, caplog, script
     await until(lambda: served.engine.num_open == 0)
     with pytest.raises(asyncio.CancelledError):
         await reader
-    await until(lambda: f"request r-1: cancelled while {phase}" in caplog.text)
 
 
 async def test_a_connection_that_breaks_closes_the_engines_stream(served):
@@ -324,14 +322,12 @@ async def test_a_write_to_a_connection_that_is_gone_is_left_to_grpc(served, capl
     assert served.engine.num_open == 0
 
 
-async def test_the_deadline_closes_the_engines_stream_and_its_phase_is_logged(served, failure_of, caplog):
-    caplog.set_level(logging.INFO, "nanoserve")
+async def test_the_deadline_closes_the_engines_stream(served, failure_of):
     served.engine.script = endless
     metadata = (("x-request-id", "r-1"),)
     failure = await failure_of(served.generation.Generate(HI, timeout=1, metadata=metadata))
     assert failure.code == grpc.StatusCode.DEADLINE_EXCEEDED
     await until(lambda: served.engine.num_open == 0)
-    await until(lambda: "request r-1: deadline passed while running, after 1 completion tokens" in caplog.text)
 
 
 # --------------------------------------------------------------------------------- messages that do not parse

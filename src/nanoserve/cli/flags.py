@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from nanoserve.config import SECTIONS, Setting, settings
 
-SERVE_SECTIONS = ("model", "cache", "scheduler", "server")
+SERVE_SECTIONS = ("model", "cache", "scheduler", "server", "observability")
 # What a model in this process needs.
 ENGINE_SECTIONS = ("model", "cache", "scheduler")
 CONFIGURATION = """\

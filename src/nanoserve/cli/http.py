@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING
 from nanoserve.config import ConfigError, ServerConfig
 
 if TYPE_CHECKING:
+    from starlette.routing import Route
+
+    from nanoserve.observability.telemetry import Telemetry
     from nanoserve.rpc.server import Server
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
-async def openai_api(config: ServerConfig, server: "Server") -> AsyncIterator[str | None]:
+async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemetry") -> AsyncIterator[str | None]:
     """Listens while the block runs; gives the base URL, or None if it is not served. Raises ConfigError.
+
+    /metrics is there too.
 
     server: not started yet. It answers while it drains, so it is stopped before the block ends.
     """
@@ -54,6 +59,7 @@ async def openai_api(config: ServerConfig, server: "Server") -> AsyncIterator[st
                 timeout_s=config.http_timeout_s,
             ),
             takes_signals=False,
+            routes=[_metrics_route(telemetry)] if telemetry.has_metrics else [],
         )
         serving = asyncio.create_task(gateway.serve([listener]))
         try:
@@ -61,3 +67,16 @@ async def openai_api(config: ServerConfig, server: "Server") -> AsyncIterator[st
         finally:
             gateway.stop()
             await serving
+
+
+def _metrics_route(telemetry: "Telemetry") -> "Route":
+    """What Prometheus reads. It asks for no key, and tells of no caller."""
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    async def metrics(request: Request) -> Response:
+        text, content_type = await telemetry.exposition(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
+
+    return Route("/metrics", metrics)

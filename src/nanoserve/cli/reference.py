@@ -30,6 +30,7 @@ USED_BY = {
     "cache": "serve, generate, chat, bench offline",
     "scheduler": "serve, generate, chat, bench offline",
     "server": "serve",
+    "observability": "serve",
     "client": "generate, chat, bench serve",
 }
 SAMPLING = """\

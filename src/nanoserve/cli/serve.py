@@ -11,8 +11,10 @@ from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.http import openai_api
 from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
-from nanoserve.cli.terminal import start_logging
+from nanoserve.cli.terminal import FILE_FORMAT, TERMINAL_FORMAT, start_logging
 from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, Options, ServerConfig
+from nanoserve.observability import logs
+from nanoserve.observer import Observers
 from nanoserve.request import Fact, Stage
 
 if TYPE_CHECKING:
@@ -38,9 +40,13 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    loading = Loading(start_logging(logging.INFO))
+    status_line = start_logging(logging.INFO)
     choices = Choices.of(arguments)
     options = choices.options()
+    for handler in logging.getLogger().handlers:
+        people = FILE_FORMAT if status_line is None else TERMINAL_FORMAT
+        logs.dress(handler, options.observability.log_format, people)
+    loading = Loading(status_line)
     with choices.origins_in_errors():
         return asyncio.run(serve(options, loading))
 
@@ -48,14 +54,20 @@ def run(arguments: argparse.Namespace) -> int:
 async def serve(options: Options, loading: Loading) -> int:
     """Serve until a signal, or until the engine is gone. Returns the exit code. Raises ConfigError."""
     # Imported here, because gRPC takes a moment, and --help should not.
+    from nanoserve.observability.telemetry import Telemetry
     from nanoserve.rpc.server import Server
 
-    server = Server(options.server)
-    async with openai_api(options.server, server) as url:
-        return await _serve(options, loading, server, url)
+    telemetry = Telemetry(options.observability)
+    observers = Observers(*telemetry.observers)
+    server = Server(options.server, observers=observers)
+    try:
+        async with openai_api(options.server, server, telemetry) as url:
+            return await _serve(options, loading, server, observers, url)
+    finally:
+        await telemetry.close()
 
 
-async def _serve(options: Options, loading: Loading, server: "Server", url: str | None) -> int:
+async def _serve(options: Options, loading: Loading, server: "Server", observers: Observers, url: str | None) -> int:
     started_s = time.monotonic()
     try:
         address = _address(options.server, await server.start())
@@ -63,7 +75,7 @@ async def _serve(options: Options, loading: Loading, server: "Server", url: str 
         await asyncio.sleep(0)  # lets it take over the signals
         name = BUILTIN_MODEL_NAME if options.model.path == str(BUILTIN_MODEL) else options.model.path
         logger.info("listening on %s, not ready yet: loading %s", address, name)
-        engine = await _load(options, loading, serving)
+        engine = await _load(options, loading, observers, serving)
     except Exception:
         await server.stop()
         raise
@@ -73,6 +85,7 @@ async def _serve(options: Options, loading: Loading, server: "Server", url: str 
     if url is not None:
         loading.report(Fact("OpenAI", url))
     ready_after_s = time.monotonic() - started_s
+    observers.server_ready(engine.model.name, ready_after_s)
     logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())
     ended = asyncio.create_task(engine.wait_until_ended())
     await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -86,10 +99,10 @@ async def _serve(options: Options, loading: Loading, server: "Server", url: str 
     return 0
 
 
-async def _load(options: Options, loading: Loading, serving: "asyncio.Task[None]") -> "Engine":
+async def _load(options: Options, loading: Loading, observers: Observers, serving: "asyncio.Task[None]") -> "Engine":
     """Build the engine on another thread; a signal in the meantime ends the process."""
     with loading:
-        building = asyncio.create_task(asyncio.to_thread(_build, options, loading))
+        building = asyncio.create_task(asyncio.to_thread(_build, options, loading, observers))
         await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
     if not building.done():
         # Nothing can stop a thread that loads a model.
@@ -98,11 +111,11 @@ async def _load(options: Options, loading: Loading, serving: "asyncio.Task[None]
     return building.result()
 
 
-def _build(options: Options, loading: Loading) -> "Engine":
+def _build(options: Options, loading: Loading, observers: Observers) -> "Engine":
     loading.report(Stage("importing torch and transformers"))
     from nanoserve.engine_process import start_engine
 
-    return start_engine(options, loading.report)
+    return start_engine(options, loading.report, observers)
 
 
 def _address(config: ServerConfig, port: int) -> str:

@@ -11,7 +11,7 @@ import logging
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Choices:
     def options(self) -> Options:
         """Raises ConfigError."""
         with self.origins_in_errors():
-            return Options(**{name: self._section(name) for name in ("model", "cache", "scheduler", "server")})
+            return Options(**{part.name: self._section(part.name) for part in fields(Options)})
 
     def client_options(self) -> ClientOptions:
         """Raises ConfigError."""

@@ -9,6 +9,8 @@ from typing import TextIO
 
 from nanoserve.config import environment
 
+FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+TERMINAL_FORMAT = "%(message)s"
 TO_LINE_START = "\r\x1b[K"
 
 
@@ -80,7 +82,7 @@ def start_logging(level: int) -> StatusLine | None:
     """
     status_line = StatusLine() if sys.stderr.isatty() else None
     if status_line is None:
-        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(level=level, format=FILE_FORMAT)
     else:
-        logging.basicConfig(level=level, format="%(message)s", handlers=[status_line])
+        logging.basicConfig(level=level, format=TERMINAL_FORMAT, handlers=[status_line])
     return status_line

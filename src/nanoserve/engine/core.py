@@ -20,6 +20,7 @@ from nanoserve.request import (
     Event,
     Executor,
     Message,
+    ObserveSteps,
     Request,
     ResetCache,
     StepResult,
@@ -129,7 +130,7 @@ class EngineCore:
                 self._note_progress()
                 if messages:
                     # Whoever watches from elsewhere must know of it, should no step follow, or not end.
-                    self._deliver([])
+                    self._deliver([] if self._state.is_busy else self._scheduler.settle(time.monotonic()))
                 if self._state.is_busy:
                     self._step()
         except Exception:
@@ -156,6 +157,8 @@ class EngineCore:
                 num_freed_blocks = self._scheduler.pool.reset_cache()
                 self._note_progress()
                 self._deliver([CacheWasReset(num_freed_blocks)])
+            case ObserveSteps():
+                self._scheduler.is_observed = True
 
     def _step(self) -> None:
         plan = self._scheduler.schedule(time.monotonic())
@@ -164,7 +167,7 @@ class EngineCore:
         except Exception:
             logger.exception("a step failed; its %d sequences are given up", len(plan.sequences))
             self._num_failed_steps += 1
-            events = self._scheduler.fail(plan)
+            events = self._scheduler.fail(plan, time.monotonic())
         else:
             self._num_failed_steps = 0
             events = self._scheduler.commit(plan, result, time.monotonic())

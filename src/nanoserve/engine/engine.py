@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from nanoserve.engine.core import Core
 from nanoserve.engine.scheduler import SchedulerStats
 from nanoserve.engine.stream import RequestStream, StreamEvent
 from nanoserve.engine.text import Chat, TextCodec
+from nanoserve.observer import Observers, RequestRecord
 from nanoserve.request import (
     Abort,
     CacheWasReset,
@@ -32,6 +33,7 @@ from nanoserve.request import (
     FailureReason,
     InvalidRequest,
     NotReady,
+    ObserveSteps,
     Overloaded,
     Request,
     RequestError,
@@ -40,6 +42,7 @@ from nanoserve.request import (
     ResetCache,
     SamplingParams,
     SequenceOutput,
+    StepRecord,
     Violation,
 )
 
@@ -129,11 +132,20 @@ class Engine:
     """
 
     def __init__(
-        self, core: Core, codec: TextCodec, model: ServedModel, *, max_waiting: int, step_timeout_s: float
+        self,
+        core: Core,
+        codec: TextCodec,
+        model: ServedModel,
+        *,
+        max_waiting: int,
+        step_timeout_s: float,
+        observers: Observers | None = None,
     ) -> None:
+        """observers: None = nobody watches."""
         self.model = model
         self.codec = codec
         self._core = core
+        self._observers = observers or Observers()
         self._max_waiting = max_waiting
         self._step_timeout_s = step_timeout_s
         # Encoding of prompts, which must not hold up the event loop. Long ones take seconds and a gigabyte, and so wait
@@ -165,6 +177,8 @@ class Engine:
                 loop.call_soon_threadsafe(self._deliver, events)
 
         self._core.start(deliver)
+        if self._observers.wants_steps:
+            self._core.post(ObserveSteps())
 
     async def close(self) -> None:
         """Stop the core after its current step; what still runs fails."""
@@ -198,34 +212,53 @@ class Engine:
         NotReady), at any time if it fails (DeadlineExceeded, CancelledByOperator, EngineFailure, NotReady).
         """
         arrival_s = time.monotonic()
-        self._check_admission()
-        arrival = _Arrival(label)
-        self._arrivals[id(arrival)] = arrival
+        with self._observed(RequestRecord(label, arrival_s, params=params, priority=priority)) as record:
+            record.is_chat = isinstance(prompt, Chat)
+            if self._observers.wants_content:
+                record.prompt = prompt.messages if isinstance(prompt, Chat) else prompt
+                record.texts = dict.fromkeys(range(params.n), "")
+            self._check_admission()
+            arrival = _Arrival(label)
+            self._arrivals[id(arrival)] = arrival
+            try:
+                threads = self._text_threads if _num_chars(prompt) < LONG_PROMPT_CHARS else self._long_text_thread
+                token_ids, _ = await self._encode(prompt, threads)
+                request = self._make_request(
+                    token_ids, params, arrival_s, timeout_s, priority, cache_salt, skip_cache_read=skip_cache_read
+                )
+                # Things may have changed while the prompt was encoded.
+                self._check_ready()
+                if arrival.is_cancelled:
+                    raise CancelledByOperator
+            finally:
+                del self._arrivals[id(arrival)]
+            record.id, record.num_prompt_tokens, record.params = request.id, len(token_ids), request.params
+            self._observers.request_posted(record)
+            stream = RequestStream(request, self.codec, record, min_delta_tokens=min_delta_tokens)
+            self._streams[request.id] = stream
+            self._is_idle.clear()
+            try:
+                self._core.post(request)
+                async for event in stream.read():
+                    yield event
+            finally:
+                del self._streams[request.id]
+                if not stream.is_over:
+                    self._core.post(Abort(request.id))
+                if not self._streams:
+                    self._is_idle.set()
+
+    @contextlib.contextmanager
+    def _observed(self, record: RequestRecord) -> Iterator[RequestRecord]:
+        self._observers.request_arrived(record)
         try:
-            threads = self._text_threads if _num_chars(prompt) < LONG_PROMPT_CHARS else self._long_text_thread
-            token_ids, _ = await self._encode(prompt, threads)
-            request = self._make_request(
-                token_ids, params, arrival_s, timeout_s, priority, cache_salt, skip_cache_read=skip_cache_read
-            )
-            # Things may have changed while the prompt was encoded.
-            self._check_ready()
-            if arrival.is_cancelled:
-                raise CancelledByOperator
+            yield record
+        except RequestError as error:
+            record.error = error
+            raise
         finally:
-            del self._arrivals[id(arrival)]
-        stream = RequestStream(request, self.codec, label=label, min_delta_tokens=min_delta_tokens)
-        self._streams[request.id] = stream
-        self._is_idle.clear()
-        try:
-            self._core.post(request)
-            async for event in stream.read():
-                yield event
-        finally:
-            del self._streams[request.id]
-            if not stream.is_over:
-                self._core.post(Abort(request.id))
-            if not self._streams:
-                self._is_idle.set()
+            record.end_s = time.monotonic()
+            self._observers.request_ended(record)
 
     def _check_ready(self) -> None:
         # A stalled step may yet end, so requests may queue behind it; a dead thread and a drain are final.
@@ -298,7 +331,7 @@ class Engine:
         arrivals = [arrival for arrival in self._arrivals.values() if arrival.label == label]
         for arrival in arrivals:
             arrival.is_cancelled = True
-        streams = [stream for stream in self._streams.values() if stream.label == label]
+        streams = [stream for stream in self._streams.values() if stream.record.label == label]
         for stream in streams:
             self._give_up(stream, CancelledByOperator())
         return len(arrivals) + len(streams)
@@ -352,23 +385,27 @@ class Engine:
     def _deliver(self, events: list[Event]) -> None:
         """Hand a step's events to their streams."""
         for event in events:
-            if isinstance(event, CacheWasReset):
-                self._answer_reset(event.num_freed_blocks)
-                continue
-            if isinstance(event, EngineEnded):
-                self._end_all()
-                continue
-            # Unknown ids are requests that were aborted while the step ran.
-            stream = self._streams.get(event.request_id)
-            if stream is None:
-                continue
-            try:
-                self._deliver_one(stream, event)
-            except Exception:
-                logger.exception("delivery to request %s failed", stream.label)
-                self._give_up(stream, EngineFailure())
+            match event:
+                case CacheWasReset(num_freed_blocks):
+                    self._answer_reset(num_freed_blocks)
+                case EngineEnded():
+                    self._end_all()
+                case StepRecord():
+                    self._observers.step_ended(event)
+                case _:
+                    self._deliver_one(event)
 
-    def _deliver_one(self, stream: RequestStream, event: RequestStarted | SequenceOutput | RequestFailed) -> None:
+    def _deliver_one(self, event: RequestStarted | SequenceOutput | RequestFailed) -> None:
+        # Unknown ids are requests that were aborted while the step ran.
+        if (stream := self._streams.get(event.request_id)) is None:
+            return
+        try:
+            self._deliver_to(stream, event)
+        except Exception:
+            logger.exception("delivery to request %s failed", stream.record.label)
+            self._give_up(stream, EngineFailure())
+
+    def _deliver_to(self, stream: RequestStream, event: RequestStarted | SequenceOutput | RequestFailed) -> None:
         match event:
             case RequestStarted():
                 self._prompt_tokens.add(len(stream.request.prompt_token_ids))
@@ -380,7 +417,7 @@ class Engine:
                     self._core.post(Abort(event.request_id, event.index))
             case RequestFailed(reason=FailureReason.DEADLINE):
                 phase = "running" if stream.has_started else "waiting"
-                stream.fail(DeadlineExceeded(phase, stream.num_completion_tokens))
+                stream.fail(DeadlineExceeded(phase, stream.record.num_completion_tokens))
             case RequestFailed():
                 stream.fail(EngineFailure())
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from nanoserve.config import SchedulerConfig
+from nanoserve.engine.step_notes import StepNotes
 from nanoserve.kv_cache.block_pool import BlockPool, hash_block, hash_root
 from nanoserve.request import (
     Admission,
@@ -29,6 +30,7 @@ from nanoserve.request import (
     SequenceResult,
     StepPlan,
     StepResult,
+    WaitReason,
 )
 
 
@@ -104,6 +106,8 @@ class Scheduler:
         assert max_context_tokens <= pool.num_blocks * block_size
         assert config.max_num_seqs <= config.max_num_batched_tokens
         self.pool = pool
+        # Each step's events end with its StepRecord.
+        self.is_observed = False
         self._config = config
         self._block_size = block_size
         self._max_context_tokens = max_context_tokens
@@ -120,6 +124,8 @@ class Scheduler:
         self._budget = 0
         self._events: list[Event] = []
         self._num_preemptions = 0
+        self._num_steps = 0
+        self._notes = StepNotes()
 
     # ------------------------------------------------------------------------------------- from outside
 
@@ -179,51 +185,58 @@ class Scheduler:
             # An earlier one of this loop may have taken its row.
             if sequence.row is not None and self._budget:
                 self._schedule_running(sequence, step)
-        if not batch_is_closed:
-            self._admit_waiting(step, now)
-        return StepPlan([self._plan_sequence(*item) for item in sorted(step.items(), key=lambda item: item[1] > 1)])
+        wait_reason = WaitReason.BATCH if batch_is_closed else self._admit_waiting(step, now)
+        step = dict(sorted(step.items(), key=lambda item: item[1] > 1))
+        plan = StepPlan([self._plan_sequence(*item) for item in step.items()])
+        if self.is_observed:
+            self._notes.planned(now, step, plan, self._block_size)
+            if self._waiting:
+                self._notes.waits(self._waiting[0], wait_reason, self._running(), step)
+        return plan
 
     def _schedule_running(self, sequence: Sequence, step: dict[Sequence, int]) -> None:
         count = min(sequence.gap, self._budget)
         while not self._grow(sequence, count):
             victim = max(self._running(), key=lambda s: s.rank)
-            self._preempt(victim, step)
+            self._preempt(victim, sequence, step)
             if victim is sequence:
                 return
         step[sequence] = count
         self._budget -= count
 
-    def _admit_waiting(self, step: dict[Sequence, int], now: float) -> None:
+    def _admit_waiting(self, step: dict[Sequence, int], now: float) -> WaitReason:
+        """Returns why the rest of the queue, if any, waits."""
         while self._waiting and self._budget:
             sequence = self._waiting[0]
-            if not self._admit(sequence):
+            if (obstacle := self._admit(sequence)) is not None:
                 # Only a higher priority, never an earlier arrival, takes a running sequence's place.
                 victim = max(self._running(), key=lambda s: s.rank, default=None)
                 if victim is None or victim.rank[0] <= sequence.rank[0]:
-                    return
-                self._preempt(victim, step)
+                    return obstacle
+                self._preempt(victim, sequence, step)
                 continue
             self._waiting.pop(0)
             if not sequence.has_started:
                 sequence.has_started = True
                 self._events.append(RequestStarted(sequence.request.id, now, sequence.num_computed_tokens))
             self._schedule_running(sequence, step)
+        return WaitReason.TOKENS
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence a row, and the blocks that the cache has of its tokens."""
+    def _admit(self, sequence: Sequence) -> WaitReason | None:
+        """Give a waiting sequence a row, and the blocks that the cache has of its tokens; or say what it waits for."""
         if None not in self._rows:
-            return False
+            return WaitReason.ROWS
         prefix = self.pool.match(self._hashes_to_match(sequence))
         # Admitted only if there is room for all its known tokens: else it would soon preempt, or be preempted.
         if self._num_blocks_for(sequence.num_tokens) - len(prefix) > self.pool.num_available:
             self.pool.release(prefix)
-            return False
+            return WaitReason.BLOCKS
         sequence.block_ids = prefix
         sequence.num_computed_tokens = len(prefix) * self._block_size
         sequence.row = self._rows.index(None)
         sequence.is_new_in_row = True
         self._rows[sequence.row] = sequence
-        return True
+        return None
 
     def _hashes_to_match(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the full blocks that may be read from the cache: never the last token, whose logits are needed."""
@@ -256,12 +269,14 @@ class Scheduler:
         sequence.block_ids.extend(new_block_ids)
         return True
 
-    def _preempt(self, sequence: Sequence, step: dict[Sequence, int]) -> None:
+    def _preempt(self, sequence: Sequence, beneficiary: Sequence, step: dict[Sequence, int]) -> None:
         """Take row and blocks away; the tokens stay, and are computed again when it is this sequence's turn."""
         self._budget += step.pop(sequence, 0)
         self._release(sequence)
         sequence.num_preemptions += 1
         self._num_preemptions += 1
+        if self.is_observed:
+            self._notes.preempted(sequence, beneficiary)
         self._enqueue(sequence)
 
     def _plan_sequence(self, sequence: Sequence, count: int) -> ScheduledSequence:
@@ -312,18 +327,29 @@ class Scheduler:
             # A sibling may have been corrupt, and taken the whole request with it.
             if sequence is not None:
                 self._commit_sequence(sequence, scheduled, outcome, now)
-        return self._take_events()
+        return self._end_step(now)
 
-    def fail(self, plan: StepPlan) -> list[Event]:
+    def fail(self, plan: StepPlan, now: float) -> list[Event]:
         """Give up the requests of a step that raised."""
         for scheduled in plan.sequences:
             sequence = self._rows[scheduled.row]
             if sequence is not None:
                 self._events.append(self._fail(sequence.request.id, FailureReason.ENGINE_FAILURE))
-        return self._take_events()
+        return self._end_step(now, has_failed=True)
 
-    def _take_events(self) -> list[Event]:
+    def settle(self, now: float) -> list[Event]:
+        """Report what was aborted since the last step, when no other follows."""
+        return self._take_events(now, has_failed=False)
+
+    def _end_step(self, now: float, *, has_failed: bool = False) -> list[Event]:
+        self._num_steps += 1
+        return self._take_events(now, has_failed=has_failed)
+
+    def _take_events(self, now: float, *, has_failed: bool) -> list[Event]:
         events, self._events = self._events, []
+        if self.is_observed:
+            events.append(self._notes.record(self._num_steps, now, self.stats(), has_failed=has_failed))
+            self._notes = StepNotes()
         return events
 
     def _commit_sequence(
@@ -424,7 +450,9 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.row is not None
-        self.pool.release(sequence.block_ids)
+        freed_block_ids = self.pool.release(sequence.block_ids)
+        if self.is_observed:
+            self._notes.released(sequence, freed_block_ids)
         sequence.block_ids = []
         sequence.num_computed_tokens = 0
         self._rows[sequence.row] = None

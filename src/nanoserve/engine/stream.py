@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from nanoserve.engine.text import TextCodec, TextStream
+from nanoserve.observer import RequestRecord
 from nanoserve.request import (
     FinishReason,
     Request,
@@ -81,12 +82,10 @@ class RequestStream:
     bounded by the request's own length, and how the output is cut never changes it.
     """
 
-    def __init__(self, request: Request, codec: TextCodec, *, label: str, min_delta_tokens: int = 0) -> None:
+    def __init__(self, request: Request, codec: TextCodec, record: RequestRecord, *, min_delta_tokens: int = 0) -> None:
+        """Fills in the record as things happen."""
         self.request = request
-        # The caller's name for it.
-        self.label = label
-        self.has_started = False
-        self.num_completion_tokens = 0
+        self.record = record
         self._min_delta_tokens = min_delta_tokens
         params = request.params
         self._texts: list[TextStream] | None = None
@@ -99,9 +98,10 @@ class RequestStream:
         self._error: RequestError | None = None
         self._finished: Finished | None = None
         self._news = asyncio.Event()
-        self._cached_tokens = 0
-        self._preemptions = 0
-        self._started_s = self._first_token_s = self._last_token_s = 0.0
+
+    @property
+    def has_started(self) -> bool:
+        return self.record.started_s is not None
 
     @property
     def is_over(self) -> bool:
@@ -111,9 +111,8 @@ class RequestStream:
 
     def start(self, event: RequestStarted) -> None:
         """The request runs."""
-        self.has_started = True
-        self._cached_tokens = event.num_cached_tokens
-        self._started_s = event.time_s
+        self.record.started_s = event.time_s
+        self.record.num_cached_tokens = event.num_cached_tokens
         prompt, params = self.request.prompt_token_ids, self.request.params
         self._events.append(Started(len(prompt), event.num_cached_tokens, params))
         if params.prompt_logprobs is not None:
@@ -133,6 +132,8 @@ class RequestStream:
         if self._texts is not None:
             piece = self._texts[output.index].push(token_ids, finish_reason)
             delta.text += piece.text
+            if self.record.texts is not None:
+                self.record.texts[output.index] += piece.text
             if piece.stop_string is not None:
                 delta.stop_string = piece.stop_string
                 token_ids = token_ids[: piece.num_tokens]
@@ -144,7 +145,8 @@ class RequestStream:
         self._count(output, len(token_ids))
         if finish_reason is not None:
             self._unfinished.remove(output.index)
-            self._preemptions += output.num_preemptions
+            self.record.finish_reasons[output.index] = finish_reason
+            self.record.num_preemptions += output.num_preemptions
             if not self._unfinished:
                 self._finish()
         self._news.set()
@@ -158,20 +160,22 @@ class RequestStream:
 
     def _count(self, output: SequenceOutput, num_tokens: int) -> None:
         if num_tokens:
-            self.num_completion_tokens += num_tokens
-            self._first_token_s = self._first_token_s or output.time_s
-            self._last_token_s = output.time_s
+            self.record.num_completion_tokens += num_tokens
+            self.record.first_token_s = self.record.first_token_s or output.time_s
+            self.record.last_token_s = output.time_s
 
     def _finish(self) -> None:
-        first_token_s = self._first_token_s or time.monotonic()
+        record = self.record
+        assert record.started_s is not None
+        first_token_s = record.first_token_s or time.monotonic()
         self._finished = Finished(
-            prompt_tokens=len(self.request.prompt_token_ids),
-            cached_tokens=self._cached_tokens,
-            completion_tokens=self.num_completion_tokens,
-            queue_s=self._started_s - self.request.arrival_s,
-            prefill_s=first_token_s - self._started_s,
-            decode_s=max(0.0, self._last_token_s - first_token_s),
-            preemptions=self._preemptions,
+            prompt_tokens=record.num_prompt_tokens,
+            cached_tokens=record.num_cached_tokens,
+            completion_tokens=record.num_completion_tokens,
+            queue_s=record.started_s - record.arrival_s,
+            prefill_s=first_token_s - record.started_s,
+            decode_s=(record.last_token_s or first_token_s) - first_token_s,
+            preemptions=record.num_preemptions,
         )
 
     # ------------------------------------------------------------------------------------ the caller's side

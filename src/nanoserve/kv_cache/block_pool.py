@@ -106,8 +106,9 @@ class BlockPool:
             self._block_of_hash[block_hash] = block_id
             self._hash_of_block[block_id] = block_hash
 
-    def release(self, block_ids: Sequence[int]) -> None:
-        """Give up one reference to each block of a sequence's table."""
+    def release(self, block_ids: Sequence[int]) -> list[int]:
+        """Give up one reference to each block of a sequence's table. Returns those that became free."""
+        freed = []
         # Last block first: a prefix is of use without its tail, a tail without its prefix is not.
         for block_id in reversed(block_ids):
             self._ref_counts[block_id] -= 1
@@ -120,6 +121,8 @@ class BlockPool:
                 self._cached[block_id] = None
             else:
                 self._free.append(block_id)
+                freed.append(block_id)
+        return freed
 
     def forget(self, block_ids: Iterable[int]) -> None:
         """Never give these owned blocks to another sequence: their content is not to be trusted."""

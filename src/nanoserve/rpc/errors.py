@@ -157,8 +157,6 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, r
     status = status_of(error, request_id)
     if type(error) not in _TABLE:
         logger.error("request %s: unexpected error", request_id, exc_info=error)
-    else:
-        logger.info("request %s: %s: %s", request_id, status.code.name, status.message)
     await context.abort(status.code, status.message, status.trailers)
     raise AssertionError("abort() returned")
 

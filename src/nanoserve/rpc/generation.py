@@ -1,8 +1,6 @@
 """GenerationService: one RPC, one engine request."""
 
-import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterable
 
@@ -12,11 +10,6 @@ from nanoserve.engine.engine import Engine
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
 from nanoserve.rpc import messages, validate
 from nanoserve.rpc.call import REQUEST_ID_HEADER, Call, off_loop
-
-# A cancelled RPC with less time than this left was ended by its deadline, not by its caller.
-_DEADLINE_MARGIN_S = 0.1
-
-logger = logging.getLogger(__name__)
 
 
 class GenerationService:
@@ -44,20 +37,12 @@ class GenerationService:
             skip_cache_read=wanted.skip_cache_read,
             min_delta_tokens=wanted.min_delta_tokens,
         )
-        phase, num_tokens = "waiting", 0
-        try:
-            async with contextlib.aclosing(events):
-                async for event in events:
-                    if isinstance(event, Started):
-                        phase = "running"
-                        await call.context.send_initial_metadata(((REQUEST_ID_HEADER, call.request_id),))
-                    elif isinstance(event, Delta):
-                        num_tokens += len(event.token_ids)
-                    for message in _messages(event, engine, call, arrival_s):
-                        await call.context.write(message)
-        except asyncio.CancelledError:
-            _log_cancellation(call, phase, num_tokens)
-            raise
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if isinstance(event, Started):
+                    await call.context.send_initial_metadata(((REQUEST_ID_HEADER, call.request_id),))
+                for message in _messages(event, engine, call, arrival_s):
+                    await call.context.write(message)
 
 
 def _messages(
@@ -78,16 +63,3 @@ def _messages(
 def _cache_salt(principal: str, salt: str) -> str:
     """Callers with different keys never share a prefix, whatever salt they choose."""
     return f"{principal}:{salt}" if principal or salt else ""
-
-
-def _log_cancellation(call: Call, phase: str, num_tokens: int) -> None:
-    """The transport tells the caller; which phase it was is known here alone."""
-    left_s = call.context.time_remaining()
-    is_deadline = left_s is not None and left_s < _DEADLINE_MARGIN_S
-    logger.info(
-        "request %s: %s while %s, after %d completion tokens",
-        call.request_id,
-        "deadline passed" if is_deadline else "cancelled",
-        phase,
-        num_tokens,
-    )

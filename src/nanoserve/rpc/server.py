@@ -24,6 +24,7 @@ from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
 from nanoserve.config import ServerConfig
 from nanoserve.engine.engine import Engine
+from nanoserve.observer import Observers
 from nanoserve.request import NotReady
 from nanoserve.rpc.admin import AdminService
 from nanoserve.rpc.auth import ApiKeyInterceptor, read_api_keys, read_tls_credentials
@@ -31,6 +32,7 @@ from nanoserve.rpc.call import service_handler
 from nanoserve.rpc.errors import ServerError
 from nanoserve.rpc.generation import GenerationService
 from nanoserve.rpc.model import ModelService
+from nanoserve.rpc.observe import ObserverInterceptor
 
 OPTIONS: tuple[tuple[str, Any], ...] = (
     # A second server on the port fails, instead of taking every other connection.
@@ -69,13 +71,21 @@ class Server:
     a second signal cut it short.
     """
 
-    def __init__(self, config: ServerConfig, engine: Engine | None = None) -> None:
-        """Raises ServerError if a key or certificate file cannot be used. Inside a running event loop."""
+    def __init__(
+        self, config: ServerConfig, engine: Engine | None = None, *, observers: Observers | None = None
+    ) -> None:
+        """Raises ServerError if a key or certificate file cannot be used. Inside a running event loop.
+
+        observers: of the calls; None = nobody watches.
+        """
         self._config = config
         self._engine = engine
         self._is_draining = False
         self._credentials = read_tls_credentials(config)
-        self._grpc = grpc.aio.server(interceptors=[ApiKeyInterceptor(read_api_keys(config))], options=OPTIONS)
+        interceptors: list[grpc.aio.ServerInterceptor] = [ApiKeyInterceptor(read_api_keys(config))]
+        if observers is not None and not observers.is_empty:
+            interceptors.insert(0, ObserverInterceptor(observers))
+        self._grpc = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
         self._grpc.add_generic_rpc_handlers(
             [service_handler(s, servicer(self._ready_engine)) for s, servicer in SERVICES.items()]
         )

@@ -34,6 +34,7 @@ class AsyncClient:
     def __init__(
         self, target: str, *, api_key: str | None = None, tls: Tls | None = None, retries: bool = True
     ) -> None:
+        self._target = target
         self._api_key = api_key
         options = transport.channel_options(retries=retries)
         if tls is None:
@@ -65,9 +66,9 @@ class AsyncClient:
 
     def generate_raw(self, request: pb.GenerateRequest, **options: Unpack[CallOptions]) -> "AsyncGenerateStream":
         """Send a request as the contract has it. See Client.generate_raw."""
-        call = transport.envelope(request, self._api_key, options)
+        call = transport.envelope(request, self._target, self._api_key, options)
         responses = self._generation.Generate(request, timeout=call.timeout, metadata=call.metadata)
-        return AsyncGenerateStream(responses, Progress(call.request_id))
+        return AsyncGenerateStream(responses, Progress(call.request_id, call.span))
 
     async def tokenize(
         self,
@@ -138,11 +139,14 @@ class AsyncClient:
         request: Message,
         options: CallOptions,
     ) -> _Response:
-        call = transport.envelope(request, self._api_key, options)
+        call = transport.envelope(request, self._target, self._api_key, options)
         try:
-            return await method(request, timeout=call.timeout, metadata=call.metadata)
+            response = await method(request, timeout=call.timeout, metadata=call.metadata)
         except grpc.aio.AioRpcError as error:
+            call.span.end(error.code())
             raise from_status(error.code(), error.details(), error.trailing_metadata(), call.request_id) from error
+        call.span.end(grpc.StatusCode.OK)
+        return response
 
 
 class AsyncGenerateStream(AsyncIterator[Delta]):
@@ -189,6 +193,7 @@ class AsyncGenerateStream(AsyncIterator[Delta]):
     def cancel(self) -> None:
         """End the request, unless it has ended. Reading on raises Cancelled."""
         self._call.cancel()
+        self._progress.cancel()
 
     async def __aenter__(self) -> Self:
         return self

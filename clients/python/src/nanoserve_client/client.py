@@ -40,6 +40,7 @@ class Client:
     def __init__(
         self, target: str, *, api_key: str | None = None, tls: Tls | None = None, retries: bool = True
     ) -> None:
+        self._target = target
         self._api_key = api_key
         options = transport.channel_options(retries=retries)
         if tls is None:
@@ -96,9 +97,9 @@ class Client:
 
     def generate_raw(self, request: pb.GenerateRequest, **options: Unpack[CallOptions]) -> "GenerateStream":
         """Send a request as the contract has it. Returns and raises as `generate`."""
-        call = transport.envelope(request, self._api_key, options)
+        call = transport.envelope(request, self._target, self._api_key, options)
         responses = self._generation.Generate(request, timeout=call.timeout, metadata=call.metadata)
-        return GenerateStream(responses, Progress(call.request_id))
+        return GenerateStream(responses, Progress(call.request_id, call.span))
 
     def tokenize(
         self,
@@ -191,13 +192,16 @@ class Client:
         request: Message,
         options: CallOptions,
     ) -> _Response:
-        call = transport.envelope(request, self._api_key, options)
+        call = transport.envelope(request, self._target, self._api_key, options)
         try:
-            return method(request, timeout=call.timeout, metadata=call.metadata)
+            response = method(request, timeout=call.timeout, metadata=call.metadata)
         except grpc.RpcError as error:
             # What gRPC raises is the call itself.
             status = cast(grpc.Call, error)
+            call.span.end(status.code())
             raise from_status(status.code(), status.details(), status.trailing_metadata(), call.request_id) from error
+        call.span.end(grpc.StatusCode.OK)
+        return response
 
 
 class GenerateStream(Iterator[Delta]):
@@ -239,6 +243,7 @@ class GenerateStream(Iterator[Delta]):
     def cancel(self) -> None:
         """End the request, unless it has ended. Reading on raises Cancelled."""
         self._responses.cancel()
+        self._progress.cancel()
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ import grpc
 
 from nanoserve_client.errors import Metadata, NanoserveError, from_status
 from nanoserve_client.results import Completion, Delta, Result, Started, Timing, TokenLogprob, Usage
+from nanoserve_client.tracing import CallSpan
 from nanoserve_client.v1 import generation_pb2 as pb
 
 
@@ -16,10 +17,11 @@ class Progress:
     time.
     """
 
-    def __init__(self, request_id: str | None) -> None:
+    def __init__(self, request_id: str | None, span: CallSpan | None = None) -> None:
         self.started: Started | None = None
         # The caller's label, to name the request by before the server has.
         self._request_id = request_id
+        self._span = span
         self._prompt_logprobs: list[TokenLogprob] = []
         # By sequence, in order of arrival.
         self._deltas: defaultdict[int, list[Delta]] = defaultdict(list)
@@ -49,14 +51,24 @@ class Progress:
         """
         if self._failure is not None:
             raise self._failure
+        self._end_span(grpc.StatusCode.OK)
         if self._result is None:
             self._result = self._gather()
 
     def fail(self, code: grpc.StatusCode, message: str | None, trailers: Metadata | None) -> NanoserveError:
         """Note that the stream ended with this status. Returns what to raise."""
+        self._end_span(code)
         request_id = self.started.request_id if self.started else self._request_id
         self._failure = from_status(code, message, trailers, request_id)
         return self._failure
+
+    def cancel(self) -> None:
+        """Note that nobody reads on."""
+        self._end_span(grpc.StatusCode.CANCELLED)
+
+    def _end_span(self, code: grpc.StatusCode) -> None:
+        if self._span is not None:
+            self._span.end(code)
 
     def result(self) -> Result:
         """All that the stream said. Call it when `end` has returned."""

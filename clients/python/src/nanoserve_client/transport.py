@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.message import Message
 
 from nanoserve_client.errors import InvalidRequest
+from nanoserve_client.tracing import CallSpan
 
 # What the server receives at most. It would refuse more with a bare RESOURCE_EXHAUSTED, which looks like overload.
 MAX_REQUEST_BYTES = 16 * 2**20
@@ -77,7 +78,8 @@ class CallOptions(TypedDict, total=False):
         timeout: Seconds until the call fails with DeadlineExceeded, retries included. None or absent = never.
         request_id: The caller's label for the request, sent as `x-request-id`: printable ASCII. Absent = the server
             makes one.
-        traceparent: W3C trace context that the server's spans continue.
+        traceparent: W3C trace context that the server's spans continue. Absent = that of the current span, if
+            opentelemetry is installed.
         metadata: Further metadata. Keys are lower case; a value is bytes if its key ends in "-bin", else
             printable ASCII.
     """
@@ -112,10 +114,11 @@ class Envelope:
     timeout: float | None
     # The caller's label, if there is one.
     request_id: str | None
+    span: CallSpan
 
 
-def envelope(request: Message, api_key: str | None, options: CallOptions) -> Envelope:
-    """Check that the request can be sent, and address it.
+def envelope(request: Message, target: str, api_key: str | None, options: CallOptions) -> Envelope:
+    """Check that the request can be sent to the target, and address it. Its span begins.
 
     Raises InvalidRequest if the server would not receive it, TypeError for an option that does not exist, ValueError
     for metadata that cannot be sent.
@@ -133,12 +136,15 @@ def envelope(request: Message, api_key: str | None, options: CallOptions) -> Env
     metadata = dict(options.get("metadata") or {})
     if request_id is not None:
         metadata["x-request-id"] = request_id
-    if (traceparent := options.get("traceparent")) is not None:
-        metadata["traceparent"] = traceparent
+    if (parent := options.get("traceparent")) is not None:
+        metadata["traceparent"] = parent
     if api_key is not None:
         metadata["authorization"] = f"Bearer {api_key}"
     _refuse_unsendable(metadata)
-    return Envelope(tuple(metadata.items()), options.get("timeout"), request_id)
+    traceparent = metadata.get("traceparent")
+    span = CallSpan(request, target, traceparent if isinstance(traceparent, str) else None)
+    metadata.update(span.headers)
+    return Envelope(tuple(metadata.items()), options.get("timeout"), request_id, span)
 
 
 def _refuse_unsendable(metadata: Mapping[str, str | bytes]) -> None:

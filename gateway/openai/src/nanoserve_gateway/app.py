@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
-from nanoserve_gateway import pages
+from nanoserve_gateway import pages, tracing
 from nanoserve_gateway.answer import Answer, to_json
 from nanoserve_gateway.chat import ChatAnswer, messages_of
 from nanoserve_gateway.completions import CompletionAnswer
@@ -68,8 +68,8 @@ class GatewayConfig:
     max_stored_bytes: int = 64 * 2**20
 
 
-def build_app(config: GatewayConfig) -> Starlette:
-    """The application; it connects when it starts."""
+def build_app(config: GatewayConfig, routes: Sequence[BaseRoute] = ()) -> Starlette:
+    """The application; it connects when it starts. routes: further ones, beside the API's."""
     gateway = Gateway(config)
     origins = list(config.cors_origins)
     cors = Middleware(
@@ -80,9 +80,9 @@ def build_app(config: GatewayConfig) -> Starlette:
         expose_headers=["x-request-id", "retry-after", "retry-after-ms"],
     )
     return Starlette(
-        routes=gateway.routes(),
+        routes=[*gateway.routes(), *routes],
         lifespan=gateway.lifespan,
-        middleware=[cors] if origins else [],
+        middleware=[Middleware(tracing.Tracing), *([cors] if origins else [])],
         exception_handlers={HTTPException: _on_http_error, Exception: _on_error},
     )
 
@@ -306,7 +306,8 @@ class Gateway:
     def _call_options(self, request: Request) -> CallOptions:
         """What travels beside the request; the service looks at it. Raises BadRequest."""
         options: CallOptions = {"timeout": self._timeout_s(request), "request_id": request.headers.get("x-request-id")}
-        options["traceparent"] = request.headers.get("traceparent")
+        if not tracing.IS_INSTALLED:  # else the client sends that of its own span
+            options["traceparent"] = request.headers.get("traceparent")
         if (authorization := request.headers.get("authorization")) is not None:
             options["metadata"] = {"authorization": authorization}
         for name in ("x-request-id", "traceparent", "authorization"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import uvicorn
 from nanoserve_client import Tls
+from starlette.routing import BaseRoute
 
 from nanoserve_gateway.app import GatewayConfig, build_app
 
@@ -35,11 +36,11 @@ def listen(host: str, port: int) -> socket.socket:
 class GatewayServer(uvicorn.Server):
     """Serves one listening socket. Event loop thread."""
 
-    def __init__(self, config: GatewayConfig, *, takes_signals: bool) -> None:
-        """takes_signals: whether SIGTERM and SIGINT end it, rather than stop()."""
+    def __init__(self, config: GatewayConfig, *, takes_signals: bool, routes: Sequence[BaseRoute] = ()) -> None:
+        """takes_signals: whether SIGTERM and SIGINT end it, rather than stop(). routes: more than the API's."""
         self._takes_signals = takes_signals
         settings = uvicorn.Config(
-            build_app(config),
+            build_app(config, routes),
             log_config=None,
             log_level="warning",
             access_log=False,

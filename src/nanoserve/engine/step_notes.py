@@ -1,0 +1,86 @@
+"""What the scheduler notes down of a step, for those who watch: it keeps these notes only if somebody does."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nanoserve.request import Preemption, Release, StepPart, StepPlan, StepRecord, Wait, WaitReason
+
+if TYPE_CHECKING:
+    from nanoserve.engine.scheduler import SchedulerStats, Sequence
+
+
+@dataclass(slots=True)
+class StepNotes:
+    """From the end of one step to the end of the next. Engine thread only."""
+
+    start_s: float = 0.0
+    parts: list[StepPart] = field(default_factory=list)
+    preemptions: list[Preemption] = field(default_factory=list)
+    # Before the step was planned and while it was; then, after it was computed.
+    early_releases: list[Release] = field(default_factory=list)
+    late_releases: list[Release] = field(default_factory=list)
+    wait: Wait | None = None
+    is_planned: bool = False
+
+    def preempted(self, sequence: "Sequence", beneficiary: "Sequence") -> None:
+        """`sequence` made place for `beneficiary`."""
+        self.preemptions.append(Preemption(sequence.request.id, sequence.index, beneficiary.request.id))
+
+    def released(self, sequence: "Sequence", freed_block_ids: list[int]) -> None:
+        """`sequence` gave up its blocks."""
+        releases = self.late_releases if self.is_planned else self.early_releases
+        releases.append(Release(sequence.request.id, sequence.index, freed_block_ids))
+
+    def planned(self, now: float, step: Iterable["Sequence"], plan: StepPlan, block_size: int) -> None:
+        """`step`: the sequence of each entry of the plan."""
+        self.start_s = now
+        self.is_planned = True
+        for sequence, part in zip(step, plan.sequences, strict=True):
+            count = len(part.token_ids)
+            num_prompt_tokens = min(count, max(0, len(sequence.request.prompt_token_ids) - part.start))
+            num_cached_blocks = part.start // block_size if part.admission else 0
+            self.parts.append(
+                StepPart(
+                    sequence.request.id,
+                    sequence.index,
+                    part.start,
+                    count,
+                    num_prompt_tokens,
+                    part.new_block_ids,
+                    num_cached_blocks,
+                    part.samples,
+                )
+            )
+
+    def waits(
+        self, head: "Sequence", reason: WaitReason, running: Iterable["Sequence"], step: Mapping["Sequence", int]
+    ) -> None:
+        """`head` of the queue is not in the step."""
+        match reason:
+            case WaitReason.BLOCKS:
+                behind = max(running, key=lambda s: len(s.block_ids), default=None)
+            case WaitReason.TOKENS:
+                behind = max(step, key=lambda s: step[s], default=None)
+            case WaitReason.ROWS | WaitReason.BATCH:
+                behind = min(running, key=lambda s: s.rank, default=None)
+        self.wait = Wait(head.request.id, head.index, reason, behind.request.id if behind else "")
+
+    def record(self, number: int, end_s: float, after: "SchedulerStats", *, has_failed: bool) -> StepRecord:
+        """`after`: the scheduler's counts at the end of the step."""
+        return StepRecord(
+            number=number,
+            start_s=self.start_s if self.is_planned else end_s,
+            end_s=end_s,
+            early_releases=self.early_releases,
+            preemptions=self.preemptions,
+            parts=self.parts,
+            late_releases=self.late_releases,
+            wait=self.wait,
+            num_waiting=after.num_waiting,
+            num_running=after.num_running,
+            num_free_blocks=after.num_blocks - after.num_owned_blocks - after.num_cached_blocks,
+            num_cached_blocks=after.num_cached_blocks,
+            num_owned_blocks=after.num_owned_blocks,
+            has_failed=has_failed,
+        )

@@ -1,0 +1,4 @@
+"""What an operator sees of a running server: traces, metrics and a log line a request.
+
+Each file is an Observer and can be taken out alone; telemetry.py sets them up. Only the command line knows of them.
+"""

@@ -1,0 +1,47 @@
+"""One line in the log for each RPC, at its end: who asked, how it went, where the time was. Never what was said."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from nanoserve.observer import CallRecord, Observer, RequestRecord
+
+logger = logging.getLogger(__name__)
+
+
+class AccessLog(Observer):
+    """The fields of a line are attributes of its record too, for logs in JSON."""
+
+    wants_steps = False
+
+    def call_ended(self, call: CallRecord) -> None:
+        fields = dict(_fields(call))
+        line = " ".join(f"{name}={value}" for name, value in fields.items())
+        logger.info("%s", line, extra={"fields": fields, "call": call})
+
+
+def _fields(call: CallRecord) -> Iterator[tuple[str, Any]]:
+    yield "rpc", call.method.rpartition("/")[2]
+    yield "code", call.code
+    yield "seconds", round(call.end_s - call.start_s, 6)
+    if call.reason:
+        yield "reason", call.reason
+    if call.request is not None:
+        yield from _request_fields(call, call.request)
+
+
+def _request_fields(call: CallRecord, request: RequestRecord) -> Iterator[tuple[str, Any]]:
+    yield "phase", "waiting" if request.started_s is None else "running"
+    yield "prompt_tokens", request.num_prompt_tokens
+    yield "cached_tokens", request.num_cached_tokens
+    yield "completion_tokens", request.num_completion_tokens
+    if request.num_preemptions:
+        yield "preemptions", request.num_preemptions
+    if request.finish_reasons:
+        yield "finish_reasons", ",".join(reason.value for _, reason in sorted(request.finish_reasons.items()))
+    ends = [request.started_s, request.first_token_s, request.last_token_s]
+    begin_s = call.start_s
+    for name, end_s in zip(("queue_s", "prefill_s", "decode_s"), ends, strict=True):
+        if end_s is not None:
+            yield name, round(end_s - begin_s, 6)
+            begin_s = end_s

@@ -1,0 +1,179 @@
+"""Counters, gauges and histograms, through OpenTelemetry: the same instruments reach Prometheus and an OTLP collector.
+
+No label takes a value that a caller chooses, so their number is bounded. docs/observability.md has a table of them.
+"""
+
+from collections.abc import Iterable
+
+from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+
+from nanoserve.observability import conventions as names
+from nanoserve.observer import CallRecord, Observer, RequestRecord
+from nanoserve.request import StepRecord
+
+GENERATE = "nanoserve.v1.GenerationService/Generate"
+# Reasons of statuses that turn a call away; an engine that fails, a deadline and an operator's hand do not.
+REJECTIONS = frozenset(
+    {
+        "INVALID_REQUEST",
+        "CONTEXT_LENGTH_EXCEEDED",
+        "MODEL_NOT_FOUND",
+        "OVERLOADED",
+        "NOT_READY",
+        "UNAUTHENTICATED",
+        "PERMISSION_DENIED",
+    }
+)
+QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+STEP_TOKEN_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Metrics(Observer):
+    """Event loop thread, but for the gauges, which any thread may read: they show the last step's record."""
+
+    def __init__(self, provider: MeterProvider) -> None:
+        meter = provider.get_meter(names.NANOSERVE)
+        self._model = ""
+        self._startup_s: float | None = None
+        self._last_step: StepRecord | None = None
+
+        def histogram(name: str, unit: str, buckets: tuple[float, ...], description: str):  # type: ignore[no-untyped-def]
+            return meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets)
+
+        self._call_duration = histogram(
+            "rpc.server.call.duration", "s", names.RPC_BUCKETS, "Time from an RPC's begin to its status."
+        )
+        self._request_duration = histogram(
+            "gen_ai.server.request.duration", "s", names.REQUEST_BUCKETS, "Time from a request's begin to its end."
+        )
+        self._first_token = histogram(
+            "gen_ai.server.time_to_first_token",
+            "s",
+            names.FIRST_TOKEN_BUCKETS,
+            "Time from a request's begin to its first token, of requests that went well.",
+        )
+        self._output_token = histogram(
+            "gen_ai.server.time_per_output_token",
+            "s",
+            names.OUTPUT_TOKEN_BUCKETS,
+            "Time per token after the first, of requests that went well.",
+        )
+        self._queue_wait = histogram(
+            "nanoserve.queue.wait", "s", QUEUE_BUCKETS, "Time from a request's begin to its first step."
+        )
+        self._step_duration = histogram("nanoserve.step.duration", "s", STEP_BUCKETS, "Time that a step took.")
+        self._step_tokens = histogram(
+            "nanoserve.step.tokens", "{token}", STEP_TOKEN_BUCKETS, "Tokens that a step computed, by their kind."
+        )
+        self._prompt_tokens = meter.create_counter(
+            "nanoserve.prompt.tokens", "{token}", "Prompt tokens of requests that began to run."
+        )
+        self._cached_tokens = meter.create_counter(
+            "nanoserve.prompt.cached_tokens", "{token}", "Those of them that the prefix cache had."
+        )
+        self._completion_tokens = meter.create_counter(
+            "nanoserve.completion.tokens", "{token}", "Tokens that were generated for callers."
+        )
+        self._preemptions = meter.create_counter(
+            "nanoserve.preemptions", "{preemption}", "Times that a sequence lost its blocks to another."
+        )
+        self._rejections = meter.create_counter(
+            "nanoserve.calls.rejected", "{call}", "RPCs that were turned away, by reason."
+        )
+        self._cancellations = meter.create_counter(
+            "nanoserve.requests.cancelled", "{request}", "Requests that their caller, or an operator, ended."
+        )
+        self._deadline_misses = meter.create_counter(
+            "nanoserve.requests.deadline_missed", "{request}", "Requests whose deadline passed, by what they did then."
+        )
+        self._finishes = meter.create_counter(
+            "nanoserve.sequences.finished", "{sequence}", "Sequences that came to their end, by reason."
+        )
+        meter.create_observable_gauge(
+            "nanoserve.queue.length", [self._observe_queue], "{sequence}", "Sequences that wait for a step."
+        )
+        meter.create_observable_gauge(
+            "nanoserve.sequences.running", [self._observe_running], "{sequence}", "Sequences that hold KV blocks."
+        )
+        meter.create_observable_gauge(
+            "nanoserve.kv.blocks", [self._observe_blocks], "{block}", "Blocks of the KV cache, by state."
+        )
+        meter.create_observable_gauge(
+            "nanoserve.startup.duration", [self._observe_startup], "s", "Time from the begin of the start to ready."
+        )
+
+    # ---------------------------------------------------------------------------------------- what happens
+
+    def server_ready(self, model: str, after_s: float) -> None:
+        self._model, self._startup_s = model, after_s
+
+    def step_ended(self, step: StepRecord) -> None:
+        self._last_step = step
+        if step.parts:
+            self._step_duration.record(step.end_s - step.start_s)
+            self._step_tokens.record(step.num_prompt_tokens, {names.TOKEN_TYPE: "input"})
+            self._step_tokens.record(step.num_completion_tokens, {names.TOKEN_TYPE: "output"})
+        if step.preemptions:
+            self._preemptions.add(len(step.preemptions))
+
+    def request_ended(self, request: RequestRecord) -> None:
+        if request.started_s is not None:
+            self._queue_wait.record(request.started_s - request.arrival_s)
+            self._prompt_tokens.add(request.num_prompt_tokens)
+            self._cached_tokens.add(request.num_cached_tokens)
+            self._completion_tokens.add(request.num_completion_tokens)
+        for reason in request.finish_reasons.values():
+            self._finishes.add(1, {names.FINISH_REASON: reason.value})
+
+    def call_ended(self, call: CallRecord) -> None:
+        attributes = {names.RPC_SYSTEM: "grpc", names.RPC_METHOD: call.method, names.RPC_STATUS: call.code}
+        error = {} if call.code == "OK" else {names.ERROR_TYPE: call.code}
+        self._call_duration.record(call.end_s - call.start_s, attributes | error)
+        if call.reason in REJECTIONS:
+            self._rejections.add(1, {names.ERROR_REASON: call.reason})
+        if call.method == GENERATE:
+            self._generation_ended(call)
+
+    def _generation_ended(self, call: CallRecord) -> None:
+        request = call.request
+        if call.code == "DEADLINE_EXCEEDED":
+            is_waiting = request is None or request.started_s is None
+            self._deadline_misses.add(1, {names.PHASE: "waiting" if is_waiting else "running"})
+        elif call.code in ("CANCELLED", "ABORTED"):
+            self._cancellations.add(1, {names.RPC_STATUS: call.code})
+        if request is None:
+            return
+        attributes = {
+            names.OPERATION: names.operation(is_chat=request.is_chat),
+            names.PROVIDER: names.NANOSERVE,
+            names.REQUEST_MODEL: self._model,
+        }
+        if call.code != "OK":
+            attributes[names.ERROR_TYPE] = call.reason or call.code
+        self._request_duration.record(call.end_s - call.start_s, attributes)
+        if call.code == "OK" and request.first_token_s is not None and request.last_token_s is not None:
+            self._first_token.record(request.first_token_s - call.start_s, attributes)
+            # Sequences of one request generate side by side.
+            num_later_tokens = request.num_completion_tokens / request.params.n - 1
+            if num_later_tokens > 0:
+                seconds = (request.last_token_s - request.first_token_s) / num_later_tokens
+                self._output_token.record(seconds, attributes)
+
+    # -------------------------------------------------------------------------------------- what is the case
+
+    def _observe_queue(self, _options: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(self._last_step.num_waiting)] if self._last_step else []
+
+    def _observe_running(self, _options: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(self._last_step.num_running)] if self._last_step else []
+
+    def _observe_blocks(self, _options: CallbackOptions) -> Iterable[Observation]:
+        step = self._last_step
+        if step is None:
+            return []
+        states = {"free": step.num_free_blocks, "cached": step.num_cached_blocks, "owned": step.num_owned_blocks}
+        return [Observation(count, {names.BLOCK_STATE: state}) for state, count in states.items()]
+
+    def _observe_startup(self, _options: CallbackOptions) -> Iterable[Observation]:
+        return [] if self._startup_s is None else [Observation(self._startup_s)]

@@ -1,0 +1,101 @@
+"""Sets up who watches a server, by its options and OpenTelemetry's own variables, and shuts that down.
+
+Traces go to an OTLP collector if a variable names one (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT)
+or asks for it (OTEL_TRACES_EXPORTER=otlp); metrics likewise, and to whoever reads /metrics in any case. What else the
+variables say (headers, certificates, sampling, batching) the SDK reads itself.
+"""
+
+import asyncio
+import threading
+from collections.abc import Mapping
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from nanoserve.config import ConfigError, ObservabilityOptions, environment
+from nanoserve.observability.access_log import AccessLog
+from nanoserve.observability.metrics import Metrics
+from nanoserve.observability.tracing import Tracing
+from nanoserve.observer import Observer
+
+ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
+# How long the last spans and metrics may take to leave at the end, each.
+FLUSH_TIMEOUT_S = 3
+
+
+class Telemetry:
+    """The observers of one server, and what they write to."""
+
+    def __init__(self, options: ObservabilityOptions) -> None:
+        """Raises ConfigError for a variable that asks for what is not there."""
+        variables = environment()
+        resource = Resource.create({} if "OTEL_SERVICE_NAME" in variables else {"service.name": "nanoserve"})
+        self.observers: list[Observer] = []
+        self._tracer_provider: TracerProvider | None = None
+        self._meter_provider: MeterProvider | None = None
+        self._registry = CollectorRegistry()
+        if _is_exported("TRACES", variables):
+            self._tracer_provider = TracerProvider(resource=resource)
+            self._span_exporter = OTLPSpanExporter()
+            self._tracer_provider.add_span_processor(BatchSpanProcessor(self._span_exporter))
+            # For the gateway, which is in this process.
+            trace.set_tracer_provider(self._tracer_provider)
+            self.observers.append(Tracing(self._tracer_provider, wants_content=options.trace_content))
+        elif options.trace_content:
+            raise ConfigError(f"--trace-content is for traces, and there are none: set {ENDPOINT}")
+        if options.metrics:
+            readers: list[MetricReader] = [PrometheusMetricReader(scope_info_enabled=False, registry=self._registry)]
+            if _is_exported("METRICS", variables):
+                readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
+            self._meter_provider = MeterProvider(readers, resource=resource)
+            self.observers.append(Metrics(self._meter_provider))
+        # The last one, because the others may name the trace.
+        self.observers.append(AccessLog())
+
+    @property
+    def has_metrics(self) -> bool:
+        return self._meter_provider is not None
+
+    async def exposition(self, accept: str) -> tuple[bytes, str]:
+        """All metrics in a format that `accept` allows, and its content type."""
+        encode, content_type = choose_encoder(accept)
+        return await asyncio.to_thread(encode, self._registry), content_type
+
+    async def close(self) -> None:
+        """Send what is left, if the collector takes it in time."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        if self._tracer_provider is not None:
+            # The provider would wait for as long as the exporter tries.
+            patience = threading.Timer(FLUSH_TIMEOUT_S, self._span_exporter.shutdown)
+            patience.start()
+            self._tracer_provider.shutdown()
+            patience.cancel()
+        if self._meter_provider is not None:
+            self._meter_provider.shutdown(FLUSH_TIMEOUT_S * 1000)
+
+
+def _is_exported(signal: str, variables: Mapping[str, str]) -> bool:
+    """Whether a signal, "TRACES" or "METRICS", goes to a collector. Raises ConfigError."""
+    chooser = f"OTEL_{signal}_EXPORTER"
+    chosen = variables.get(chooser, "").strip()
+    if chosen not in ("", "otlp", "none"):
+        raise ConfigError(f"{chooser} is {chosen!r}; it must be otlp or none")
+    if variables.get("OTEL_SDK_DISABLED", "").lower() == "true" or chosen == "none":
+        return False
+    is_wanted = bool(chosen or variables.get(ENDPOINT) or variables.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"))
+    protocol = variables.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL") or variables.get(PROTOCOL) or "grpc"
+    if is_wanted and protocol != "grpc":
+        raise ConfigError(f"{PROTOCOL} is {protocol!r}; it must be grpc")
+    return is_wanted

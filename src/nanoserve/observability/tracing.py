@@ -1,0 +1,173 @@
+"""A span for each RPC, and for a generation what it did when:
+
+    caller's span
+    └─ nanoserve.v1.GenerationService/Generate   SERVER
+       ├─ queue      the call's begin to its first step: checked, encoded, waiting
+       ├─ prefill    to the first token; an event for each chunk of the prompt
+       └─ decode     to the end of the call; events for preemptions and what was computed again
+
+The three tile their parent, so that their durations add up to its own. A request that ends early ends in the phase it
+was in. They are made when the call is over, from times that were noted anyway, so a token costs nothing.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, TracerProvider
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from nanoserve.observability import conventions as names
+from nanoserve.observer import CallRecord, Observer, RequestRecord
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    name: str
+    start_s: float
+    end_s: float
+
+
+class Tracing(Observer):
+    """Event loop thread."""
+
+    def __init__(self, provider: TracerProvider, *, wants_content: bool = False) -> None:
+        """wants_content: prompts and answers become attributes."""
+        self.wants_content = wants_content
+        self._tracer: Tracer = provider.get_tracer(names.NANOSERVE)
+        self._propagator = TraceContextTextMapPropagator()
+        # Of calls in progress: the span, and what turns their monotonic times into Unix time.
+        self._calls: dict[CallRecord, tuple[Span, int]] = {}
+        self._model = ""
+
+    def server_ready(self, model: str, after_s: float) -> None:  # noqa: ARG002
+        self._model = model
+
+    def call_started(self, call: CallRecord) -> None:
+        carrier = {"traceparent": call.traceparent, "tracestate": call.tracestate}
+        unix_offset_ns = time.time_ns() - time.monotonic_ns()
+        span = self._tracer.start_span(
+            call.method,
+            context=self._propagator.extract(carrier),
+            kind=SpanKind.SERVER,
+            attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: call.method},
+            start_time=_ns(call.start_s, unix_offset_ns),
+        )
+        call.trace_id = trace.format_trace_id(span.get_span_context().trace_id)
+        self._calls[call] = (span, unix_offset_ns)
+
+    def call_ended(self, call: CallRecord) -> None:
+        span, unix_offset_ns = self._calls.pop(call)
+        if span.is_recording():
+            span.set_attributes(dict(_call_attributes(call)))
+            if call.code in names.SERVER_ERRORS:
+                span.set_status(Status(StatusCode.ERROR, call.reason or None))
+            if call.request is not None:
+                span.set_attributes(dict(_request_attributes(call.request, self._model)))
+                self._trace_phases(span, unix_offset_ns, call, call.request)
+        span.end(_ns(call.end_s, unix_offset_ns))
+
+    def _trace_phases(self, parent: Span, unix_offset_ns: int, call: CallRecord, request: RequestRecord) -> None:
+        context = trace.set_span_in_context(parent)
+        for phase in _phases(call, request):
+            start_ns = _ns(phase.start_s, unix_offset_ns)
+            span = self._tracer.start_span(phase.name, context=context, start_time=start_ns)
+            for time_s, name, attributes in _events(request):
+                if phase.start_s < time_s <= phase.end_s:
+                    span.add_event(name, attributes, _ns(time_s, unix_offset_ns))
+            span.end(_ns(phase.end_s, unix_offset_ns))
+
+
+def _phases(call: CallRecord, request: RequestRecord) -> Iterator[_Phase]:
+    begins = [call.start_s, request.started_s, request.first_token_s]
+    reached = [begin_s for begin_s in begins if begin_s is not None]
+    # What a step reports after the call was cut off is later than the call's end.
+    ends = [min(end_s, call.end_s) for end_s in [*reached[1:], call.end_s]]
+    for name, begin_s, end_s in zip(("queue", "prefill", "decode"), reached, ends, strict=False):
+        yield _Phase(name, min(begin_s, call.end_s), end_s)
+
+
+def _events(request: RequestRecord) -> Iterator[tuple[float, str, dict[str, Any]]]:
+    """(time, name, attributes)"""
+    for chunk in request.chunks:
+        attributes: dict[str, Any] = {
+            names.STEP: chunk.step,
+            names.SEQUENCE: chunk.index,
+            names.NUM_TOKENS: chunk.num_tokens,
+        }
+        yield chunk.end_s, "chunk", attributes
+    for time_s, preemption in request.preemptions:
+        attributes = {names.SEQUENCE: preemption.index, names.PREEMPTED_FOR: preemption.for_request_id}
+        yield time_s, "preemption", attributes
+    if request.last_token_s is not None:
+        # What follows is delivery.
+        yield request.last_token_s, "last token", {names.NUM_TOKENS: request.num_completion_tokens}
+
+
+def _call_attributes(call: CallRecord) -> Iterator[tuple[str, str]]:
+    yield names.RPC_STATUS, call.code
+    yield names.REQUEST_ID, call.request_id
+    if call.code != "OK":
+        yield names.ERROR_TYPE, call.code
+    if call.reason:
+        yield names.ERROR_REASON, call.reason
+
+
+def _request_attributes(request: RequestRecord, model: str) -> Iterator[tuple[str, Any]]:
+    params = request.params
+    yield names.OPERATION, names.operation(is_chat=request.is_chat)
+    yield names.PROVIDER, names.NANOSERVE
+    yield names.REQUEST_MODEL, model
+    yield names.RESPONSE_MODEL, model
+    yield names.TEMPERATURE, params.temperature
+    yield names.TOP_P, params.top_p
+    # What is off needs no word.
+    if params.top_k:
+        yield names.TOP_K, params.top_k
+    if params.frequency_penalty:
+        yield names.FREQUENCY_PENALTY, params.frequency_penalty
+    if params.presence_penalty:
+        yield names.PRESENCE_PENALTY, params.presence_penalty
+    if request.priority:
+        yield names.PRIORITY, request.priority
+    if params.n != 1:
+        yield names.CHOICES, params.n
+    if params.max_tokens is not None:
+        yield names.MAX_TOKENS, params.max_tokens
+    if request.id:
+        yield names.RESPONSE_ID, request.id
+        if params.seed is not None and params.seed < 2**63:  # OpenTelemetry has no larger integers
+            yield names.SEED, params.seed
+        yield names.INPUT_TOKENS, request.num_prompt_tokens
+        yield names.CACHED_TOKENS, request.num_cached_tokens
+        yield names.OUTPUT_TOKENS, request.num_completion_tokens
+        yield names.PHASE, "waiting" if request.started_s is None else "running"
+    if request.finish_reasons:
+        yield names.FINISH_REASONS, [reason.value for _, reason in sorted(request.finish_reasons.items())]
+    if request.prompt is not None:
+        yield names.INPUT_MESSAGES, json.dumps(_input_messages(request.prompt), ensure_ascii=False)
+    if request.texts is not None:
+        yield names.OUTPUT_MESSAGES, json.dumps(list(_output_messages(request)), ensure_ascii=False)
+
+
+def _input_messages(prompt: str | list[int] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(prompt, str):
+        return [_message("user", prompt)]
+    return [_message(each["role"], each.get("content") or "") for each in prompt if isinstance(each, Mapping)]
+
+
+def _output_messages(request: RequestRecord) -> Iterator[dict[str, Any]]:
+    for index, text in (request.texts or {}).items():
+        reason = request.finish_reasons.get(index)
+        yield _message("assistant", text) | {"finish_reason": reason.value if reason else "error"}
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "parts": [{"type": "text", "content": text}]}
+
+
+def _ns(monotonic_s: float, unix_offset_ns: int) -> int:
+    return unix_offset_ns + round(monotonic_s * 1e9)

@@ -1,0 +1,106 @@
+"""Tells those who watch of each RPC to nanoserve's services: one interceptor, before the one that asks for keys.
+
+How an RPC ended is read where its caller reads it, in status and trailers; only a call that was cut off has none.
+"""
+
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from nanoserve.observer import CallRecord, Observers
+from nanoserve.rpc.call import REQUEST_ID_HEADER, Metadata, header
+
+# Probes and reflection are no work.
+OBSERVED = "/nanoserve."
+# A cancelled RPC with less time than this left was ended by its deadline, not by its caller.
+DEADLINE_MARGIN_S = 0.1
+# Of any version: version, trace id, parent id, flags (https://www.w3.org/TR/trace-context/).
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
+
+_Asked = TypeVar("_Asked")
+_Answered = TypeVar("_Answered")
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ObserverInterceptor(grpc.aio.ServerInterceptor):
+    """Makes a CallRecord of each call. Event loop thread."""
+
+    def __init__(self, observers: Observers) -> None:
+        self._observers = observers
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[_Asked, _Answered] | None"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[_Asked, _Answered] | None":
+        handler: Any = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(OBSERVED):
+            return handler  # type: ignore[no-any-return]
+        kind: str = next(name for name in _KINDS if getattr(handler, name) is not None)
+        serve = self._observed(getattr(handler, kind), method, list(handler_call_details.invocation_metadata))
+        return _KINDS[kind](serve, handler.request_deserializer, handler.response_serializer)
+
+    def _observed(
+        self, serve: Callable[[Any, _Context], Awaitable[Any]], method: str, metadata: Metadata
+    ) -> Callable[[Any, _Context], Awaitable[Any]]:
+        async def observed(request: Any, context: _Context) -> Any:
+            traceparent = header(metadata, "traceparent") or ""
+            call = CallRecord(
+                method=method.removeprefix("/"),
+                request_id=header(metadata, REQUEST_ID_HEADER) or "",
+                start_s=time.monotonic(),
+                traceparent=traceparent,
+                tracestate=header(metadata, "tracestate") or "",
+                trace_id=traceparent.split("-")[1] if _TRACEPARENT.fullmatch(traceparent) else "",
+            )
+            self._observers.call_started(call)
+            try:
+                answer = await serve(request, context)
+            except BaseException as error:
+                _note_failure(call, error, context)
+                raise
+            else:
+                call.code = grpc.StatusCode.OK.name
+                return answer
+            finally:
+                call.end_s = time.monotonic()
+                self._observers.call_ended(call)
+
+        return observed
+
+
+_KINDS: dict[str, Callable[..., "grpc.RpcMethodHandler[Any, Any]"]] = {
+    "unary_unary": grpc.unary_unary_rpc_method_handler,
+    "unary_stream": grpc.unary_stream_rpc_method_handler,
+    # Calls without the right key.
+    "stream_stream": grpc.stream_stream_rpc_method_handler,
+}
+
+
+def _note_failure(call: CallRecord, error: BaseException, context: _Context) -> None:
+    left_s = context.time_remaining()
+    if isinstance(error, grpc.aio.AbortError):
+        code: Any = context.code()
+        call.code = _CODE_NAMES[code] if isinstance(code, int) else code.name
+        for key, value in context.trailing_metadata() or ():
+            if key == "grpc-status-details-bin":
+                _note_details(call, status_pb2.Status.FromString(value))
+    elif left_s is not None and left_s < DEADLINE_MARGIN_S:
+        call.code, call.reason = grpc.StatusCode.DEADLINE_EXCEEDED.name, "DEADLINE"
+    else:
+        call.code = grpc.StatusCode.CANCELLED.name
+
+
+def _note_details(call: CallRecord, status: Any) -> None:
+    error, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
+    for detail in status.details:
+        if detail.Unpack(error):
+            call.reason = error.reason
+        elif detail.Unpack(request):
+            call.request_id = request.request_id

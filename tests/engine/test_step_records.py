@@ -1,0 +1,167 @@
+"""What the scheduler tells those who watch: records agree with the blocks, rows and tokens that they speak of."""
+
+import pickle
+
+import pytest
+from scheduler_bench import BLOCK, Bench
+
+from nanoserve.request import Preemption, StepRecord, WaitReason
+
+
+class WatchedBench(Bench):
+    """A bench whose scheduler is observed, and who keeps the KV map that an observer would."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.scheduler.is_observed = True
+        # (request, index) -> its blocks.
+        self.tables = {}
+        self.free = set(range(self.pool.num_blocks))
+
+    def step(self):
+        plan = super().step()
+        self.take(self.records()[-1])
+        return plan
+
+    def take(self, record):
+        for release in record.early_releases:
+            self.give_back(release)
+        for part in record.parts:
+            table = self.tables.setdefault((part.request_id, part.sequence_index), [])
+            assert part.start <= len(table + part.new_block_ids) * BLOCK
+            table.extend(part.new_block_ids)
+            self.free -= set(part.new_block_ids)
+        for release in record.late_releases:
+            self.give_back(release)
+        owned = {block for table in self.tables.values() for block in table}
+        assert len(owned) == record.num_owned_blocks
+        assert not owned & self.free
+        # Evicted blocks are in somebody's table by now.
+        assert len(self.free) == record.num_free_blocks
+
+    def give_back(self, release):
+        self.tables.pop((release.request_id, release.index), None)
+        self.free |= set(release.freed_block_ids)
+
+    def records(self):
+        return [event for event in self.events if isinstance(event, StepRecord)]
+
+
+def test_nobody_watches_by_default():
+    bench = Bench()
+    bench.add("a", range(10))
+    bench.run()
+    assert not [event for event in bench.events if isinstance(event, StepRecord)]
+
+
+def test_a_record_ends_the_events_of_each_step():
+    bench = WatchedBench()
+    bench.add("a", range(10), max_tokens=3)
+    bench.run()
+    assert isinstance(bench.events[-1], StepRecord)
+    records = bench.records()
+    assert [record.number for record in records] == [1, 2, 3]
+    assert [(r.num_prompt_tokens, r.num_completion_tokens) for r in records] == [(10, 0), (0, 1), (0, 1)]
+    assert [r.start_s for r in records] == [0.0, 1.0, 2.0]
+    assert [len(r.late_releases) for r in records] == [0, 0, 1]
+
+
+def test_a_record_travels_between_processes():
+    bench = WatchedBench(max_num_seqs=2)
+    for name in ("a", "b", "c"):
+        bench.add(name, range(10), max_tokens=2)
+    bench.run()
+    idle = bench.scheduler.settle(9.0)
+    for record in [*bench.records(), *idle]:
+        assert pickle.loads(pickle.dumps(record)) == record
+
+
+def test_a_long_prompt_comes_in_parts():
+    bench = WatchedBench(budget=8, max_num_seqs=4)
+    bench.add("a", range(20), max_tokens=1)
+    bench.run()
+    parts = [part for record in bench.records() for part in record.parts]
+    assert [(p.start, p.num_tokens, p.samples) for p in parts] == [(0, 8, False), (8, 8, False), (16, 4, True)]
+
+
+def test_blocks_from_the_cache_are_told():
+    bench = WatchedBench()
+    bench.add("a", range(13), max_tokens=1)
+    bench.run()
+    bench.add("b", range(13), max_tokens=1)
+    bench.run()
+    [part] = bench.records()[-1].parts
+    assert (part.num_cached_blocks, part.start, part.num_tokens) == (3, 12, 1)
+    assert len(part.new_block_ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "behind"),
+    [
+        ({"max_num_seqs": 2}, WaitReason.ROWS, "a"),
+        ({"num_blocks": 10}, WaitReason.BLOCKS, "b"),
+        ({"budget": 28}, WaitReason.TOKENS, "b"),
+        ({"batching": "static"}, WaitReason.BATCH, "a"),
+    ],
+)
+def test_the_head_of_the_queue_waits_for_a_reason(options, reason, behind):
+    bench = WatchedBench(**options)
+    bench.add("a", range(8))
+    bench.add("b", range(100, 120))
+    if reason is WaitReason.BATCH:
+        bench.step()
+    bench.add("c", range(200, 216))
+    bench.add("d", range(300, 303))
+    bench.step()
+    wait = bench.records()[-1].wait
+    assert (wait.request_id, wait.reason, wait.behind_request_id) == ("c", reason, behind)
+    bench.run()
+    assert bench.records()[-1].wait is None
+
+
+def test_a_preemption_names_both():
+    bench = WatchedBench(num_blocks=6)
+    bench.add("old", range(8), max_tokens=12)
+    bench.add("young", range(100, 108), max_tokens=12)
+    bench.run()
+    preemptions = [p for record in bench.records() for p in record.preemptions]
+    assert preemptions[0] == Preemption("young", 0, "old")
+
+
+def test_aborts_between_steps_are_told_by_the_next_record():
+    bench = WatchedBench()
+    bench.add("a", range(10))
+    bench.add("b", range(100, 110))
+    bench.step()
+    bench.scheduler.abort("a")
+    bench.step()
+    assert [r.request_id for r in bench.records()[-1].early_releases] == ["a"]
+
+
+def test_aborts_that_no_step_follows_are_told_all_the_same():
+    bench = WatchedBench()
+    bench.add("a", range(10))
+    bench.step()
+    bench.scheduler.abort("a")
+    [record] = bench.scheduler.settle(5.0)
+    bench.take(record)
+    assert (record.number, record.parts, record.num_owned_blocks) == (1, [], 0)
+
+
+def test_a_failed_step_is_told():
+    bench = WatchedBench()
+    bench.add("a", range(10))
+    record = bench.scheduler.fail(bench.scheduler.schedule(0.0), 1.0)[-1]
+    assert record.has_failed
+    assert [r.request_id for r in record.late_releases] == ["a"]
+
+
+@pytest.mark.parametrize("num_blocks", [10, 14, 40])
+def test_an_observer_can_keep_the_map_of_all_blocks(num_blocks):
+    bench = WatchedBench(num_blocks=num_blocks, max_num_seqs=5, budget=9)
+    for i in range(12):
+        bench.add(f"{i}", range(i % 3, i % 3 + 9 + i), max_tokens=9, n=1 + i % 3)
+    bench.run()
+    assert not bench.tables
+    if num_blocks == 10:
+        assert any(record.preemptions for record in bench.records())

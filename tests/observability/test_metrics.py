@@ -1,0 +1,159 @@
+"""Metrics as any exporter reads them: what moves them, and that the page in docs/ tells of each."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+from engine_bench import PROMPT
+from nanoserve_client import NanoserveError
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from watched_server import until, watched
+
+from nanoserve.observability import conventions as names
+from nanoserve.observability.metrics import REJECTIONS, Metrics
+from nanoserve.rpc.errors import _TABLE
+
+PAGE = Path(__file__).parents[2] / "docs" / "observability.md"
+
+
+class Read:
+    """Reads what a Metrics keeps."""
+
+    def __init__(self):
+        self._reader = InMemoryMetricReader()
+        self.metrics = Metrics(MeterProvider([self._reader]))
+
+    def all(self):
+        data = self._reader.get_metrics_data()
+        if data is None:
+            return {}
+        return {m.name: m for r in data.resource_metrics for s in r.scope_metrics for m in s.metrics}
+
+    def points(self, name):
+        """(attributes, value) of each series; of a histogram, the count."""
+        metric = self.all().get(name)
+        points = metric.data.data_points if metric else []
+        return [(dict(p.attributes), getattr(p, "value", None) if hasattr(p, "value") else p.count) for p in points]
+
+    def value(self, name, **attributes):
+        wanted = {key.replace("__", "."): value for key, value in attributes.items()}
+        return sum(value for found, value in self.points(name) if wanted.items() <= found.items())
+
+    def blocks(self):
+        return {found[names.BLOCK_STATE]: count for found, count in self.points("nanoserve.kv.blocks")}
+
+
+async def test_what_a_good_request_moves():
+    read = Read()
+    async with watched(read.metrics) as (_, client):
+        await client.generate(PROMPT, max_tokens=4).result()
+        await client.generate(PROMPT, max_tokens=4).result()
+        await until(lambda: read.value("gen_ai.server.request.duration") == 2)
+    labels = {names.OPERATION: "text_completion", names.PROVIDER: "nanoserve", names.REQUEST_MODEL: ""}
+    for name in ("request.duration", "time_to_first_token", "time_per_output_token"):
+        assert read.points(f"gen_ai.server.{name}") == [(labels, 2)]
+    assert read.value("nanoserve.completion.tokens") == 8
+    assert read.value("nanoserve.prompt.tokens") == 2 * len(PROMPT)
+    assert read.value("nanoserve.prompt.cached_tokens") == 8
+    assert read.value("nanoserve.sequences.finished", nanoserve__finish_reason="length") == 2
+    assert read.value("nanoserve.queue.wait") == 2
+    assert read.value("nanoserve.step.duration") == 8
+    steps = {p.attributes[names.TOKEN_TYPE]: p.sum for p in read.all()["nanoserve.step.tokens"].data.data_points}
+    assert steps == {"input": 9 + 1, "output": 3 + 3}
+    buckets = read.all()["gen_ai.server.time_to_first_token"].data.data_points[0].explicit_bounds
+    assert tuple(buckets) == names.FIRST_TOKEN_BUCKETS
+
+
+async def test_gauges_are_right_after_aborts():
+    read = Read()
+    async with watched(read.metrics, max_num_seqs=2) as (bench, client):
+        await until(lambda: read.blocks() == {"free": 64, "cached": 0, "owned": 0})
+        streams = [client.generate([i] * 20, max_tokens=100, ignore_eos=True) for i in range(1, 4)]
+        await asyncio.gather(*(stream.start() for stream in streams[:2]))
+        await until(lambda: read.value("nanoserve.queue.length") == 1)
+        assert read.value("nanoserve.sequences.running") == 2
+        assert sum(read.blocks().values()) == 64
+        for stream in streams:
+            stream.cancel()
+        # No step follows.
+        await until(lambda: read.value("nanoserve.queue.length") + read.value("nanoserve.sequences.running") == 0)
+        await until(lambda: read.blocks()["owned"] == 0)
+        await until(lambda: read.value("nanoserve.requests.cancelled") == 3)
+        assert sum(read.blocks().values()) == 64
+        assert not bench.scheduler.has_work
+
+
+async def test_what_goes_wrong_is_counted_by_reason():
+    read = Read()
+    async with watched(read.metrics, max_waiting=1) as (bench, client):
+
+        async def fails(**options):
+            with pytest.raises(NanoserveError):
+                await client.generate(PROMPT, **options).result()
+
+        await fails(temperature=-1)
+        await fails(model="other")
+        bench.executor.gate.clear()
+        waiting = asyncio.create_task(fails(timeout=0.5))
+        await until(lambda: bench.engine._streams)
+        await fails()
+        await waiting
+        bench.executor.gate.set()
+        bench.executor.is_broken = True
+        await fails()
+        await until(lambda: read.value("rpc.server.call.duration") == 5)
+    rejected = {found[names.ERROR_REASON]: count for found, count in read.points("nanoserve.calls.rejected")}
+    assert rejected == {"INVALID_REQUEST": 1, "MODEL_NOT_FOUND": 1, "OVERLOADED": 1}
+    assert read.points("nanoserve.requests.deadline_missed") == [({names.PHASE: "waiting"}, 1)]
+    assert read.value("gen_ai.server.request.duration", error__type="ENGINE_FAILURE") == 1
+    assert read.value("gen_ai.server.request.duration", error__type="OVERLOADED") == 1
+    assert not read.points("gen_ai.server.time_to_first_token")
+
+
+async def test_preemptions_are_counted():
+    read = Read()
+    async with watched(read.metrics, num_blocks=32) as (bench, client):
+        bench.executor.gate.clear()
+        streams = [client.generate([i] * 40, max_tokens=50, ignore_eos=True) for i in (1, 2)]
+        await until(lambda: len(bench.engine._streams) == 2)
+        bench.executor.gate.set()
+        results = await asyncio.gather(*(stream.result() for stream in streams))
+        await until(lambda: read.value("nanoserve.preemptions") == sum(r.timing.preemptions for r in results))
+    assert read.value("nanoserve.preemptions") > 0
+
+
+def test_every_reason_of_the_error_table_is_a_rejection_or_known_not_to_be():
+    others = {"DEADLINE", "CANCELLED_BY_OPERATOR", "ENGINE_FAILURE"}
+    assert {row.reason for row in _TABLE.values()} == REJECTIONS | others
+
+
+async def test_the_page_tells_of_every_metric():
+    """Name, unit and labels of each row of its table."""
+    read = Read()
+    read.metrics.server_ready("model", 1.0)
+    async with watched(read.metrics, max_waiting=2, num_blocks=32) as (bench, client):
+        # One of everything: two that preempt each other, one that is refused, one that is late, one that leaves.
+        bench.executor.gate.clear()
+        streams = [client.generate([i] * 40, max_tokens=50, ignore_eos=True) for i in (1, 2)]
+        await until(lambda: len(bench.engine._streams) == 2)
+        with pytest.raises(NanoserveError):
+            await client.generate(PROMPT).result()
+        bench.executor.gate.set()
+        await asyncio.gather(*(stream.result() for stream in streams))
+        bench.executor.gate.clear()
+        with pytest.raises(NanoserveError):
+            await client.generate(PROMPT, timeout=0.5).result()
+        left = client.generate(PROMPT)
+        await until(lambda: bench.engine._streams)
+        left.cancel()
+        bench.executor.gate.set()
+        await until(lambda: len(read.all()) == 19)
+        kept = {
+            metric.name: (metric.unit, {label for p in metric.data.data_points for label in p.attributes})
+            for metric in read.all().values()
+        }
+    rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \|([^|]+)\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
+    told = {name: (unit.strip(), set(re.findall(r"`([a-z_.]+)`", labels))) for name, unit, labels in rows}
+    assert told == kept
