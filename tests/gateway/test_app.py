@@ -9,6 +9,7 @@ import httpx
 import pytest
 from google.rpc import error_details_pb2
 from nanoserve_client.v1 import model_pb2
+from nanoserve_gateway import pages
 from scripted_gateway import scripted_gateway
 from scripted_server import RichStatus, delta, hello, overloaded, started
 
@@ -321,6 +322,62 @@ def test_a_response_is_found_listed_and_forgotten_by_its_own_key_alone(scripted)
     assert scripted.http.post(f"{url}/cancel", headers=mine).status_code == 400
     assert scripted.http.delete(url, headers=mine).json()["deleted"]
     assert scripted.http.get(url, headers=mine).status_code == 404
+
+
+def test_the_items_of_a_response_come_in_pages(scripted):
+    items = [{"role": "user", "content": str(number)} for number in range(25)]
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": items}).json()
+
+    def page(**query):
+        answer = scripted.http.get(f"/v1/responses/{made['id']}/input_items", params=query)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def texts(listed):
+        return [int(item["content"][0]["text"]) for item in listed["data"]]
+
+    first = page()
+    assert (texts(first), first["has_more"]) == (list(range(24, 4, -1)), True)
+    rest = page(after=first["last_id"])
+    assert (texts(rest), rest["has_more"]) == ([4, 3, 2, 1, 0], False)
+    assert (rest["first_id"], rest["last_id"]) == (rest["data"][0]["id"], rest["data"][-1]["id"])
+    assert texts(page(order="asc", limit=2)) == [0, 1]
+    end = page(order="asc", after=first["first_id"])
+    assert (end["data"], end["first_id"], end["has_more"]) == ([], None, False)
+
+
+def test_a_response_to_no_new_input_has_no_items(scripted):
+    body = {"model": "tiny", "input": [], "instructions": "Say hello."}
+    made = scripted.http.post("/v1/responses", json=body).json()
+    assert scripted.http.get(f"/v1/responses/{made['id']}/input_items").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "param"),
+    [
+        ("", "stream=true", "stream"),
+        ("", "starting_after=3", "starting_after"),
+        ("", "include[]=message.output_text.logprobs", "include"),
+        ("/input_items", "limit=0", "limit"),
+        ("/input_items", "limit=101", "limit"),
+        ("/input_items", "limit=many", "limit"),
+        ("/input_items", "limit=1&limit=2", "limit"),
+        ("/input_items", "order=random", "order"),
+        ("/input_items", "after=nothing", "after"),
+        ("/input_items", "before=x", "before"),
+    ],
+)
+def test_a_parameter_of_a_query_is_served_or_refused_by_name(scripted, path, query, param):
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi"}).json()
+    answer = scripted.http.get(f"/v1/responses/{made['id']}{path}?{query}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(("method", "path"), pages.ENDPOINTS)
+def test_no_endpoint_ignores_a_parameter_of_the_query(scripted, method, path):
+    answer = scripted.http.request(method, path.format(id="x", name="tiny"), params={"limitt": 1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limitt")
+    assert scripted.script.requests == []
 
 
 def test_a_streamed_response_is_kept_and_one_that_says_no_is_not(scripted):

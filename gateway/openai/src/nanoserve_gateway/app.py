@@ -22,7 +22,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanoserve_client import AsyncClient, CallOptions, NanoserveError, Tls, transport
 from nanoserve_client import Model as ServedModel
 from openai.types import Model
-from openai.types.responses import ResponseItemList
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -36,8 +35,8 @@ from nanoserve_gateway.answer import Answer, to_json
 from nanoserve_gateway.chat import ChatAnswer, messages_of
 from nanoserve_gateway.completions import CompletionAnswer
 from nanoserve_gateway.errors import Problem, bad_request, problem_of
-from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, RESPONSES, TOKENIZE
-from nanoserve_gateway.responses import Remembered, ResponseAnswer
+from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QUERIES, RESPONSES, TOKENIZE
+from nanoserve_gateway.responses import Remembered, ResponseAnswer, page_of
 from nanoserve_gateway.schema import BadRequest, Schema, Violation
 from nanoserve_gateway.store import ResponseStore
 from nanoserve_gateway.streaming import EventStream, Generation, frames, unless_gone
@@ -99,7 +98,8 @@ class Gateway:
 
     def routes(self) -> list[Route]:
         def route(method: str, path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
-            return Route(path, _answering(endpoint), methods=[method])
+            query = QUERIES.get((method, path), NO_QUERY)
+            return Route(path, _answering(endpoint, query), methods=[method])
 
         return [
             route("POST", "/v1/chat/completions", self.create_chat),
@@ -193,11 +193,7 @@ class Gateway:
         return _json(to_json(self._remembered(request).response))
 
     async def list_input_items(self, request: Request) -> Response:
-        items = list(self._remembered(request).items)
-        page = ResponseItemList.model_construct(
-            object="list", data=items[::-1], first_id=items[-1]["id"], last_id=items[0]["id"], has_more=False
-        )
-        return _json(to_json(page))
+        return JSONResponse(page_of(self._remembered(request).items, request.state.query))
 
     async def delete_response(self, request: Request) -> Response:
         remembered = self._remembered(request)
@@ -359,11 +355,24 @@ def _refusal(problem: Problem) -> Response:
     return JSONResponse(problem.as_json(), problem.status, headers=dict(problem.headers))
 
 
-def _answering(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint, whose refusals are answers."""
+def _parse_query(schema: Schema, request: Request) -> dict[str, Any]:
+    """Raises BadRequest. OpenAI's clients write a list as `name[]=a&name[]=b`."""
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name in given:
+            raise BadRequest([Violation(name, "is given more than once")])
+        given[name.removesuffix("[]")] = value
+    return schema.parse(given)
+
+
+def _answering(
+    endpoint: Callable[[Request], Awaitable[Response]], query: Schema
+) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint, whose refusals are answers; it finds the checked parameters in request.state.query."""
 
     async def answer(request: Request) -> Response:
         try:
+            request.state.query = _parse_query(query, request)
             return await endpoint(request)
         except (BadRequest, NanoserveError) as error:
             return _refusal(problem_of(error))

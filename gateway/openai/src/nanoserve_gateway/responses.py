@@ -229,6 +229,24 @@ def items_of(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [_item_of(message) for message in messages]
 
 
+def page_of(items: Sequence[Mapping[str, Any]], query: Mapping[str, Any]) -> dict[str, Any]:
+    """A page of a list. query: as INPUT_ITEMS.parse returns it. Raises BadRequest."""
+    ordered = list(items) if query.get("order") == "asc" else list(reversed(items))
+    begin = 0
+    if (after := query.get("after")) is not None:
+        ids = [item["id"] for item in ordered]
+        check((after not in ids, "after", f"there is no item {after!r}"))
+        begin = ids.index(after) + 1
+    page = ordered[begin : begin + query.get("limit", 20)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": begin + len(page) < len(ordered),
+    }
+
+
 def _item_of(message: Mapping[str, Any]) -> dict[str, Any]:
     kind = "output_text" if message["role"] == "assistant" else "input_text"
     content = message["content"]
