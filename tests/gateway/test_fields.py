@@ -1,5 +1,5 @@
-"""Every field of the openai package's parameter types, those of queries too, has a line in the table, and every line does
-what it says."""
+"""Every field of the openai package's parameter types, those of queries too, has a line in the table, and every line
+does what it says."""
 
 import inspect
 import re

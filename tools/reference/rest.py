@@ -14,8 +14,8 @@ INTRODUCTION = """\
 `nanoserve serve` opens it on `http://127.0.0.1:8000/v1`, `nanoserve-gateway --target ADDRESS` anywhere else. The tables
 are those that the gateway checks requests with, so nothing is ignored: a field is served; or it is a label, which is
 taken and changes no token; or it is refused with status 400 and the reason given here. A field that stands in no table
-is refused as unknown; so is a parameter of the query, of which only the endpoints of the last tables have any. `null` is
-the same as absent.
+is refused as unknown; so is a parameter of the query, and only the endpoints of the last tables have any. `null` is the
+same as absent.
 
 | header of a request | what it does |
 |---|---|

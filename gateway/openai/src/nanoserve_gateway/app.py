@@ -39,7 +39,7 @@ from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QU
 from nanoserve_gateway.responses import Remembered, ResponseAnswer, page_of
 from nanoserve_gateway.schema import BadRequest, Schema, Violation
 from nanoserve_gateway.store import ResponseStore
-from nanoserve_gateway.streaming import EventStream, Generation, frames, unless_gone
+from nanoserve_gateway.streaming import EventStream, Generation, unless_gone
 
 # Larger bodies are parsed on a thread, so that other streams do not wait.
 LARGE_BODY_BYTES = 64 * 1024
@@ -155,15 +155,14 @@ class Gateway:
             try:
                 if (starts := await unless_gone(request.receive, generation.start())) is None:
                     raise ClientDisconnect
-                headers = {"x-request-id": starts[0].request_id}
                 if answer.is_streamed:
                     leaving.pop_all()
-                    return EventStream(frames(generation, answer, starts, self._config.keep_alive_s), headers)
+                    return EventStream(generation, answer, starts, self._config.keep_alive_s)
                 if (results := await unless_gone(request.receive, generation.results())) is None:
                     raise ClientDisconnect
             except NanoserveError as error:
                 return _refusal(problem_of(error, answer.names))
-        return _json(to_json(answer.whole(results)), headers=headers)
+        return _json(to_json(answer.whole(results)), {"x-request-id": starts[0].request_id})
 
     async def _begin_in_background(self, request: Request, answer: ResponseAnswer) -> Response:
         owner, generation = _owner(request), self._generation(request, answer)
@@ -181,7 +180,7 @@ class Gateway:
             return _refusal(problem_of(error, answer.names))
         begun = answer.snapshot("in_progress")
         self._store.put(owner, answer.remembered(begun), asyncio.create_task(go_on()))
-        return _json(to_json(begun), headers={"x-request-id": starts[0].request_id})
+        return _json(to_json(begun), {"x-request-id": starts[0].request_id})
 
     def _generation(self, request: Request, answer: Answer) -> Generation:
         call = self._call_options(request)

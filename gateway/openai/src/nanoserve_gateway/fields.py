@@ -1,4 +1,5 @@
-"""The table: every field of the three APIs, of the objects within them, and every parameter of a query, with its status.
+"""The table: every field of the three APIs and of the objects within them, and every parameter of a query, with its
+status.
 
 A test walks the openai package's parameter types and fails if one of their fields has no line here.
 """
