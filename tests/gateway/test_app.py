@@ -62,6 +62,7 @@ def test_a_refusal_keeps_its_status_streamed_or_not(scripted, path, body, is_str
         ("PERMISSION_DENIED", "PERMISSION_DENIED", 403, "permission_denied"),
         ("NOT_FOUND", "MODEL_NOT_FOUND", 404, "model_not_found"),
         ("UNAVAILABLE", "NOT_READY", 503, "not_ready"),
+        ("CANCELLED", "", 503, "unavailable"),
         ("DEADLINE_EXCEEDED", "DEADLINE", 504, "deadline"),
         ("ABORTED", "CANCELLED_BY_OPERATOR", 409, "cancelled_by_operator"),
         ("INTERNAL", "ENGINE_FAILURE", 500, "engine_failure"),
