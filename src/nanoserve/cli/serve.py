@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import logging
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -50,11 +49,11 @@ async def serve(options: Options, loading: Loading) -> int:
     from nanoserve.rpc.server import Server
 
     server = Server(options.server)
-    async with openai_api(options.server, server) as url:
-        return await _serve(options, loading, server, url)
+    async with openai_api(options.server, server) as openai:
+        return await _serve(options, loading, server, openai)
 
 
-async def _serve(options: Options, loading: Loading, server: "Server", url: str | None) -> int:
+async def _serve(options: Options, loading: Loading, server: "Server", openai: str | None) -> int:
     started_s = time.monotonic()
     try:
         address = _address(options.server, await server.start())
@@ -62,15 +61,15 @@ async def _serve(options: Options, loading: Loading, server: "Server", url: str 
         await asyncio.sleep(0)  # lets it take over the signals
         name = BUILTIN_MODEL_NAME if options.model.path == str(BUILTIN_MODEL) else options.model.path
         logger.info("listening on %s, not ready yet: loading %s", address, name)
-        engine = await _load(options, loading, serving)
+        engine = await _load(options, loading, server, serving)
     except Exception:
         await server.stop()
         raise
     engine.start()
     server.set_engine(engine)
     loading.fact("gRPC", f"{address}, {_protection(options.server)}")
-    if url is not None:
-        loading.fact("OpenAI", url)
+    if openai is not None:
+        loading.fact("OpenAI", openai)
     ready_after_s = time.monotonic() - started_s
     logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())
     ended = asyncio.create_task(engine.wait_until_ended())
@@ -85,15 +84,14 @@ async def _serve(options: Options, loading: Loading, server: "Server", url: str 
     return 0
 
 
-async def _load(options: Options, loading: Loading, serving: "asyncio.Task[None]") -> "Engine":
+async def _load(options: Options, loading: Loading, server: "Server", serving: "asyncio.Task[None]") -> "Engine":
     """Build the engine on another thread; a signal in the meantime ends the process."""
     with loading:
         building = asyncio.create_task(asyncio.to_thread(_build, options, loading))
         await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
     if not building.done():
-        # Nothing can stop a thread that loads a model.
-        logging.shutdown()
-        os._exit(0)  # and with it the engine's process
+        # Nothing can stop a thread that loads a model; the engine's process ends with this one.
+        server.end_process(0)
     return building.result()
 
 

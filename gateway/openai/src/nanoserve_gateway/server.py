@@ -4,12 +4,13 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import math
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
-from nanoserve_client import Tls
+from nanoserve_client import Tls, transport
 
 from nanoserve_gateway.app import GatewayConfig, build_app
 
@@ -66,11 +67,21 @@ class GatewayServer(uvicorn.Server):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`nanoserve-gateway`: serve until a signal."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    files = (given.tls_ca, given.client_cert, given.client_key)
+    tls = Tls(*files) if given.tls or any(files) else None
+    try:
+        if tls is not None:
+            transport.credentials(tls)
+    except ValueError:
+        parser.error("--client-cert and --client-key go together")
+    except OSError as error:
+        parser.error(f"cannot read {error.filename}: {error.strerror}")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = GatewayConfig(
         target=given.target,
-        tls=Tls(given.tls_ca, given.client_cert, given.client_key) if given.tls or given.tls_ca else None,
+        tls=tls,
         cors_origins=tuple(given.cors_origin),
         max_body_bytes=given.max_body,
         timeout_s=given.timeout,
@@ -88,14 +99,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nanoserve-gateway", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
+    defaults = GatewayConfig(target="")
     add("--target", required=True, metavar="ADDRESS", help="the gRPC service, such as 127.0.0.1:50051")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8000, help="0 = any free port (default: %(default)s)")
+    add("--port", type=_port, default=8000, metavar="N", help="0 = any free port (default: %(default)s)")
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="whose pages may call; * = all")
-    add("--max-body", type=int, default=16 * 2**20, metavar="BYTES", help="of a request (default: %(default)s)")
-    add("--timeout", type=float, default=600, metavar="SECONDS", help="of a request without x-request-timeout")
-    add("--tls", action="store_true", help="speak TLS with the gRPC service")
+    add(
+        "--max-body",
+        type=_size,
+        default=defaults.max_body_bytes,
+        metavar="BYTES",
+        help="largest request (default: %(default)s)",
+    )
+    add(
+        "--timeout",
+        type=_seconds,
+        default=defaults.timeout_s,
+        metavar="SECONDS",
+        help="of a request without x-request-timeout (default: %(default)s)",
+    )
+    add("--tls", action="store_true", help="speak TLS with the gRPC service; the files turn it on too")
     add("--tls-ca", type=Path, metavar="FILE", help="PEM file that its certificate is checked against")
     add("--client-cert", type=Path, metavar="FILE", help="PEM file of the certificate to show, with --client-key")
     add("--client-key", type=Path, metavar="FILE", help="PEM file of its key")
     return parser
+
+
+def _port(text: str) -> int:
+    return int(_number(text, "a port, 0 to 65535", int, 0, 65535))
+
+
+def _size(text: str) -> int:
+    return int(_number(text, "a number of bytes, at least 1", int, 1, math.inf))
+
+
+def _seconds(text: str) -> float:
+    return _number(text, "seconds, above 0", float, 0.001, 2**31 - 1)
+
+
+def _number(text: str, wanted: str, kind: Callable[[str], float], least: float, most: float) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {wanted}")
+    return value
