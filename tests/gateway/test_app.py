@@ -1,8 +1,11 @@
 """The application in front of a scripted server: status codes, headers, streams that break, callers who go."""
 
+import contextlib
 import itertools
 import json
+import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import httpx
@@ -170,6 +173,19 @@ def test_who_goes_away_before_the_answer_cancels_the_call(scripted, path, body, 
     assert scripted.script.ended.wait(WAIT_S)
 
 
+def test_who_goes_away_before_a_response_in_the_background_began_cancels_the_call(scripted):
+    def generate(_request, context):
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        assert gone.wait(WAIT_S)
+        yield
+
+    scripted.script.generate = generate
+    with httpx.Client(base_url=scripted.url, timeout=0.5) as http, pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/responses", json={"model": "tiny", "input": "hi", "background": True})
+    assert scripted.script.ended.wait(WAIT_S)
+
+
 def test_one_of_several_prompts_that_is_refused_ends_the_others(scripted):
     ended = threading.Semaphore(0)
 
@@ -226,7 +242,9 @@ def test_without_a_header_the_gateways_own_deadline_holds():
 
 @pytest.mark.parametrize(
     "headers",
-    [{"x-request-timeout": t} for t in ("0", "-1", "nan", "inf", "soon")] + [{"x-request-id": "ü".encode()}],
+    [{"x-request-timeout": t} for t in ("0", "-1", "nan", "inf", "soon")]
+    + [{"x-request-id": "ü".encode()}, {"x-request-id": "x" * 3000}, {"authorization": "Bearer " + "x" * 3000}],
+    ids=range(8),
 )
 def test_a_header_that_cannot_be_is_refused(scripted, headers):
     answer = scripted.http.post("/v1/chat/completions", json=CHAT, headers=headers)
@@ -235,7 +253,12 @@ def test_a_header_that_cannot_be_is_refused(scripted, headers):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'{"a": NaN}', b'"\\ud800"', b"\xff", b"[" * 100_000, b"9" * 5000], ids=range(8)
+    "body",
+    [
+        *(b"", b"{", b"[]", b'{"a": NaN}', b'{"a": Infinity}', b'"\\ud800"', b"\xff", b"9" * 5000),
+        *(b"[" * 100_000, b'{"a": ' * 100_000, b'{"a": 1, "a": 2}', b'{"a": [{"b": 1, "b": 1}]}'),
+    ],
+    ids=range(12),
 )
 def test_a_body_that_is_no_json_is_refused(scripted, body):
     answer = scripted.http.post("/v1/chat/completions", content=body)
@@ -251,6 +274,64 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read():
         answer = gateway.http.post("/v1/chat/completions", content=body + " ")
         assert answer.status_code == 413
         assert "1000 bytes" in answer.json()["error"]["message"]
+
+
+def connect(gateway, sent=b""):
+    connection = socket.create_connection(("127.0.0.1", httpx.URL(gateway.url).port), timeout=WAIT_S)
+    connection.sendall(sent)
+    return contextlib.closing(connection)
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD, HEAD + b"content-length: 100\r\n\r\n{"])
+def test_a_request_that_does_not_come_is_not_waited_for_for_ever(sent):
+    with scripted_gateway(receive_timeout_s=0.2) as gateway, connect(gateway, sent) as connection:
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert (b"408" in answer) == (b"{" in sent)
+        assert gateway.script.requests == []
+
+
+def test_a_request_that_came_is_not_hurried():
+    go_on = threading.Event()
+
+    def generate(request, context):
+        yield started()
+        assert go_on.wait(WAIT_S)
+        yield from itertools.islice(hello(request, context), 1, None)
+
+    with scripted_gateway(receive_timeout_s=0.2, keep_alive_s=0.05) as gateway:
+        gateway.script.generate = generate
+        with gateway.http.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            # Longer than a request may take to come.
+            assert sum(1 for line in itertools.islice(lines, 30) if line == ": keep-alive") > 6
+            go_on.set()
+            assert "data: [DONE]" in lines
+        assert gateway.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_a_head_without_an_end_is_refused(scripted):
+    with connect(scripted, HEAD + b"x: ") as connection, contextlib.suppress(ConnectionError):
+        for _ in range(64):
+            connection.sendall(b"x" * 65536)
+        assert b"400" in connection.recv(65536).splitlines()[0]
+    assert scripted.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_callers_who_send_nothing_keep_nobody_from_being_served(scripted):
+    with contextlib.ExitStack() as stack:
+        for number in range(1000):
+            stack.enter_context(connect(scripted, HEAD[: number % len(HEAD)]))
+        assert scripted.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_a_body_that_breaks_off_is_no_request(scripted):
+    with connect(scripted, HEAD + b"content-length: 100\r\n\r\n{"):
+        pass
+    assert scripted.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+    assert len(scripted.script.requests) == 1
 
 
 def test_a_large_body_is_parsed_like_a_small_one(scripted):
@@ -430,6 +511,23 @@ def test_a_response_in_the_background_can_be_cancelled(scripted):
     assert cancelled["status"] == "cancelled"
     assert scripted.script.ended.wait(WAIT_S)
     assert scripted.http.get(f"/v1/responses/{made['id']}").json()["status"] == "cancelled"
+
+
+def test_two_who_cancel_at_once_hear_the_same(scripted):
+    scripted.script.generate = silent
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi", "background": True}).json()
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: httpx.post(f"{scripted.url}/v1/responses/{made['id']}/cancel"), range(2)))
+    assert [answer.json()["status"] for answer in answers] == ["cancelled"] * 2
+    assert scripted.script.ended.wait(WAIT_S)
+
+
+def test_who_forgets_a_response_in_the_background_ends_it(scripted):
+    scripted.script.generate = silent
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi", "background": True}).json()
+    assert scripted.http.delete(f"/v1/responses/{made['id']}").json()["deleted"]
+    assert scripted.script.ended.wait(WAIT_S)
+    assert scripted.http.get(f"/v1/responses/{made['id']}").status_code == 404
 
 
 def test_a_response_in_the_background_that_fails_says_so(scripted):

@@ -43,6 +43,8 @@ from nanoserve_gateway.streaming import EventStream, Generation, unless_gone
 
 # Larger bodies are parsed on a thread, so that other streams do not wait.
 LARGE_BODY_BYTES = 64 * 1024
+# Of a header that is passed on: gRPC takes 8 KiB of them all.
+MAX_HEADER_CHARS = 2048
 HEALTH_TIMEOUT_S = 2.0
 HEALTH_SERVICE = "nanoserve.v1.GenerationService"
 
@@ -61,6 +63,8 @@ class GatewayConfig:
     max_body_bytes: int = 16 * 2**20
     # Of a request whose caller gives no `x-request-timeout`.
     timeout_s: float = 600.0
+    # Until a whole request has come.
+    receive_timeout_s: float = 60.0
     # Of silence in a stream, before a sign of life.
     keep_alive_s: float = 15.0
     max_stored_responses: int = 1000
@@ -171,13 +175,19 @@ class Gateway:
             with generation:
                 try:
                     answer.whole(await generation.results())
-                except NanoserveError as error:
+                except Exception as error:
+                    if not isinstance(error, NanoserveError):
+                        logger.exception("unexpected error")
                     answer.failed(problem_of(error, answer.names))
 
-        try:
-            starts = await generation.start()
-        except NanoserveError as error:
-            return _refusal(problem_of(error, answer.names))
+        with contextlib.ExitStack() as leaving:
+            leaving.enter_context(generation)
+            try:
+                if (starts := await unless_gone(request.receive, generation.start())) is None:
+                    raise ClientDisconnect
+            except NanoserveError as error:
+                return _refusal(problem_of(error, answer.names))
+            leaving.pop_all()
         begun = answer.snapshot("in_progress")
         self._store.put(owner, answer.remembered(begun), asyncio.create_task(go_on()))
         return _json(to_json(begun), {"x-request-id": starts[0].request_id})
@@ -285,7 +295,11 @@ class Gateway:
 
     async def _fields(self, request: Request, schema: Schema) -> dict[str, Any]:
         """Raises BadRequest, or HTTPException."""
-        body = await self._body(request)
+        try:
+            async with asyncio.timeout(self._config.receive_timeout_s):
+                body = await self._body(request)
+        except TimeoutError:
+            raise HTTPException(408, f"the request did not come within {self._config.receive_timeout_s:g} s") from None
         if len(body) < LARGE_BODY_BYTES:
             return schema.parse(_parse_json(body))
         return await asyncio.to_thread(lambda: schema.parse(_parse_json(body)))
@@ -306,8 +320,9 @@ class Gateway:
             options["metadata"] = {"authorization": authorization}
         for name in ("x-request-id", "traceparent", "authorization"):
             value = request.headers.get(name, "")
-            if not (value.isascii() and value.isprintable()):
-                raise BadRequest([Violation(f"header {name}", "must be printable ASCII")])
+            if not (value.isascii() and value.isprintable() and len(value) <= MAX_HEADER_CHARS):
+                wanted = f"must be at most {MAX_HEADER_CHARS} characters of printable ASCII"
+                raise BadRequest([Violation(f"header {name}", wanted)])
         return options
 
     def _timeout_s(self, request: Request) -> float:
@@ -324,13 +339,22 @@ class Gateway:
 
 
 def _parse_json(body: bytes) -> Any:
-    """Raises BadRequest. NaN and halves of characters are no JSON that others could read."""
+    """Raises BadRequest. NaN and halves of characters are no JSON that others could read; of a name that is there twice
+    one value would be ignored."""
     try:
-        value = json.loads(body.decode(), parse_constant=_refuse_constant)
+        value = json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise BadRequest([Violation("body", f"is not JSON: {error}")]) from None
+    return value
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(members)
+    if len(value) < len(members):
+        names = [name for name, _ in members]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
     return value
 
 

@@ -3,19 +3,24 @@
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from nanoserve_client import Tls, transport
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from nanoserve_gateway.app import GatewayConfig, build_app
 
 # For streams that are still open when the process is told to stop.
 STOP_GRACE_S = 30
+# Of a request before its body.
+MAX_HEAD_BYTES = 64 * 1024
 DESCRIPTION = """OpenAI's REST API in front of a nanoserve server: a translation, and nothing else."""
 
 
@@ -33,6 +38,50 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _Connection(HttpToolsProtocol):
+    """A caller's connection, as uvicorn has it, on which the head of a request must end: in size and in time."""
+
+    def __init__(self, *arguments: Any, receive_timeout_s: float, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._receive_timeout_s = receive_timeout_s
+        self._head_bytes = 0
+        # While a head is awaited.
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response(f"The head of the request has more than {MAX_HEAD_BYTES} bytes.")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._stop_timer()
+        self._head_bytes = 0
+        self._timer = self.loop.call_later(self._receive_timeout_s, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class GatewayServer(uvicorn.Server):
     """Serves one listening socket. Event loop thread."""
 
@@ -45,7 +94,7 @@ class GatewayServer(uvicorn.Server):
             log_level="warning",
             access_log=False,
             server_header=False,
-            http="httptools",
+            http=functools.partial(_Connection, receive_timeout_s=config.receive_timeout_s),  # type: ignore[arg-type]
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=STOP_GRACE_S,
