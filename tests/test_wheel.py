@@ -5,9 +5,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTIONS = ("clients/python", "gateway/openai", ".")
@@ -45,6 +48,21 @@ def test_everything_comes_from_the_wheels(environment):
     )
     for path in run(str(environment / "bin" / "python"), "-c", code).split():
         assert Path(path).is_relative_to(environment), path
+
+
+@pytest.mark.parametrize("distribution", ["nanoserve-client", "nanoserve-gateway"])
+def test_client_and_gateway_are_installed_without_torch(distribution):
+    needed: set[str] = set()
+    asked = [distribution]
+    while asked:
+        name = asked.pop()
+        needed.add(name)
+        for requirement in map(Requirement, metadata.requires(name) or ()):
+            is_wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if is_wanted and (other := canonicalize_name(requirement.name)) not in needed:
+                asked.append(other)
+    assert "grpcio" in needed
+    assert not needed & {"nanoserve", "torch", "transformers"}
 
 
 def test_the_built_in_model_answers_without_a_network(environment):

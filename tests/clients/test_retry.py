@@ -39,6 +39,13 @@ async def test_refused_stream_is_tried_again(face, server):
     assert {m["x-request-id"] for m in server.script.metadata} == {"mine"}
 
 
+async def test_what_comes_in_the_last_moment_of_a_server_is_tried_again(face, server):
+    stopping = RichStatus(grpc.StatusCode.CANCELLED, "CANCELLED")
+    server.script.generate, _ = refuse_first(1, stopping, server.script, hello)
+    assert (await face.call(face.connect(server.target).generate("x").result)).text == "Hello"
+    assert len(server.script.requests) == 2
+
+
 async def test_refused_unary_call_is_tried_again(face, server):
     server.script.unary, _ = refuse_first(
         1, NOT_READY, server.script, lambda _request, _context: model_pb2.DetokenizeResponse(text="ok")

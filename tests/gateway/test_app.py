@@ -1,14 +1,18 @@
 """The application in front of a scripted server: status codes, headers, streams that break, callers who go."""
 
+import contextlib
 import itertools
 import json
+import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import httpx
 import pytest
 from google.rpc import error_details_pb2
 from nanoserve_client.v1 import model_pb2
+from nanoserve_gateway import pages
 from scripted_gateway import scripted_gateway
 from scripted_server import RichStatus, delta, hello, overloaded, started
 
@@ -61,6 +65,7 @@ def test_a_refusal_keeps_its_status_streamed_or_not(scripted, path, body, is_str
         ("PERMISSION_DENIED", "PERMISSION_DENIED", 403, "permission_denied"),
         ("NOT_FOUND", "MODEL_NOT_FOUND", 404, "model_not_found"),
         ("UNAVAILABLE", "NOT_READY", 503, "not_ready"),
+        ("CANCELLED", "", 503, "unavailable"),
         ("DEADLINE_EXCEEDED", "DEADLINE", 504, "deadline"),
         ("ABORTED", "CANCELLED_BY_OPERATOR", 409, "cancelled_by_operator"),
         ("INTERNAL", "ENGINE_FAILURE", 500, "engine_failure"),
@@ -168,6 +173,19 @@ def test_who_goes_away_before_the_answer_cancels_the_call(scripted, path, body, 
     assert scripted.script.ended.wait(WAIT_S)
 
 
+def test_who_goes_away_before_a_response_in_the_background_began_cancels_the_call(scripted):
+    def generate(_request, context):
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        assert gone.wait(WAIT_S)
+        yield
+
+    scripted.script.generate = generate
+    with httpx.Client(base_url=scripted.url, timeout=0.5) as http, pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/responses", json={"model": "tiny", "input": "hi", "background": True})
+    assert scripted.script.ended.wait(WAIT_S)
+
+
 def test_one_of_several_prompts_that_is_refused_ends_the_others(scripted):
     ended = threading.Semaphore(0)
 
@@ -224,7 +242,9 @@ def test_without_a_header_the_gateways_own_deadline_holds():
 
 @pytest.mark.parametrize(
     "headers",
-    [{"x-request-timeout": t} for t in ("0", "-1", "nan", "inf", "soon")] + [{"x-request-id": "ü".encode()}],
+    [{"x-request-timeout": t} for t in ("0", "-1", "nan", "inf", "soon")]
+    + [{"x-request-id": "ü".encode()}, {"x-request-id": "x" * 3000}, {"authorization": "Bearer " + "x" * 3000}],
+    ids=range(8),
 )
 def test_a_header_that_cannot_be_is_refused(scripted, headers):
     answer = scripted.http.post("/v1/chat/completions", json=CHAT, headers=headers)
@@ -233,7 +253,12 @@ def test_a_header_that_cannot_be_is_refused(scripted, headers):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'{"a": NaN}', b'"\\ud800"', b"\xff", b"[" * 100_000, b"9" * 5000], ids=range(8)
+    "body",
+    [
+        *(b"", b"{", b"[]", b'{"a": NaN}', b'{"a": Infinity}', b'"\\ud800"', b"\xff", b"9" * 5000),
+        *(b"[" * 100_000, b'{"a": ' * 100_000, b'{"a": 1, "a": 2}', b'{"a": [{"b": 1, "b": 1}]}'),
+    ],
+    ids=range(12),
 )
 def test_a_body_that_is_no_json_is_refused(scripted, body):
     answer = scripted.http.post("/v1/chat/completions", content=body)
@@ -249,6 +274,64 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read():
         answer = gateway.http.post("/v1/chat/completions", content=body + " ")
         assert answer.status_code == 413
         assert "1000 bytes" in answer.json()["error"]["message"]
+
+
+def connect(gateway, sent=b""):
+    connection = socket.create_connection(("127.0.0.1", httpx.URL(gateway.url).port), timeout=WAIT_S)
+    connection.sendall(sent)
+    return contextlib.closing(connection)
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD, HEAD + b"content-length: 100\r\n\r\n{"])
+def test_a_request_that_does_not_come_is_not_waited_for_for_ever(sent):
+    with scripted_gateway(receive_timeout_s=0.2) as gateway, connect(gateway, sent) as connection:
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert (b"408" in answer) == (b"{" in sent)
+        assert gateway.script.requests == []
+
+
+def test_a_request_that_came_is_not_hurried():
+    go_on = threading.Event()
+
+    def generate(request, context):
+        yield started()
+        assert go_on.wait(WAIT_S)
+        yield from itertools.islice(hello(request, context), 1, None)
+
+    with scripted_gateway(receive_timeout_s=0.2, keep_alive_s=0.05) as gateway:
+        gateway.script.generate = generate
+        with gateway.http.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            # Longer than a request may take to come.
+            assert sum(1 for line in itertools.islice(lines, 30) if line == ": keep-alive") > 6
+            go_on.set()
+            assert "data: [DONE]" in lines
+        assert gateway.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_a_head_without_an_end_is_refused(scripted):
+    with connect(scripted, HEAD + b"x: ") as connection, contextlib.suppress(ConnectionError):
+        for _ in range(64):
+            connection.sendall(b"x" * 65536)
+        assert b"400" in connection.recv(65536).splitlines()[0]
+    assert scripted.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_callers_who_send_nothing_keep_nobody_from_being_served(scripted):
+    with contextlib.ExitStack() as stack:
+        for number in range(1000):
+            stack.enter_context(connect(scripted, HEAD[: number % len(HEAD)]))
+        assert scripted.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_a_body_that_breaks_off_is_no_request(scripted):
+    with connect(scripted, HEAD + b"content-length: 100\r\n\r\n{"):
+        pass
+    assert scripted.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+    assert len(scripted.script.requests) == 1
 
 
 def test_a_large_body_is_parsed_like_a_small_one(scripted):
@@ -323,6 +406,62 @@ def test_a_response_is_found_listed_and_forgotten_by_its_own_key_alone(scripted)
     assert scripted.http.get(url, headers=mine).status_code == 404
 
 
+def test_the_items_of_a_response_come_in_pages(scripted):
+    items = [{"role": "user", "content": str(number)} for number in range(25)]
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": items}).json()
+
+    def page(**query):
+        answer = scripted.http.get(f"/v1/responses/{made['id']}/input_items", params=query)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def texts(listed):
+        return [int(item["content"][0]["text"]) for item in listed["data"]]
+
+    first = page()
+    assert (texts(first), first["has_more"]) == (list(range(24, 4, -1)), True)
+    rest = page(after=first["last_id"])
+    assert (texts(rest), rest["has_more"]) == ([4, 3, 2, 1, 0], False)
+    assert (rest["first_id"], rest["last_id"]) == (rest["data"][0]["id"], rest["data"][-1]["id"])
+    assert texts(page(order="asc", limit=2)) == [0, 1]
+    end = page(order="asc", after=first["first_id"])
+    assert (end["data"], end["first_id"], end["has_more"]) == ([], None, False)
+
+
+def test_a_response_to_no_new_input_has_no_items(scripted):
+    body = {"model": "tiny", "input": [], "instructions": "Say hello."}
+    made = scripted.http.post("/v1/responses", json=body).json()
+    assert scripted.http.get(f"/v1/responses/{made['id']}/input_items").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "param"),
+    [
+        ("", "stream=true", "stream"),
+        ("", "starting_after=3", "starting_after"),
+        ("", "include[]=message.output_text.logprobs", "include"),
+        ("/input_items", "limit=0", "limit"),
+        ("/input_items", "limit=101", "limit"),
+        ("/input_items", "limit=many", "limit"),
+        ("/input_items", "limit=1&limit=2", "limit"),
+        ("/input_items", "order=random", "order"),
+        ("/input_items", "after=nothing", "after"),
+        ("/input_items", "before=x", "before"),
+    ],
+)
+def test_a_parameter_of_a_query_is_served_or_refused_by_name(scripted, path, query, param):
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi"}).json()
+    answer = scripted.http.get(f"/v1/responses/{made['id']}{path}?{query}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(("method", "path"), pages.ENDPOINTS)
+def test_no_endpoint_ignores_a_parameter_of_the_query(scripted, method, path):
+    answer = scripted.http.request(method, path.format(id="x", name="tiny"), params={"limitt": 1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limitt")
+    assert scripted.script.requests == []
+
+
 def test_a_streamed_response_is_kept_and_one_that_says_no_is_not(scripted):
     for is_kept in (True, False):
         body = {"model": "tiny", "input": "hi", "stream": True, "store": is_kept}
@@ -372,6 +511,23 @@ def test_a_response_in_the_background_can_be_cancelled(scripted):
     assert cancelled["status"] == "cancelled"
     assert scripted.script.ended.wait(WAIT_S)
     assert scripted.http.get(f"/v1/responses/{made['id']}").json()["status"] == "cancelled"
+
+
+def test_two_who_cancel_at_once_hear_the_same(scripted):
+    scripted.script.generate = silent
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi", "background": True}).json()
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: httpx.post(f"{scripted.url}/v1/responses/{made['id']}/cancel"), range(2)))
+    assert [answer.json()["status"] for answer in answers] == ["cancelled"] * 2
+    assert scripted.script.ended.wait(WAIT_S)
+
+
+def test_who_forgets_a_response_in_the_background_ends_it(scripted):
+    scripted.script.generate = silent
+    made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi", "background": True}).json()
+    assert scripted.http.delete(f"/v1/responses/{made['id']}").json()["deleted"]
+    assert scripted.script.ended.wait(WAIT_S)
+    assert scripted.http.get(f"/v1/responses/{made['id']}").status_code == 404
 
 
 def test_a_response_in_the_background_that_fails_says_so(scripted):

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from nanoserve.bench import serve
 from nanoserve.cli.flags import Parser
+from nanoserve.config import ConfigError
 
 
 def bench(*argv):
@@ -25,3 +28,8 @@ def test_a_failure_is_told_by_its_code(served, capsys):
     arguments = ("--target", served.address, "--workload", "1:8:4", "--api", "openai")
     assert bench(*arguments, "--openai-url", f"{served.url}/nothing") == 1
     assert "http_404" in capsys.readouterr().out
+
+
+def test_an_url_that_no_request_goes_to_is_refused():
+    with pytest.raises(ConfigError, match="--openai-url is 'http://x/v1'; it is for --api openai"):
+        bench("--target", "x", "--workload", "1:8:4", "--openai-url", "http://x/v1")

@@ -1,19 +1,45 @@
-"""Every field of the openai package's parameter types has a line in the table, and every line does what it says."""
+"""Every field of the openai package's parameter types, those of queries too, has a line in the table, and every line
+does what it says."""
 
+import inspect
+import re
 import typing
 
 import pytest
-from nanoserve_gateway.fields import CHAT, COMPLETIONS, RESPONSES, SCHEMAS
+from nanoserve_gateway.fields import CHAT, COMPLETIONS, INPUT_ITEMS, QUERIES, RESPONSES, RETRIEVE, SCHEMAS
+from nanoserve_gateway.pages import ENDPOINTS
 from nanoserve_gateway.schema import BadRequest
+from openai import resources
+from openai.resources import chat, responses
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
-from openai.types.responses import response_create_params
+from openai.types.responses import input_item_list_params, response_create_params, response_retrieve_params
 
-MODULES = {CHAT: chat_create_params, COMPLETIONS: completion_create_params, RESPONSES: response_create_params}
+MODULES = {
+    CHAT: chat_create_params,
+    COMPLETIONS: completion_create_params,
+    RESPONSES: response_create_params,
+    RETRIEVE: response_retrieve_params,
+    INPUT_ITEMS: input_item_list_params,
+}
 REQUESTS = {
     CHAT: {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
     COMPLETIONS: {"model": "m", "prompt": "hi"},
     RESPONSES: {"model": "m", "input": "hi"},
+    RETRIEVE: {},
+    INPUT_ITEMS: {},
+}
+# What sends to each endpoint that OpenAI has too.
+METHODS = {
+    ("POST", "/v1/chat/completions"): chat.completions.Completions.create,
+    ("POST", "/v1/completions"): resources.Completions.create,
+    ("POST", "/v1/responses"): responses.Responses.create,
+    ("GET", "/v1/responses/{id}"): responses.Responses.retrieve,
+    ("DELETE", "/v1/responses/{id}"): responses.Responses.delete,
+    ("POST", "/v1/responses/{id}/cancel"): responses.Responses.cancel,
+    ("GET", "/v1/responses/{id}/input_items"): responses.InputItems.list,
+    ("GET", "/v1/models"): resources.Models.list,
+    ("GET", "/v1/models/{name}"): resources.Models.retrieve,
 }
 REFUSED = [(schema, field) for schema in REQUESTS for field in schema.fields.values() if field.status == "refused"]
 
@@ -23,9 +49,8 @@ def names(schemas):
 
 
 def fields_of(module):
-    variants = [
-        getattr(module, name) for name in module.__all__ if name.startswith(("CompletionCreate", "ResponseCreate"))
-    ]
+    kinds = ("CompletionCreate", "ResponseCreate", "ResponseRetrieve", "InputItemList")
+    variants = [getattr(module, name) for name in module.__all__ if name.startswith(kinds)]
     return set().union(*(typing.get_type_hints(variant) for variant in variants))
 
 
@@ -99,6 +124,12 @@ def test_all_violations_are_told_at_once():
     assert {v.param for v in caught.value.violations} == {
         *("tools", "x", "top_p", "model", "messages[0].content", "messages[1]"),
     }
+
+
+def test_no_method_of_the_openai_package_sends_a_query_that_has_no_table():
+    with_query = {end for end, method in METHODS.items() if re.search(r"\bquery=", inspect.getsource(method))}
+    assert with_query == QUERIES.keys()
+    assert METHODS.keys() == {(method, path) for method, path in ENDPOINTS if path.startswith("/v1/")}
 
 
 @pytest.mark.parametrize("body", [None, [], "x", 5])

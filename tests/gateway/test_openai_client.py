@@ -96,7 +96,13 @@ def test_responses_are_kept_continued_and_forgotten(client):
     second = respond(client, input="What is a KV cache?", previous_response_id=first.id)
     assert second.usage.input_tokens > first.usage.output_tokens
     assert client.responses.retrieve(first.id).output_text == first.output_text
+    assert client.responses.retrieve(first.id, stream=False).id == first.id
+    with pytest.raises(openai.BadRequestError, match="include"):
+        client.responses.retrieve(first.id, include=["message.output_text.logprobs"])
     assert client.responses.input_items.list(first.id).data[0].content[0].text == "What is TTFT?"
+    items = [{"role": "user", "content": text} for text in ("a", "b", "c")]
+    paged = client.responses.input_items.list(respond(client, input=items).id, limit=1, order="asc")
+    assert [item.content[0].text for item in paged] == ["a", "b", "c"]
     client.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(first.id)

@@ -1,5 +1,6 @@
 """The gateway as it is started: beside the gRPC port and alone; keys, floods, and two on one port."""
 
+import asyncio
 import collections
 import re
 import signal
@@ -9,7 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
+from authority import Authority
+from caller import until
+from nanoserve_gateway.app import GatewayConfig
+from nanoserve_gateway.server import main
 from serve_process import free_port, starting
+
+from nanoserve.config import ServerConfig
 
 COMMAND = str(Path(sys.executable).parent / "nanoserve-gateway")
 CHAT = {"model": "nanoserve-builtin", "messages": [{"role": "user", "content": "What is TTFT?"}], "max_tokens": 5}
@@ -59,6 +67,77 @@ def test_alone_it_needs_the_address_of_a_server(served):
     finally:
         gateway.kill()
         gateway.communicate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "65536"], "--port: it is '65536'; it must be a port, 0 to 65535"),
+        (["--max-body", "0"], "--max-body: it is '0'; it must be a number of bytes, at least 1"),
+        (["--timeout", "nan"], "--timeout: it is 'nan'; it must be seconds, above 0"),
+        (["--client-cert", __file__], "--client-cert and --client-key go together"),
+        (["--tls-ca", "/nowhere"], "cannot read /nowhere: No such file or directory"),
+    ],
+)
+def test_alone_it_tells_of_a_wrong_option_in_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(["--target", "127.0.0.1:1", *arguments])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_alone_and_beside_the_grpc_port_it_has_the_same_defaults():
+    alone, beside = GatewayConfig(target=""), ServerConfig()
+    assert (alone.max_body_bytes, alone.timeout_s) == (beside.http_max_body_bytes, beside.http_timeout_s)
+
+
+def test_where_callers_need_certificates_it_is_not_served_and_the_start_says_so(tmp_path):
+    authority = Authority(tmp_path, "some")
+    certificate, key = map(str, authority.issue("server"))
+    port = free_port()
+    arguments = ("--tls-cert", certificate, "--tls-key", key, "--tls-client-ca", str(authority.ca))
+    with starting("--http-port", str(port), *arguments, "--no-compile") as server:
+        why = "not served: it cannot ask for certificates, as --tls-client-ca wants"
+        server.wait_for(f"OpenAI's API is {why}")
+        server.wait_for(f"OpenAI +{why}")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{port}/health")
+
+
+def test_with_a_certificate_alone_it_is_served_in_the_clear(tmp_path):
+    authority = Authority(tmp_path, "some")
+    certificate, key = map(str, authority.issue("server"))
+    port = free_port()
+    with starting("--http-port", str(port), "--tls-cert", certificate, "--tls-key", key, "--no-compile") as server:
+        server.wait_until_ready()
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=CHAT).status_code in (200, 503)
+
+
+@pytest.mark.parametrize("moment", ["listening on", "ready after"])
+def test_a_server_that_is_ended_leaves_no_files(tmp_path, monkeypatch, moment):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with starting("--http-port", str(free_port()), "--no-compile") as server:
+        server.wait_for(moment)
+        assert list(tmp_path.glob("nanoserve-*/grpc"))
+        server.process.send_signal(signal.SIGTERM)
+        server.end()
+        assert not list(tmp_path.glob("nanoserve-*"))
+
+
+def test_a_second_signal_leaves_no_files_either(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    port = free_port()
+    with starting("--http-port", str(port), "--no-compile") as server:
+        server.wait_until_ready()
+        endless = {**CHAT, "stream": True, "max_tokens": 1500, "ignore_eos": True}
+        url = f"http://127.0.0.1:{port}"
+        asyncio.run(until(lambda: httpx.get(f"{url}/health").status_code == 200))
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=endless) as answer:
+            assert answer.status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("draining")
+            assert server.end() == 128 + signal.SIGTERM
+        assert not list(tmp_path.glob("nanoserve-*"))
 
 
 def test_a_taken_port_is_told_of_with_what_would_do(served):

@@ -16,6 +16,8 @@ from nanoserve_gateway.errors import problem_of
 from nanoserve_gateway.fields import CHAT, COMPLETIONS, RESPONSES
 from nanoserve_gateway.responses import ResponseAnswer
 from nanoserve_gateway.schema import BadRequest
+from openai.types.chat import ChatCompletionChunk
+from openai.types.responses import ResponseTextDeltaEvent
 from scripted_server import finished, started
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -177,6 +179,7 @@ def test_chunks_of_a_chat_join_to_the_answer_however_they_are_cut(sequences, cut
     assert frames.pop() == "[DONE]"
     joined = {}
     for chunk in frames:
+        ChatCompletionChunk.model_validate(chunk)
         [choice] = chunk["choices"]
         index = choice["index"]
         if index not in joined:
@@ -236,7 +239,8 @@ def test_events_of_a_response_join_to_the_answer_however_they_are_cut(sequence, 
     assert last["type"] == f"response.{whole['status']}"
     assert unlabelled(last["response"]) == unlabelled(whole)
     assert json.loads(to_json(kept[0].response)) == last["response"]
-    deltas = [frame["delta"] for frame in frames if frame["type"] == "response.output_text.delta"]
+    events = [frame for frame in frames if frame["type"] == "response.output_text.delta"]
+    deltas = [ResponseTextDeltaEvent.model_validate(event).delta for event in events]
     assert "".join(deltas) == sequence[0] == last["response"]["output"][0]["content"][0]["text"]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from nanoserve_gateway.fields import SCHEMAS
+from nanoserve_gateway.fields import QUERIES, SCHEMAS
 from nanoserve_gateway.pages import ENDPOINTS
 from nanoserve_gateway.schema import Field, Schema
 
@@ -14,7 +14,8 @@ INTRODUCTION = """\
 `nanoserve serve` opens it on `http://127.0.0.1:8000/v1`, `nanoserve-gateway --target ADDRESS` anywhere else. The tables
 are those that the gateway checks requests with, so nothing is ignored: a field is served; or it is a label, which is
 taken and changes no token; or it is refused with status 400 and the reason given here. A field that stands in no table
-is refused as unknown. `null` is the same as absent.
+is refused as unknown; so is a parameter of the query, and only the endpoints of the last tables have any. `null` is the
+same as absent.
 
 | header of a request | what it does |
 |---|---|
@@ -28,12 +29,14 @@ is refused as unknown. `null` is the same as absent.
 def render() -> str:
     """The whole page."""
     endpoints = _table(("endpoint", "what it does"), ((f"`{m} {path}`", note) for (m, path), note in ENDPOINTS.items()))
-    return "\n".join([INTRODUCTION, endpoints, *(_section(path, schema) for path, schema in SCHEMAS.items())])
+    bodies = (_section(path, schema) for path, schema in SCHEMAS.items())
+    queries = (_section(f"The query of {method} {path}", schema) for (method, path), schema in QUERIES.items())
+    return "\n".join([INTRODUCTION, endpoints, *bodies, *queries])
 
 
-def _section(path: str, schema: Schema) -> str:
+def _section(title: str, schema: Schema) -> str:
     head = ("field", "status", "what it does, or why it is refused")
-    parts = [f"## {path}\n", _table(head, map(_row, schema.fields.values()))]
+    parts = [f"## {title}\n", _table(head, map(_row, schema.fields.values()))]
     for hint, lines in schema.objects.items():
         if lines:
             parts += [f"Within `{hint.__name__}`:\n", _table(head, map(_row, lines))]

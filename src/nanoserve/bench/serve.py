@@ -26,6 +26,8 @@ from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, write
 from nanoserve.config import ClientOptions, ConfigError
 
+# Where `nanoserve serve` opens it.
+OPENAI_URL = "http://127.0.0.1:8000/v1"
 DESCRIPTION = """
     Send requests to a running server, and report how long callers wait.
 
@@ -36,6 +38,7 @@ DESCRIPTION = """
 EXAMPLES = """
     nanoserve bench serve --target 127.0.0.1:50051 --workload 32:128:64
     nanoserve bench serve --target 127.0.0.1:50051 --workload 64:512:64:384 --json -
+    nanoserve bench serve --target 127.0.0.1:50051 --api openai --workload 32:128:64
     nanoserve bench serve --target 127.0.0.1:50051 --workload sharegpt:200 --rate 4 --max-ttft-ms 500 --plot run.png
 """
 
@@ -63,11 +66,11 @@ def add_arguments(parser: Parser) -> None:
         choices=("grpc", "openai"),
         metavar="grpc|openai",
         default="grpc",
-        help="Over which the requests go. openai = completions at --openai-url; what is served is still asked of "
-        "--target. Default: grpc.",
+        help="Over which the requests go. openai = completions at --openai-url; which tokens the model has, and how "
+        "many it takes, --target says. Default: grpc.",
     )
     group.add_argument(
-        "--openai-url", default="http://127.0.0.1:8000/v1", metavar="URL", help="Default: http://127.0.0.1:8000/v1."
+        "--openai-url", metavar="URL", help=f"Where OpenAI's API is served, for --api openai. Default: {OPENAI_URL}."
     )
     group = parser.add_argument_group("What a good request is, for goodput: it completes within every limit given")
     group.add_argument("--max-ttft-ms", type=_positive, metavar="MS", help="Time to first token.")
@@ -98,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     client = Choices.of(arguments).client_options()
     if client.target is None:
         raise ConfigError("--target is missing; it is the address of the server, such as 127.0.0.1:50051")
+    if arguments.openai_url is not None and arguments.api != "openai":
+        raise ConfigError(f"--openai-url is {arguments.openai_url!r}; it is for --api openai")
     if arguments.plot is not None:
         check_plot(arguments.plot)
     limits = Limits(arguments.max_ttft_ms, arguments.max_itl_ms, arguments.max_e2e_ms)
@@ -147,7 +152,7 @@ async def _measure_all(
             # Imported here, because openai's types take a moment.
             from nanoserve.bench.openai_api import over_openai
 
-            opened = over_openai(arguments.openai_url, options.api_key or "none", model.name)
+            opened = over_openai(arguments.openai_url or OPENAI_URL, options.api_key or "none", model.name)
             send = await stack.enter_async_context(opened)
         # All before any is run, so that one which cannot run is told of at once.
         prepared = [(w.text, w.requests(model.vocab_size, model.max_context_tokens)) for w in arguments.workload]

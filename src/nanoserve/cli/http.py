@@ -7,7 +7,6 @@ are the gRPC service's.
 import asyncio
 import contextlib
 import logging
-import tempfile
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 @contextlib.asynccontextmanager
 async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemetry") -> AsyncIterator[str | None]:
-    """Listens while the block runs; gives the base URL, or None if it is not served. Raises ConfigError.
+    """Listens while the block runs; gives the base URL, or why it is not served; None if nobody wants it. Raises
+    ConfigError.
 
     /metrics is there too.
 
@@ -34,8 +34,9 @@ async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemet
         yield None
         return
     if config.tls_client_ca is not None:
-        logger.warning("OpenAI's API is not served: it cannot ask for certificates, as --tls-client-ca wants")
-        yield None
+        why = "not served: it cannot ask for certificates, as --tls-client-ca wants"
+        logger.warning("OpenAI's API is %s", why)
+        yield why
         return
     # Imported here, because openai's types take a moment.
     from nanoserve_gateway.app import GatewayConfig
@@ -48,12 +49,10 @@ async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemet
             f"cannot listen on {config.http_host}:{config.http_port}: {error.strerror}; "
             "--http-port and --http-host choose where, --http-port 0 serves none"
         ) from None
-    with listener, tempfile.TemporaryDirectory(prefix="nanoserve-") as folder:
-        target = f"unix:{folder}/grpc"
-        server.listen_on_socket(target)
+    with listener:
         gateway = GatewayServer(
             GatewayConfig(
-                target=target,
+                target=server.listen_on_socket(),
                 cors_origins=tuple(filter(None, (config.http_cors_origins or "").replace(" ", "").split(","))),
                 max_body_bytes=config.http_max_body_bytes,
                 timeout_s=config.http_timeout_s,

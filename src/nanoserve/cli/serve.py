@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import logging
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -61,13 +60,13 @@ async def serve(options: Options, loading: Loading) -> int:
     observers = Observers(*telemetry.observers)
     server = Server(options.server, observers=observers)
     try:
-        async with openai_api(options.server, server, telemetry) as url:
-            return await _serve(options, loading, server, observers, url)
+        async with openai_api(options.server, server, telemetry) as openai:
+            return await _serve(options, loading, server, observers, openai)
     finally:
         await telemetry.close()
 
 
-async def _serve(options: Options, loading: Loading, server: "Server", observers: Observers, url: str | None) -> int:
+async def _serve(options: Options, loading: Loading, server: "Server", observers: Observers, openai: str | None) -> int:
     started_s = time.monotonic()
     try:
         address = _address(options.server, await server.start())
@@ -75,15 +74,15 @@ async def _serve(options: Options, loading: Loading, server: "Server", observers
         await asyncio.sleep(0)  # lets it take over the signals
         name = BUILTIN_MODEL_NAME if options.model.path == str(BUILTIN_MODEL) else options.model.path
         logger.info("listening on %s, not ready yet: loading %s", address, name)
-        engine = await _load(options, loading, observers, serving)
+        engine = await _load(options, loading, server, observers, serving)
     except Exception:
         await server.stop()
         raise
     engine.start()
     server.set_engine(engine)
     loading.report(Fact("gRPC", f"{address}, {_protection(options.server)}"))
-    if url is not None:
-        loading.report(Fact("OpenAI", url))
+    if openai is not None:
+        loading.report(Fact("OpenAI", openai))
     ready_after_s = time.monotonic() - started_s
     observers.server_ready(engine.model.name, ready_after_s)
     logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())
@@ -99,15 +98,16 @@ async def _serve(options: Options, loading: Loading, server: "Server", observers
     return 0
 
 
-async def _load(options: Options, loading: Loading, observers: Observers, serving: "asyncio.Task[None]") -> "Engine":
+async def _load(
+    options: Options, loading: Loading, server: "Server", observers: Observers, serving: "asyncio.Task[None]"
+) -> "Engine":
     """Build the engine on another thread; a signal in the meantime ends the process."""
     with loading:
         building = asyncio.create_task(asyncio.to_thread(_build, options, loading, observers))
         await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
     if not building.done():
-        # Nothing can stop a thread that loads a model.
-        logging.shutdown()
-        os._exit(0)  # and with it the engine's process
+        # Nothing can stop a thread that loads a model; the engine's process ends with this one.
+        server.end_process(0)
     return building.result()
 
 

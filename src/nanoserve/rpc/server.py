@@ -15,7 +15,8 @@ import logging
 import os
 import signal
 import socket
-from typing import Any
+import tempfile
+from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -94,6 +95,7 @@ class Server:
         names = [s.full_name for s in SERVICES]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc)
         self._health_poll: asyncio.Task[None] | None = None
+        self._socket_folder: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> int:
         """Listen; returns the port. Raises ServerError if it cannot."""
@@ -103,9 +105,13 @@ class Server:
         self._health_poll = asyncio.create_task(self._poll_health())
         return port
 
-    def listen_on_socket(self, target: str) -> None:
-        """Besides the port, and without TLS, on a socket such as unix:/folder/name. Before start()."""
-        self._grpc.add_insecure_port(target)
+    def listen_on_socket(self) -> str:
+        """Besides the port, and without TLS, on a socket of the file system that this user alone can reach. Returns its
+        address. Before start()."""
+        self._socket_folder = tempfile.TemporaryDirectory(prefix="nanoserve-")
+        address = f"unix:{self._socket_folder.name}/grpc"
+        self._grpc.add_insecure_port(address)
+        return address
 
     def set_engine(self, engine: Engine) -> None:
         """The engine is loaded; health follows within HEALTH_POLL_S."""
@@ -118,10 +124,17 @@ class Server:
         if self._engine is not None:
             await self._engine.drain(self._config.drain_timeout_s)
         await self._grpc.stop(STOP_GRACE_S)
+        self._remove_socket()
         if self._health_poll is not None:
             self._health_poll.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._health_poll
+
+    def end_process(self, code: int) -> NoReturn:
+        """End the process now, whatever runs, with this exit code."""
+        self._remove_socket()
+        logging.shutdown()
+        os._exit(code)
 
     async def run_until_signal(self) -> None:
         """Serve until SIGTERM or SIGINT, then stop(). A second signal ends the process at once."""
@@ -131,8 +144,7 @@ class Server:
         def on_signal(number: int) -> None:
             if first.is_set():
                 logger.warning("second signal: not waiting for running requests")
-                logging.shutdown()
-                os._exit(128 + number)
+                self.end_process(128 + number)
             first.set()
 
         signals = (signal.SIGTERM, signal.SIGINT)
@@ -163,6 +175,10 @@ class Server:
         except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ServerError(f"cannot listen on {address}: {why}; --grpc-port and --host choose where") from None
+
+    def _remove_socket(self) -> None:
+        if self._socket_folder is not None:
+            self._socket_folder.cleanup()
 
     async def _poll_health(self) -> None:
         while True:

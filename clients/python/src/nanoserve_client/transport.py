@@ -21,7 +21,8 @@ MAX_RESPONSE_BYTES = 128 * 2**20
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 
 # gRPC itself retries, and waits as long as the server says in `grpc-retry-pushback-ms`. A stream that has begun is
-# never retried: tokens would come twice.
+# never retried: tokens would come twice. CANCELLED, unless the caller said so, is what a server that stops makes of the
+# calls of its last moment.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -35,7 +36,7 @@ _SERVICE_CONFIG = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
             },
         }
     ]

@@ -7,9 +7,10 @@ fields ─▶ Answer.requests ─▶ Generate ─▶ Started* Delta* Result* ─
 import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
+import pydantic_core
 from nanoserve_client import Delta, FinishReason, GenerateOptions, Result, Started, TokenLogprob
 from nanoserve_client.v1 import generation_pb2 as pb
 from openai.types import CompletionUsage
@@ -80,10 +81,6 @@ def stream_rules(fields: Mapping[str, Any]) -> tuple[bool, str, str]:
     return "stream_options" in fields and not fields.get("stream"), "stream_options", "is for stream only"
 
 
-def includes_usage(fields: Mapping[str, Any]) -> bool:
-    return bool(fields.get("stream_options", {}).get("include_usage"))
-
-
 def new_id(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
 
@@ -92,13 +89,34 @@ def now() -> int:
     return int(time.time())
 
 
-def frame(event: BaseModel, name: str | None = None) -> bytes:
-    """A server-sent event."""
+def frame(event: BaseModel | Mapping[str, Any], name: str | None = None) -> bytes:
+    """A server-sent event. What comes with every token is a mapping: objects of openai's take five times as long."""
     head = f"event: {name}\n" if name else ""
-    text = to_json(event)
+    text = to_json(event) if isinstance(event, BaseModel) else pydantic_core.to_json(event).decode()
     if not text.isascii():
         text = text.translate(_LINE_ENDS)
     return f"{head}data: {text}\n\n".encode()
+
+
+class Chunks:
+    """The frames of a streamed chat or completion: objects with one head, the usage if it was asked for, and DONE."""
+
+    def __init__(self, kind: str, id: str, created: int, fields: Mapping[str, Any]) -> None:
+        self._head = {"id": id, "object": kind, "created": created, "model": fields["model"]}
+        self._has_usage = bool(fields.get("stream_options", {}).get("include_usage"))
+
+    def begin(self, started: Started) -> None:
+        """From now on they name the model that serves."""
+        self._head["model"] = started.model
+
+    def chunk(self, choice: Mapping[str, Any]) -> bytes:
+        chunk = {**self._head, "choices": [choice]}
+        return frame({**chunk, "usage": None} if self._has_usage else chunk)
+
+    def end(self, results: Sequence[Result]) -> Iterator[bytes]:
+        if self._has_usage:
+            yield frame({**self._head, "choices": [], "usage": usage_of(results).model_dump(exclude_unset=True)})
+        yield DONE
 
 
 def to_json(answer: BaseModel) -> str:

@@ -22,7 +22,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanoserve_client import AsyncClient, CallOptions, NanoserveError, Tls, transport
 from nanoserve_client import Model as ServedModel
 from openai.types import Model
-from openai.types.responses import ResponseItemList
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -36,14 +35,16 @@ from nanoserve_gateway.answer import Answer, to_json
 from nanoserve_gateway.chat import ChatAnswer, messages_of
 from nanoserve_gateway.completions import CompletionAnswer
 from nanoserve_gateway.errors import Problem, bad_request, problem_of
-from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, RESPONSES, TOKENIZE
-from nanoserve_gateway.responses import Remembered, ResponseAnswer
+from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QUERIES, RESPONSES, TOKENIZE
+from nanoserve_gateway.responses import Remembered, ResponseAnswer, page_of
 from nanoserve_gateway.schema import BadRequest, Schema, Violation
 from nanoserve_gateway.store import ResponseStore
-from nanoserve_gateway.streaming import EventStream, Generation, frames, unless_gone
+from nanoserve_gateway.streaming import EventStream, Generation, unless_gone
 
 # Larger bodies are parsed on a thread, so that other streams do not wait.
 LARGE_BODY_BYTES = 64 * 1024
+# Of a header that is passed on: gRPC takes 8 KiB of them all.
+MAX_HEADER_CHARS = 2048
 HEALTH_TIMEOUT_S = 2.0
 HEALTH_SERVICE = "nanoserve.v1.GenerationService"
 
@@ -62,6 +63,8 @@ class GatewayConfig:
     max_body_bytes: int = 16 * 2**20
     # Of a request whose caller gives no `x-request-timeout`.
     timeout_s: float = 600.0
+    # Until a whole request has come.
+    receive_timeout_s: float = 60.0
     # Of silence in a stream, before a sign of life.
     keep_alive_s: float = 15.0
     max_stored_responses: int = 1000
@@ -99,7 +102,8 @@ class Gateway:
 
     def routes(self) -> list[Route]:
         def route(method: str, path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
-            return Route(path, _answering(endpoint), methods=[method])
+            query = QUERIES.get((method, path), NO_QUERY)
+            return Route(path, _answering(endpoint, query), methods=[method])
 
         return [
             route("POST", "/v1/chat/completions", self.create_chat),
@@ -155,15 +159,14 @@ class Gateway:
             try:
                 if (starts := await unless_gone(request.receive, generation.start())) is None:
                     raise ClientDisconnect
-                headers = {"x-request-id": starts[0].request_id}
                 if answer.is_streamed:
                     leaving.pop_all()
-                    return EventStream(frames(generation, answer, starts, self._config.keep_alive_s), headers)
+                    return EventStream(generation, answer, starts, self._config.keep_alive_s)
                 if (results := await unless_gone(request.receive, generation.results())) is None:
                     raise ClientDisconnect
             except NanoserveError as error:
                 return _refusal(problem_of(error, answer.names))
-        return _json(to_json(answer.whole(results)), headers=headers)
+        return _json(to_json(answer.whole(results)), {"x-request-id": starts[0].request_id})
 
     async def _begin_in_background(self, request: Request, answer: ResponseAnswer) -> Response:
         owner, generation = _owner(request), self._generation(request, answer)
@@ -172,16 +175,22 @@ class Gateway:
             with generation:
                 try:
                     answer.whole(await generation.results())
-                except NanoserveError as error:
+                except Exception as error:
+                    if not isinstance(error, NanoserveError):
+                        logger.exception("unexpected error")
                     answer.failed(problem_of(error, answer.names))
 
-        try:
-            starts = await generation.start()
-        except NanoserveError as error:
-            return _refusal(problem_of(error, answer.names))
+        with contextlib.ExitStack() as leaving:
+            leaving.enter_context(generation)
+            try:
+                if (starts := await unless_gone(request.receive, generation.start())) is None:
+                    raise ClientDisconnect
+            except NanoserveError as error:
+                return _refusal(problem_of(error, answer.names))
+            leaving.pop_all()
         begun = answer.snapshot("in_progress")
         self._store.put(owner, answer.remembered(begun), asyncio.create_task(go_on()))
-        return _json(to_json(begun), headers={"x-request-id": starts[0].request_id})
+        return _json(to_json(begun), {"x-request-id": starts[0].request_id})
 
     def _generation(self, request: Request, answer: Answer) -> Generation:
         call = self._call_options(request)
@@ -193,11 +202,7 @@ class Gateway:
         return _json(to_json(self._remembered(request).response))
 
     async def list_input_items(self, request: Request) -> Response:
-        items = list(self._remembered(request).items)
-        page = ResponseItemList.model_construct(
-            object="list", data=items[::-1], first_id=items[-1]["id"], last_id=items[0]["id"], has_more=False
-        )
-        return _json(to_json(page))
+        return JSONResponse(page_of(self._remembered(request).items, request.state.query))
 
     async def delete_response(self, request: Request) -> Response:
         remembered = self._remembered(request)
@@ -290,7 +295,11 @@ class Gateway:
 
     async def _fields(self, request: Request, schema: Schema) -> dict[str, Any]:
         """Raises BadRequest, or HTTPException."""
-        body = await self._body(request)
+        try:
+            async with asyncio.timeout(self._config.receive_timeout_s):
+                body = await self._body(request)
+        except TimeoutError:
+            raise HTTPException(408, f"the request did not come within {self._config.receive_timeout_s:g} s") from None
         if len(body) < LARGE_BODY_BYTES:
             return schema.parse(_parse_json(body))
         return await asyncio.to_thread(lambda: schema.parse(_parse_json(body)))
@@ -312,8 +321,9 @@ class Gateway:
             options["metadata"] = {"authorization": authorization}
         for name in ("x-request-id", "traceparent", "authorization"):
             value = request.headers.get(name, "")
-            if not (value.isascii() and value.isprintable()):
-                raise BadRequest([Violation(f"header {name}", "must be printable ASCII")])
+            if not (value.isascii() and value.isprintable() and len(value) <= MAX_HEADER_CHARS):
+                wanted = f"must be at most {MAX_HEADER_CHARS} characters of printable ASCII"
+                raise BadRequest([Violation(f"header {name}", wanted)])
         return options
 
     def _timeout_s(self, request: Request) -> float:
@@ -330,13 +340,22 @@ class Gateway:
 
 
 def _parse_json(body: bytes) -> Any:
-    """Raises BadRequest. NaN and halves of characters are no JSON that others could read."""
+    """Raises BadRequest. NaN and halves of characters are no JSON that others could read; of a name that is there twice
+    one value would be ignored."""
     try:
-        value = json.loads(body.decode(), parse_constant=_refuse_constant)
+        value = json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise BadRequest([Violation("body", f"is not JSON: {error}")]) from None
+    return value
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(members)
+    if len(value) < len(members):
+        names = [name for name, _ in members]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
     return value
 
 
@@ -360,11 +379,24 @@ def _refusal(problem: Problem) -> Response:
     return JSONResponse(problem.as_json(), problem.status, headers=dict(problem.headers))
 
 
-def _answering(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint, whose refusals are answers."""
+def _parse_query(schema: Schema, request: Request) -> dict[str, Any]:
+    """Raises BadRequest. OpenAI's clients write a list as `name[]=a&name[]=b`."""
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name in given:
+            raise BadRequest([Violation(name, "is given more than once")])
+        given[name.removesuffix("[]")] = value
+    return schema.parse(given)
+
+
+def _answering(
+    endpoint: Callable[[Request], Awaitable[Response]], query: Schema
+) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint, whose refusals are answers; it finds the checked parameters in request.state.query."""
 
     async def answer(request: Request) -> Response:
         try:
+            request.state.query = _parse_query(query, request)
             return await endpoint(request)
         except (BadRequest, NanoserveError) as error:
             return _refusal(problem_of(error))

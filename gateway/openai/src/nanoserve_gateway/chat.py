@@ -5,20 +5,15 @@ from typing import Any
 
 from nanoserve_client import Completion, Delta, Result, Started, TokenLogprob
 from nanoserve_client.requests import Messages, chat_prompt, generate_request
-from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
+from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
-from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
-from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
 from nanoserve_gateway.answer import (
-    DONE,
+    Chunks,
     check,
     error_frame,
     finish_reason,
-    frame,
-    includes_usage,
     new_id,
     now,
     options,
@@ -54,32 +49,31 @@ class ChatAnswer:
         }
         self._has_logprobs = bool(fields.get("logprobs"))
         self._has_token_ids = bool(fields.get("return_token_ids"))
-        self._has_usage = includes_usage(fields)
         self._metadata = fields.get("metadata")
-        self._id, self._created, self._model = new_id("chatcmpl-"), now(), fields["model"]
+        self._id, self._created = new_id("chatcmpl-"), now()
+        self._chunks = Chunks("chat.completion.chunk", self._id, self._created, fields)
 
     def begin(self, starts: Sequence[Started]) -> Iterator[bytes]:
-        self._model = starts[0].model
+        self._chunks.begin(starts[0])
         for index in range(self.requests[0].n or 1):
-            yield self._chunk(ChunkChoice(index=index, delta=ChoiceDelta(role="assistant", content="")))
+            yield self._chunks.chunk(
+                {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            )
 
     def delta(self, _prompt: int, delta: Delta) -> Iterator[bytes]:
         """One chunk; none for tokens whose text is still to come, unless they are told themselves."""
         fields: dict[str, Any] = {}
         if self._has_logprobs and delta.logprobs:
-            fields["logprobs"] = ChunkLogprobs(content=[logprob_of(token) for token in delta.logprobs])
+            fields["logprobs"] = {"content": [logprob_of(token) for token in delta.logprobs], "refusal": None}
         if self._has_token_ids:
             fields["token_ids"] = delta.token_ids
-        if delta.finish_reason is not None:
-            fields["finish_reason"] = finish_reason(delta.finish_reason)
-        if delta.text or fields:
-            content = ChoiceDelta(content=delta.text) if delta.text else ChoiceDelta()
-            yield self._chunk(ChunkChoice(index=delta.index, delta=content, **fields))
+        reason = None if delta.finish_reason is None else finish_reason(delta.finish_reason)
+        if delta.text or reason or fields:
+            content = {"content": delta.text} if delta.text else {}
+            yield self._chunks.chunk({"index": delta.index, "delta": content, "finish_reason": reason, **fields})
 
     def end(self, results: Sequence[Result]) -> Iterator[bytes]:
-        if self._has_usage:
-            yield self._chunk(usage=usage_of(results))
-        yield DONE
+        return self._chunks.end(results)
 
     def fail(self, problem: Problem) -> Iterator[bytes]:
         yield error_frame(problem)
@@ -106,19 +100,6 @@ class ChatAnswer:
             logprobs=ChoiceLogprobs(content=tokens) if self._has_logprobs else None,
             **extra,
         )
-
-    def _chunk(self, *choices: ChunkChoice, **fields: Any) -> bytes:
-        if self._has_usage:
-            fields.setdefault("usage", None)
-        chunk = ChatCompletionChunk(
-            id=self._id,
-            object="chat.completion.chunk",
-            created=self._created,
-            model=self._model,
-            choices=list(choices),
-            **fields,
-        )
-        return frame(chunk)
 
 
 def messages_of(messages: Sequence[Mapping[str, Any]]) -> Messages:

@@ -11,12 +11,10 @@ from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs
 
 from nanoserve_gateway.answer import (
-    DONE,
+    Chunks,
     check,
     error_frame,
     finish_reason,
-    frame,
-    includes_usage,
     new_id,
     now,
     options,
@@ -55,18 +53,16 @@ class CompletionAnswer:
         self.names: Mapping[str, str] = {"output.logprobs": "logprobs"}
         self._n = fields.get("n", 1)
         self._has_token_ids = bool(fields.get("return_token_ids"))
-        self._has_usage = includes_usage(fields)
-        self._id, self._created, self._model = new_id("cmpl-"), now(), fields["model"]
+        self._id, self._created = new_id("cmpl-"), now()
+        self._chunks = Chunks("text_completion", self._id, self._created, fields)
         self._scribes: dict[tuple[int, int], _Scribe] = {}
 
     def begin(self, starts: Sequence[Started]) -> Iterator[bytes]:
-        self._model = starts[0].model
+        self._chunks.begin(starts[0])
         for number, prompt in enumerate(self._prompts if self._echo else ()):
             for index in range(self._n):
-                choice = unchecked(
-                    CompletionChoice, index=number * self._n + index, text=prompt, finish_reason=None, logprobs=None
-                )
-                yield self._chunk(choice)
+                place = number * self._n + index
+                yield self._chunks.chunk({"index": place, "text": prompt, "logprobs": None, "finish_reason": None})
 
     def delta(self, prompt: int, delta: Delta) -> Iterator[bytes]:
         """One chunk; none for tokens whose text is still to come, unless they are told themselves."""
@@ -80,24 +76,29 @@ class CompletionAnswer:
             fields["finish_reason"] = finish_reason(delta.finish_reason)
         if delta.text or any(value is not None for value in fields.values()):
             index = prompt * self._n + delta.index
-            yield self._chunk(unchecked(CompletionChoice, index=index, text=delta.text, **fields))
+            yield self._chunks.chunk({"index": index, "text": delta.text, **fields})
 
     def end(self, results: Sequence[Result]) -> Iterator[bytes]:
-        if self._has_usage:
-            yield self._chunk(usage=usage_of(results))
-        yield DONE
+        return self._chunks.end(results)
 
     def fail(self, problem: Problem) -> Iterator[bytes]:
         yield error_frame(problem)
 
     def whole(self, results: Sequence[Result]) -> Completion:
-        self._model = results[0].started.model
         choices = [
             self._choice(prompt, result, sequence)
             for prompt, result in enumerate(results)
             for sequence in result.completions
         ]
-        return self._completion(choices, usage=usage_of(results))
+        return unchecked(
+            Completion,
+            id=self._id,
+            object="text_completion",
+            created=self._created,
+            model=results[0].started.model,
+            choices=choices,
+            usage=usage_of(results),
+        )
 
     def _choice(self, prompt: int, result: Result, sequence: Sequence_) -> CompletionChoice:
         text, tokens = sequence.text, sequence.logprobs
@@ -119,22 +120,6 @@ class CompletionAnswer:
         if isinstance(given, str):
             return given
         return b"".join(token.token for token in result.prompt_logprobs).decode("utf-8", "replace")
-
-    def _chunk(self, *choices: CompletionChoice, **fields: Any) -> bytes:
-        if self._has_usage:
-            fields.setdefault("usage", None)
-        return frame(self._completion(list(choices), **fields))
-
-    def _completion(self, choices: list[CompletionChoice], **fields: Any) -> Completion:
-        return unchecked(
-            Completion,
-            id=self._id,
-            object="text_completion",
-            created=self._created,
-            model=self._model,
-            choices=choices,
-            **fields,
-        )
 
 
 class _Scribe:

@@ -8,18 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanoserve_client import (
-    Cancelled,
-    DeadlineExceeded,
-    EngineFailure,
-    InvalidRequest,
-    NanoserveError,
-    NotFound,
-    Overloaded,
-    PermissionDenied,
-    Unauthenticated,
-    Unavailable,
-)
+import grpc
+from nanoserve_client import NanoserveError
 
 from nanoserve_gateway.schema import BadRequest
 
@@ -57,16 +47,18 @@ class _Row:
 
 
 # OpenAI's clients repeat 408, 409, 429 and whatever is 500 or above, unless told otherwise.
-_TABLE: dict[type[NanoserveError], _Row] = {
-    InvalidRequest: _Row(400, "invalid_request_error"),
-    Unauthenticated: _Row(401, "authentication_error", "invalid_api_key"),
-    PermissionDenied: _Row(403, "permission_error"),
-    NotFound: _Row(404, "invalid_request_error"),
-    Overloaded: _Row(429, "rate_limit_error", "rate_limit_exceeded", retry_after_s=1),
-    Unavailable: _Row(503, "server_error", retry_after_s=1),
-    DeadlineExceeded: _Row(504, "timeout_error"),
-    Cancelled: _Row(409, "cancelled_error"),
-    EngineFailure: _Row(500, "server_error"),
+_TABLE = {
+    grpc.StatusCode.INVALID_ARGUMENT: _Row(400, "invalid_request_error"),
+    grpc.StatusCode.UNAUTHENTICATED: _Row(401, "authentication_error", "invalid_api_key"),
+    grpc.StatusCode.PERMISSION_DENIED: _Row(403, "permission_error"),
+    grpc.StatusCode.NOT_FOUND: _Row(404, "invalid_request_error"),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: _Row(429, "rate_limit_error", "rate_limit_exceeded", retry_after_s=1),
+    grpc.StatusCode.UNAVAILABLE: _Row(503, "server_error", retry_after_s=1),
+    # A server that stops ends so what came in its last moment.
+    grpc.StatusCode.CANCELLED: _Row(503, "server_error", "unavailable", retry_after_s=1),
+    grpc.StatusCode.DEADLINE_EXCEEDED: _Row(504, "timeout_error"),
+    grpc.StatusCode.ABORTED: _Row(409, "cancelled_error"),
+    grpc.StatusCode.INTERNAL: _Row(500, "server_error"),
 }
 # What the contract calls otherwise; an index or key that follows is kept.
 _NAMES = {
@@ -90,7 +82,7 @@ def problem_of(error: Exception, names: Mapping[str, str] | None = None) -> Prob
     if error.violations:
         count = int(error.metadata.get("violations", len(error.violations)))
         return _bad_request([(_rest_name(f, names or {}), d) for f, d in error.violations], count)
-    row = _TABLE.get(type(error), _Row(500, "server_error"))
+    row = _TABLE.get(error.code, _Row(500, "server_error"))
     code = row.code or (error.reason or error.code.name).lower()
     return Problem(row.status, row.type, code, error.message or error.code.name.lower(), headers=_headers(error, row))
 

@@ -1,4 +1,5 @@
-"""The table: every field of the three APIs, and of the objects within them, with its status.
+"""The table: every field of the three APIs and of the objects within them, and every parameter of a query, with its
+status.
 
 A test walks the openai package's parameter types and fails if one of their fields has no line here.
 """
@@ -26,7 +27,9 @@ from openai.types.responses import (
     ResponseInputTextParam,
     ResponseOutputMessageParam,
     ResponseOutputTextParam,
+    input_item_list_params,
     response_create_params,
+    response_retrieve_params,
 )
 from openai.types.responses.response_input_param import Message
 from pydantic import Discriminator, Field, Strict, Tag
@@ -240,3 +243,34 @@ SCHEMAS = {
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
 }
+
+# Parameters of a query are texts.
+_PageSize = Annotated[int, Strict(False), Field(ge=1, le=100)]
+_AS_MADE = "a response is given as it was made"
+_WHOLE = "a response that is kept is given whole"
+RETRIEVE = Schema(
+    "RetrieveQuery",
+    response_retrieve_params.ResponseRetrieveParamsNonStreaming,
+    (
+        refused("include", _AS_MADE),
+        refused("stream", _WHOLE, "false"),
+        refused("starting_after", _WHOLE),
+        refused("include_obfuscation", "nothing is padded", "false"),
+    ),
+)
+INPUT_ITEMS = Schema(
+    "InputItemsQuery",
+    input_item_list_params.InputItemListParams,
+    (
+        served("limit", "Items of a page, 1 to 100. Default 20.", _PageSize),
+        served("after", "The page begins after the item with this id."),
+        served("order", "`asc` or `desc`, from the newest. Default `desc`."),
+        refused("include", "an item is given as it came"),
+    ),
+)
+# Endpoints that are not here take no parameters.
+QUERIES = {
+    ("GET", "/v1/responses/{id}"): RETRIEVE,
+    ("GET", "/v1/responses/{id}/input_items"): INPUT_ITEMS,
+}
+NO_QUERY = Schema("NoQuery", None, ())

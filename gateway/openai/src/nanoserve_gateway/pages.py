@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from nanoserve_gateway.fields import SCHEMAS
+from nanoserve_gateway.fields import QUERIES, SCHEMAS
 from nanoserve_gateway.schema import Schema
 
 # (method, path) -> what it does.
@@ -18,7 +18,7 @@ ENDPOINTS = {
     ("GET", "/v1/responses/{id}"): "A response that is kept.",
     ("DELETE", "/v1/responses/{id}"): "Forget it.",
     ("POST", "/v1/responses/{id}/cancel"): "End one that runs in the background.",
-    ("GET", "/v1/responses/{id}/input_items"): "What it answered to; newest first.",
+    ("GET", "/v1/responses/{id}/input_items"): "What it answered to.",
     ("GET", "/v1/models"): "The served models.",
     ("GET", "/v1/models/{name}"): "One of them.",
     ("POST", "/tokenize"): "Token ids of a text or a conversation.",
@@ -43,6 +43,9 @@ def openapi() -> dict[str, Any]:
         if "{" in path:
             name = path.split("{")[1].split("}")[0]
             operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]
+        if query := QUERIES.get((method, path)):
+            for name, kind in query.model.model_json_schema()["properties"].items():
+                operation["parameters"].append({"name": name, "in": "query", "schema": kind})
         if method == "POST" and path in SCHEMAS:
             body = keys[SCHEMAS[path].model, "validation"]
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
@@ -55,7 +58,9 @@ def openapi() -> dict[str, Any]:
 def html() -> str:
     """The page at /docs."""
     endpoints = _rows([(f"{method} {path}", note) for (method, path), note in ENDPOINTS.items()])
-    fields = "".join(f"<h2>{path}</h2>{_rows(_fields(schema))}" for path, schema in SCHEMAS.items())
+    queries = {f"{method} {path}": schema for (method, path), schema in QUERIES.items()}
+    tables = {**SCHEMAS, **queries}
+    fields = "".join(f"<h2>{name}</h2>{_rows(_fields(schema))}" for name, schema in tables.items())
     head = f"<!doctype html><meta charset=utf-8><title>nanoserve</title><style>{_STYLE}</style>"
     return f"{head}<h1>nanoserve</h1><p><a href=openapi.json>OpenAPI schema</a></p>{endpoints}{fields}"
 

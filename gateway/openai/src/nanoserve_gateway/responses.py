@@ -28,7 +28,6 @@ from openai.types.responses import (
     ResponseOutputItemDoneEvent,
     ResponseOutputMessage,
     ResponseOutputText,
-    ResponseTextDeltaEvent,
     ResponseTextDoneEvent,
     ResponseUsage,
 )
@@ -124,13 +123,14 @@ class ResponseAnswer:
     def delta(self, _prompt: int, delta: Delta) -> Iterator[bytes]:
         self._take(delta.text, delta.logprobs, delta.token_ids, delta.finish_reason)
         if delta.text or (self._has_logprobs and delta.logprobs):
-            logprobs = [DeltaLogprob(**_logprob(token).model_dump(exclude={"bytes"})) for token in delta.logprobs]
-            yield self._event(ResponseTextDeltaEvent, **self._place, delta=delta.text, logprobs=logprobs)
+            name = "response.output_text.delta"
+            event = {"type": name, "sequence_number": self._next_number(), **self._place, "delta": delta.text}
+            yield frame({**event, "logprobs": _short_logprobs(delta.logprobs)}, name)
 
     def end(self, results: Sequence[Result]) -> Iterator[bytes]:
         response = self._finish(results[0])
         part = self._part(self._draft)
-        logprobs = [DeltaLogprob(**_logprob(token).model_dump(exclude={"bytes"})) for token in self._draft.logprobs]
+        logprobs = _short_logprobs(self._draft.logprobs)
         yield self._event(ResponseTextDoneEvent, **self._place, text=part.text, logprobs=logprobs)
         yield self._event(ResponseContentPartDoneEvent, **self._place, part=part)
         yield self._event(ResponseOutputItemDoneEvent, output_index=0, item=response.output[0])
@@ -218,15 +218,36 @@ class ResponseAnswer:
         return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
 
     def _event(self, event: type[BaseModel], **fields: Any) -> bytes:
-        self._number += 1
         name = event.model_fields["type"].annotation.__args__[0]  # type: ignore[union-attr]
-        return frame(unchecked(event, type=name, sequence_number=self._number, **fields), name)
+        return frame(unchecked(event, type=name, sequence_number=self._next_number(), **fields), name)
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
 
 
 def items_of(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The input as items that can be listed; a text is one message of the user."""
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
     return [_item_of(message) for message in messages]
+
+
+def page_of(items: Sequence[Mapping[str, Any]], query: Mapping[str, Any]) -> dict[str, Any]:
+    """A page of a list. query: as INPUT_ITEMS.parse returns it. Raises BadRequest."""
+    ordered = list(items) if query.get("order") == "asc" else list(reversed(items))
+    begin = 0
+    if (after := query.get("after")) is not None:
+        ids = [item["id"] for item in ordered]
+        check((after not in ids, "after", f"there is no item {after!r}"))
+        begin = ids.index(after) + 1
+    page = ordered[begin : begin + query.get("limit", 20)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": begin + len(page) < len(ordered),
+    }
 
 
 def _item_of(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,6 +264,11 @@ def _message(item: Mapping[str, Any]) -> dict[str, Any]:
 def _logprob(token: TokenLogprob) -> Logprob:
     top = [LogprobTopLogprob(token=text_of(t), bytes=list(t.token), logprob=t.logprob or 0.0) for t in token.top]
     return Logprob(token=text_of(token), bytes=list(token.token), logprob=token.logprob or 0.0, top_logprobs=top)
+
+
+def _short_logprobs(tokens: Sequence[TokenLogprob]) -> list[DeltaLogprob]:
+    """As events have them."""
+    return [DeltaLogprob(**_logprob(token).model_dump(exclude={"bytes"})) for token in tokens]
 
 
 def _usage(result: Result) -> ResponseUsage:

@@ -3,19 +3,25 @@
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
+import math
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
-from nanoserve_client import Tls
+from nanoserve_client import Tls, transport
 from starlette.routing import BaseRoute
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from nanoserve_gateway.app import GatewayConfig, build_app
 
 # For streams that are still open when the process is told to stop.
 STOP_GRACE_S = 30
+# Of a request before its body.
+MAX_HEAD_BYTES = 64 * 1024
 DESCRIPTION = """OpenAI's REST API in front of a nanoserve server: a translation, and nothing else."""
 
 
@@ -33,6 +39,50 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _Connection(HttpToolsProtocol):
+    """A caller's connection, as uvicorn has it, on which the head of a request must end: in size and in time."""
+
+    def __init__(self, *arguments: Any, receive_timeout_s: float, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._receive_timeout_s = receive_timeout_s
+        self._head_bytes = 0
+        # While a head is awaited.
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response(f"The head of the request has more than {MAX_HEAD_BYTES} bytes.")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._stop_timer()
+        self._head_bytes = 0
+        self._timer = self.loop.call_later(self._receive_timeout_s, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class GatewayServer(uvicorn.Server):
     """Serves one listening socket. Event loop thread."""
 
@@ -45,7 +95,7 @@ class GatewayServer(uvicorn.Server):
             log_level="warning",
             access_log=False,
             server_header=False,
-            http="httptools",
+            http=functools.partial(_Connection, receive_timeout_s=config.receive_timeout_s),  # type: ignore[arg-type]
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=STOP_GRACE_S,
@@ -67,11 +117,21 @@ class GatewayServer(uvicorn.Server):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`nanoserve-gateway`: serve until a signal."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    files = (given.tls_ca, given.client_cert, given.client_key)
+    tls = Tls(*files) if given.tls or any(files) else None
+    try:
+        if tls is not None:
+            transport.credentials(tls)
+    except ValueError:
+        parser.error("--client-cert and --client-key go together")
+    except OSError as error:
+        parser.error(f"cannot read {error.filename}: {error.strerror}")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = GatewayConfig(
         target=given.target,
-        tls=Tls(given.tls_ca, given.client_cert, given.client_key) if given.tls or given.tls_ca else None,
+        tls=tls,
         cors_origins=tuple(given.cors_origin),
         max_body_bytes=given.max_body,
         timeout_s=given.timeout,
@@ -89,14 +149,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nanoserve-gateway", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
+    defaults = GatewayConfig(target="")
     add("--target", required=True, metavar="ADDRESS", help="the gRPC service, such as 127.0.0.1:50051")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8000, help="0 = any free port (default: %(default)s)")
+    add("--port", type=_port, default=8000, metavar="N", help="0 = any free port (default: %(default)s)")
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="whose pages may call; * = all")
-    add("--max-body", type=int, default=16 * 2**20, metavar="BYTES", help="of a request (default: %(default)s)")
-    add("--timeout", type=float, default=600, metavar="SECONDS", help="of a request without x-request-timeout")
-    add("--tls", action="store_true", help="speak TLS with the gRPC service")
+    add(
+        "--max-body",
+        type=_size,
+        default=defaults.max_body_bytes,
+        metavar="BYTES",
+        help="largest request (default: %(default)s)",
+    )
+    add(
+        "--timeout",
+        type=_seconds,
+        default=defaults.timeout_s,
+        metavar="SECONDS",
+        help="of a request without x-request-timeout (default: %(default)s)",
+    )
+    add("--tls", action="store_true", help="speak TLS with the gRPC service; the files turn it on too")
     add("--tls-ca", type=Path, metavar="FILE", help="PEM file that its certificate is checked against")
     add("--client-cert", type=Path, metavar="FILE", help="PEM file of the certificate to show, with --client-key")
     add("--client-key", type=Path, metavar="FILE", help="PEM file of its key")
     return parser
+
+
+def _port(text: str) -> int:
+    return int(_number(text, "a port, 0 to 65535", int, 0, 65535))
+
+
+def _size(text: str) -> int:
+    return int(_number(text, "a number of bytes, at least 1", int, 1, math.inf))
+
+
+def _seconds(text: str) -> float:
+    return _number(text, "seconds, above 0", float, 0.001, 2**31 - 1)
+
+
+def _number(text: str, wanted: str, kind: Callable[[str], float], least: float, most: float) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {wanted}")
+    return value

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, Self, TypeVar
 
 from nanoserve_client import AsyncGenerateStream, Delta, NanoserveError, Result, Started
@@ -33,38 +34,19 @@ class Generation:
         """Raises NanoserveError."""
         return await _all([stream.result() for stream in self._streams])
 
-    async def deltas(self, silence_s: float) -> AsyncGenerator[tuple[int, Delta] | None, None]:
-        """(prompt, delta) as they come, and None for every silence of that length.
+    async def read(self, take: Callable[[int, Delta], Awaitable[None]]) -> list[Result]:
+        """Hand over each (prompt, delta) as it comes. The next one is read when it is taken, so that a slow reader is
+        felt by the server, which then joins deltas.
 
         Raises NanoserveError, of the first that fails.
         """
-        # Of one, so that a slow reader is felt by the server, which then joins deltas.
-        news: asyncio.Queue[tuple[int, Delta] | NanoserveError | None] = asyncio.Queue(1)
 
-        async def read(prompt: int, stream: AsyncGenerateStream) -> None:
-            try:
-                async for delta in stream:
-                    await news.put((prompt, delta))
-                await news.put(None)
-            except NanoserveError as error:
-                await news.put(error)
+        async def read_one(prompt: int, stream: AsyncGenerateStream) -> Result:
+            async for delta in stream:
+                await take(prompt, delta)
+            return await stream.result()
 
-        tasks = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(self._streams)]
-        async with _cancelled_at_end(tasks):
-            num_running = len(tasks)
-            while num_running:
-                try:
-                    async with asyncio.timeout(silence_s):
-                        item = await news.get()
-                except TimeoutError:
-                    yield None
-                    continue
-                if isinstance(item, NanoserveError):
-                    raise item
-                if item is None:
-                    num_running -= 1
-                else:
-                    yield item
+        return await _all([read_one(prompt, stream) for prompt, stream in enumerate(self._streams)])
 
     def __enter__(self) -> Self:
         return self
@@ -74,45 +56,51 @@ class Generation:
             stream.cancel()
 
 
-async def frames(
-    generation: Generation, answer: Answer, starts: Sequence[Started], silence_s: float
-) -> AsyncGenerator[bytes, None]:
-    """The body of a streamed answer whose generation has started."""
-    with generation:
-        yield b"".join(answer.begin(starts))
-        try:
-            async with contextlib.aclosing(generation.deltas(silence_s)) as deltas:
-                async for item in deltas:
-                    if item is None:
-                        yield KEEP_ALIVE
-                    elif piece := b"".join(answer.delta(*item)):
-                        yield piece
-            yield b"".join(answer.end(await generation.results()))
-        except NanoserveError as error:
-            yield b"".join(answer.fail(problem_of(error, answer.names)))
-
-
 class EventStream(Response):
-    """A body that comes in frames, and ends when its reader goes away."""
+    """A streamed answer whose generation has started, as server-sent events; ends when its reader goes away."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, body: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
-        self._frames = body
+    def __init__(self, generation: Generation, answer: Answer, starts: Sequence[Started], silence_s: float) -> None:
+        """silence_s: after so long without a frame comes a sign of life."""
+        self._generation, self._answer, self._starts = generation, answer, starts
+        self._silence_s = silence_s
+        self._written_s = 0.0
+        # Frames come from every prompt, and signs of life.
+        self._writing = asyncio.Lock()
         self.status_code = 200
         self.background = None
-        self.init_headers({**HEADERS, **headers})
+        self.init_headers({**HEADERS, "x-request-id": starts[0].request_id})
         del self.headers["content-length"]
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(self._frames):
+        with self._generation:
             await unless_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
+        async def write(pieces: Iterable[bytes]) -> None:
+            if piece := b"".join(pieces):
+                async with self._writing:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                self._written_s = time.monotonic()
+
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for piece in self._frames:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await write(self._answer.begin(self._starts))
+        async with _cancelled_at_end([asyncio.create_task(self._keep_alive(write))]):
+            try:
+                results = await self._generation.read(lambda *delta: write(self._answer.delta(*delta)))
+                last = self._answer.end(results)
+            except NanoserveError as error:
+                last = self._answer.fail(problem_of(error, self._answer.names))
+        await write(last)
         await send({"type": "http.response.body", "body": b""})
+
+    async def _keep_alive(self, write: Callable[[Iterable[bytes]], Awaitable[None]]) -> None:
+        while True:
+            if (rest_s := self._written_s + self._silence_s - time.monotonic()) > 0:
+                await asyncio.sleep(rest_s)
+            else:
+                await write([KEEP_ALIVE])
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T | None:
