@@ -61,10 +61,6 @@ class EnvoyProcess(LoggedProcess):
             assert time.monotonic() < deadline, self.ask_admin("/clusters")
             time.sleep(0.05)
 
-    def num_retries(self) -> int:
-        """Requests that it sent once more to a server."""
-        return int(self.ask_admin("/stats?filter=^cluster.server.upstream_rq_retry$").rpartition(": ")[2])
-
     def access(self, request_id: str) -> dict[str, Any]:
         """The access log's line for a request, which may still be to come."""
         return json.loads(self.wait_for(rf'^{{.*"request_id":"{request_id}".*}}$')[0])

@@ -222,7 +222,7 @@ def test_silence_is_broken_by_comments():
 def test_identity_trace_and_deadline_travel_beside_the_request(scripted):
     headers = {
         "x-request-id": "mine",
-        "traceparent": "00-1-2-03",
+        "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
         "authorization": "Bearer k",
         "x-request-timeout": "7",
     }

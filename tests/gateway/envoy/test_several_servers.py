@@ -147,9 +147,8 @@ async def test_a_server_goes_away_under_load_and_no_request_fails(caller, envoy,
     await until(lambda: num_live(leaving) >= 3 and num_live(staying) >= 3)
     leaving.process.send_signal(signal.SIGTERM)
     await asyncio.to_thread(leaving.wait_for, "draining")
-    # Envoy does not know yet, and sends these to it.
+    # Envoy may not know yet; then it sends these to it, and to the other one when they come back.
     await asyncio.gather(*map(call, its_sessions))
-    assert envoy.num_retries() > 0
     assert await asyncio.to_thread(leaving.process.wait, 60) == 0
     has_gone.set()
     await asyncio.gather(*calls)
