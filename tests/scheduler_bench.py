@@ -108,7 +108,3 @@ class WatchedBench(Bench):
 
     def records(self):
         return [event for event in self.events if isinstance(event, StepRecord)]
-
-    def reset_cache(self):
-        self.pool.reset_cache()
-        self.free = set(range(self.pool.num_blocks)) - {block for table in self.tables.values() for block in table}

@@ -375,7 +375,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.bench is not None)
     @rule()
     def reset_cache(self):
-        self.bench.reset_cache()
+        self.bench.scheduler.reset_cache()
 
     @invariant()
     def accounts_balance(self):
