@@ -31,9 +31,16 @@ class GatedExecutor(FakeExecutor):
         self.gate = threading.Event()
         self.gate.set()
         self.is_broken = False
+        self._permits = None
+
+    def count_steps(self):
+        """From now on each step waits for a release of this semaphore."""
+        self._permits = threading.Semaphore(0)
+        return self._permits
 
     def execute(self, plan):
         assert self.gate.wait(SECONDS)
+        assert self._permits is None or self._permits.acquire(timeout=SECONDS)
         if self.is_broken:
             raise RuntimeError("broken")
         return super().execute(plan)

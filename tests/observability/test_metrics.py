@@ -9,7 +9,7 @@ from engine_bench import PROMPT
 from nanoserve_client import NanoserveError
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from watched_server import until, watched
+from watched_server import miss_deadline, until, watched
 
 from nanoserve.observability import conventions as names
 from nanoserve.observability.metrics import REJECTIONS, Metrics
@@ -70,14 +70,18 @@ async def test_gauges_are_right_after_aborts():
     read = Read()
     async with watched(read.metrics, max_num_seqs=2) as (bench, client):
         await until(lambda: read.blocks() == {"free": 64, "cached": 0, "owned": 0})
+        steps = bench.executor.count_steps()
         streams = [client.generate([i] * 20, max_tokens=100, ignore_eos=True) for i in range(1, 4)]
-        await asyncio.gather(*(stream.start() for stream in streams[:2]))
+        await until(lambda: len(bench.engine._streams) == 3)
+        # The first may have begun alone; the second has all that fit, and the third waits for ever.
+        steps.release(2)
         await until(lambda: read.value("nanoserve.queue.length") == 1)
         assert read.value("nanoserve.sequences.running") == 2
         assert sum(read.blocks().values()) == 64
         for stream in streams:
             stream.cancel()
-        # No step follows.
+        await until(lambda: not bench.engine._streams)
+        steps.release()  # the third, and no other follows
         await until(lambda: read.value("nanoserve.queue.length") + read.value("nanoserve.sequences.running") == 0)
         await until(lambda: read.blocks()["owned"] == 0)
         await until(lambda: read.value("nanoserve.requests.cancelled") == 3)
@@ -96,14 +100,19 @@ async def test_what_goes_wrong_is_counted_by_reason():
         await fails(temperature=-1)
         await fails(model="other")
         bench.executor.gate.clear()
-        waiting = asyncio.create_task(fails(timeout=0.5))
+        stream = client.generate(PROMPT)
         await until(lambda: bench.engine._streams)
         await fails()
-        await waiting
+        stream.cancel()
+        await until(lambda: not bench.engine._streams)
+        await miss_deadline(
+            lambda timeout_s: client.generate(PROMPT, timeout=timeout_s),
+            lambda: read.points("nanoserve.requests.deadline_missed"),
+        )
         bench.executor.gate.set()
         bench.executor.is_broken = True
         await fails()
-        await until(lambda: read.value("rpc.server.call.duration") == 5)
+        await until(lambda: read.value("gen_ai.server.request.duration", error__type="ENGINE_FAILURE"))
     rejected = {found[names.ERROR_REASON]: count for found, count in read.points("nanoserve.calls.rejected")}
     assert rejected == {"INVALID_REQUEST": 1, "MODEL_NOT_FOUND": 1, "OVERLOADED": 1}
     assert read.points("nanoserve.requests.deadline_missed") == [({names.PHASE: "waiting"}, 1)]
@@ -143,8 +152,10 @@ async def test_the_page_tells_of_every_metric():
         bench.executor.gate.set()
         await asyncio.gather(*(stream.result() for stream in streams))
         bench.executor.gate.clear()
-        with pytest.raises(NanoserveError):
-            await client.generate(PROMPT, timeout=0.5).result()
+        await miss_deadline(
+            lambda timeout_s: client.generate(PROMPT, timeout=timeout_s),
+            lambda: read.points("nanoserve.requests.deadline_missed"),
+        )
         left = client.generate(PROMPT)
         await until(lambda: bench.engine._streams)
         left.cancel()

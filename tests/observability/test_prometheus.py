@@ -62,9 +62,10 @@ async def ask(address, tally):
         def endless(**options):
             return client.chat("Hello!", ignore_eos=True, **options)
 
-        # While these have all rows, the late ones wait, and their deadline passes.
+        # While these have all rows, the late ones wait, and their deadline passes. It leaves time enough to reach the
+        # server: a call whose time is up on the way is counted by nobody there.
         hogs = [await begun(endless()) for _ in range(NUM_ROWS)]
-        await asyncio.gather(*(tally.note(endless(timeout=2).result()) for _ in range(NUM_LATE)))
+        await asyncio.gather(*(tally.note(endless(timeout=8).result()) for _ in range(NUM_LATE)))
         ended = [cancelled(stream) for stream in hogs]
 
         async def begun_and_cancelled():
@@ -96,8 +97,7 @@ def test_counts_are_what_the_callers_saw(server, tmp_path):
         expect(f"sum({good})", {(): tally.codes["OK"]})
         expect("sum(gen_ai_server_time_to_first_token_seconds_count)", {(): tally.codes["OK"]})
         expect("sum(nanoserve_requests_cancelled_total)", {(): NUM_CANCELLED})
-        missed = "sum by (nanoserve_phase) (nanoserve_requests_deadline_missed_total)"
-        expect(missed, {("waiting",): NUM_LATE})
+        expect("sum(nanoserve_requests_deadline_missed_total)", {(): NUM_LATE})
         rejected = "sum by (nanoserve_error_reason) (nanoserve_calls_rejected_total)"
         expect(rejected, {("INVALID_REQUEST",): NUM_WRONG})
         finished = "sum by (nanoserve_finish_reason) (nanoserve_sequences_finished_total)"

@@ -15,9 +15,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from otlp_collector import attributes, collecting
 from serve_process import free_port, serving
-from watched_server import until, watched
+from watched_server import miss_deadline, until, watched
 
 from nanoserve.observability.tracing import Tracing
+from nanoserve.observer import Observer
 
 GENERATE = "nanoserve.v1.GenerationService/Generate"
 PARENT = "00f067aa0ba902b7"
@@ -37,6 +38,16 @@ def provider(collector):
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=collector.endpoint)))
     yield provider
     provider.shutdown()
+
+
+class Noted(Observer):
+    """Keeps the calls that are over."""
+
+    def __init__(self):
+        self.calls = []
+
+    def call_ended(self, call):
+        self.calls.append(call)
 
 
 class Trace:
@@ -152,10 +163,14 @@ async def test_a_preempted_request(provider, collector):
 
 async def test_a_cancelled_request(provider, collector):
     trace = Trace()
-    async with watched(Tracing(provider)) as (_, client):
-        stream = client.generate(PROMPT, max_tokens=100, ignore_eos=True, traceparent=trace.traceparent)
+    async with watched(Tracing(provider)) as (bench, client):
+        steps = bench.executor.count_steps()
+        stream = client.generate(PROMPT, traceparent=trace.traceparent)
+        steps.release(2)
         await anext(aiter(stream))
         stream.cancel()
+        await until(lambda: not bench.engine._streams)
+        steps.release()
     await trace.fetch(provider, collector, 4)
     assert trace.names == PHASES
     assert trace.attributes["rpc.response.status_code"] == trace.attributes["error.type"] == "CANCELLED"
@@ -165,12 +180,18 @@ async def test_a_cancelled_request(provider, collector):
 
 
 async def test_a_request_whose_deadline_passes_while_it_waits(provider, collector):
-    trace = Trace()
-    async with watched(Tracing(provider)) as (bench, client):
+    traces = []
+
+    def request(timeout_s):
+        traces.append(Trace())
+        return client.generate(PROMPT, timeout=timeout_s, traceparent=traces[-1].traceparent)
+
+    noted = Noted()
+    async with watched(Tracing(provider), noted) as (bench, client):
         bench.executor.gate.clear()
-        with pytest.raises(NanoserveError):
-            await client.generate(PROMPT, timeout=0.3, traceparent=trace.traceparent).result()
+        await miss_deadline(request, lambda: noted.calls)
         bench.executor.gate.set()
+    trace = traces[-1]
     await trace.fetch(provider, collector, 2)
     assert trace.names == ["queue"]
     assert trace.attributes["error.type"] == "DEADLINE_EXCEEDED"
