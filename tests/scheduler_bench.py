@@ -5,7 +5,7 @@ from fake_executor import FakeExecutor, expected_completion
 from nanoserve.config import SchedulerConfig
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.kv_cache.block_pool import BlockPool
-from nanoserve.request import Request, RequestStarted, SamplingParams, SequenceOutput, StepResult
+from nanoserve.request import Request, RequestStarted, SamplingParams, SequenceOutput, StepRecord, StepResult
 
 BLOCK = 4
 
@@ -69,3 +69,46 @@ class Bench:
 
     def expect(self, request_id, prompt, count, *, seed=7, index=0):
         assert self.completion(request_id, index) == expected_completion(prompt, seed + index, count, 1000)
+
+
+class WatchedBench(Bench):
+    """A bench whose scheduler is observed, and who keeps the KV map that an observer would."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.scheduler.is_observed = True
+        # (request, index) -> its blocks.
+        self.tables = {}
+        self.free = set(range(self.pool.num_blocks))
+
+    def step(self):
+        plan = super().step()
+        self.take(self.records()[-1])
+        return plan
+
+    def take(self, record):
+        for release in record.early_releases:
+            self.give_back(release)
+        for part in record.parts:
+            table = self.tables.setdefault((part.request_id, part.sequence_index), [])
+            assert part.start <= len(table + part.new_block_ids) * BLOCK
+            table.extend(part.new_block_ids)
+            self.free -= set(part.new_block_ids)
+        for release in record.late_releases:
+            self.give_back(release)
+        owned = {block for table in self.tables.values() for block in table}
+        assert len(owned) == record.num_owned_blocks
+        assert not owned & self.free
+        # Evicted blocks are in somebody's table by now.
+        assert len(self.free) == record.num_free_blocks
+
+    def give_back(self, release):
+        self.tables.pop((release.request_id, release.index), None)
+        self.free |= set(release.freed_block_ids)
+
+    def records(self):
+        return [event for event in self.events if isinstance(event, StepRecord)]
+
+    def reset_cache(self):
+        self.pool.reset_cache()
+        self.free = set(range(self.pool.num_blocks)) - {block for table in self.tables.values() for block in table}

@@ -5,7 +5,7 @@ import pytest
 from fake_executor import expected_completion
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from scheduler_bench import Bench
+from scheduler_bench import Bench, WatchedBench
 
 from nanoserve.request import (
     FailureReason,
@@ -288,7 +288,7 @@ def test_prompt_logprobs_are_reported_once_even_after_preemption():
     bench.step()
     bench.step()
     sequence = bench.scheduler._requests["b"][0]
-    bench.scheduler._preempt(sequence, {})
+    bench.scheduler._preempt(sequence, sequence, {})
     bench.run()
     reported = [p.token_id for e in bench.outputs("b") for p in e.prompt_logprobs]
     assert reported == prompt_of(20)[1:]
@@ -322,7 +322,7 @@ class Life(RuleBasedStateMachine):
         batching=st.sampled_from(["continuous", "continuous", "static"]),
     )
     def start(self, **options):
-        self.bench = Bench(**options)
+        self.bench = WatchedBench(**options)
 
     @precondition(lambda self: self.bench is not None)
     @rule(data=st.data())
@@ -363,17 +363,19 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def preempt(self, data):
         running = list(self.bench.scheduler._running())
-        self.bench.scheduler._preempt(running[data.draw(st.integers(0, len(running) - 1))], {})
+        sequence = running[data.draw(st.integers(0, len(running) - 1))]
+        self.bench.scheduler._preempt(sequence, sequence, {})
 
     @precondition(lambda self: self.bench is not None)
     @rule()
     def step_raises(self):
         self.bench.events += self.bench.scheduler.fail(self.bench.scheduler.schedule(self.bench.now), self.bench.now)
+        self.bench.take(self.bench.records()[-1])
 
     @precondition(lambda self: self.bench is not None)
     @rule()
     def reset_cache(self):
-        self.bench.pool.reset_cache()
+        self.bench.reset_cache()
 
     @invariant()
     def accounts_balance(self):

@@ -3,48 +3,9 @@
 import pickle
 
 import pytest
-from scheduler_bench import BLOCK, Bench
+from scheduler_bench import Bench, WatchedBench
 
 from nanoserve.request import Preemption, StepRecord, WaitReason
-
-
-class WatchedBench(Bench):
-    """A bench whose scheduler is observed, and who keeps the KV map that an observer would."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.scheduler.is_observed = True
-        # (request, index) -> its blocks.
-        self.tables = {}
-        self.free = set(range(self.pool.num_blocks))
-
-    def step(self):
-        plan = super().step()
-        self.take(self.records()[-1])
-        return plan
-
-    def take(self, record):
-        for release in record.early_releases:
-            self.give_back(release)
-        for part in record.parts:
-            table = self.tables.setdefault((part.request_id, part.sequence_index), [])
-            assert part.start <= len(table + part.new_block_ids) * BLOCK
-            table.extend(part.new_block_ids)
-            self.free -= set(part.new_block_ids)
-        for release in record.late_releases:
-            self.give_back(release)
-        owned = {block for table in self.tables.values() for block in table}
-        assert len(owned) == record.num_owned_blocks
-        assert not owned & self.free
-        # Evicted blocks are in somebody's table by now.
-        assert len(self.free) == record.num_free_blocks
-
-    def give_back(self, release):
-        self.tables.pop((release.request_id, release.index), None)
-        self.free |= set(release.freed_block_ids)
-
-    def records(self):
-        return [event for event in self.events if isinstance(event, StepRecord)]
 
 
 def test_nobody_watches_by_default():
