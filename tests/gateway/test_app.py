@@ -219,10 +219,15 @@ def test_silence_is_broken_by_comments():
             assert "data: [DONE]" in lines
 
 
-def test_identity_trace_and_deadline_travel_beside_the_request(scripted):
+@pytest.mark.parametrize("has_opentelemetry", [True, False])
+def test_identity_trace_and_deadline_travel_beside_the_request(scripted, monkeypatch, has_opentelemetry):
+    if not has_opentelemetry:
+        monkeypatch.setattr("nanoserve_gateway.tracing.trace", None)
+        monkeypatch.setattr("nanoserve_gateway.tracing.IS_INSTALLED", False)
+        monkeypatch.setattr("nanoserve_client.tracing.trace", None)
     headers = {
         "x-request-id": "mine",
-        "traceparent": "00-1-2-03",
+        "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
         "authorization": "Bearer k",
         "x-request-timeout": "7",
     }
