@@ -22,7 +22,7 @@ NUM_GOOD, NUM_SEVERAL, NUM_CANCELLED, NUM_LATE, NUM_WRONG = 120, 10, 40, 10, 20
 def server():
     program("prometheus")  # or there is no use in it
     port = free_port()
-    with serving("--http-port", f"{port}", "--max-num-seqs", f"{NUM_ROWS}") as server:
+    with serving("--http-port", f"{port}", "--max-num-seqs", f"{NUM_ROWS}", "--log-format", "json") as server:
         yield server, f"127.0.0.1:{port}"
 
 
@@ -108,6 +108,10 @@ def test_counts_are_what_the_callers_saw(server, tmp_path):
         expect("sum(nanoserve_sequences_running + nanoserve_queue_length)", {(): 0})
         expect('sum(nanoserve_kv_blocks{nanoserve_kv_block_state="owned"})', {(): 0})
         assert not prometheus.query("ALERTS{alertstate='firing'}")
+    # The log says the same.
+    lines = [json.loads(line) for line in served.log if '"rpc": "Generate"' in line]
+    assert Counter(line["code"] for line in lines) == tally.codes
+    assert len({line["request_id"] for line in lines}) == sum(tally.codes.values())
 
 
 def test_every_series_keeps_to_labels_that_no_caller_chooses(server):
