@@ -267,8 +267,9 @@ class Preemption:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A sequence gave its blocks back: it ended, was aborted or preempted."""
+    """A sequence gave its blocks back: it ended, was aborted or preempted; or the cache was reset."""
 
+    # Empty = the cache was reset: the blocks were nobody's.
     request_id: str
     index: int
     # Those that hold nothing of use any more; its others are kept for their prefix, or owned by another sequence.

@@ -154,7 +154,7 @@ class EngineCore:
             case Abort(request_id, index):
                 self._scheduler.abort(request_id, index)
             case ResetCache():
-                num_freed_blocks = self._scheduler.pool.reset_cache()
+                num_freed_blocks = self._scheduler.reset_cache()
                 self._note_progress()
                 self._deliver([CacheWasReset(num_freed_blocks)])
             case ObserveSteps():

@@ -158,6 +158,13 @@ class Scheduler:
             if index is None or sequence.index == index:
                 self._remove(sequence)
 
+    def reset_cache(self) -> int:
+        """Forget every cached prefix. Returns how many blocks that freed."""
+        freed_block_ids = self.pool.reset_cache()
+        if self.is_observed:
+            self._notes.cache_was_reset(freed_block_ids)
+        return len(freed_block_ids)
+
     def stats(self) -> SchedulerStats:
         """Current counts."""
         num_live = sum(map(len, self._requests.values()))

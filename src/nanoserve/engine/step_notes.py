@@ -32,6 +32,10 @@ class StepNotes:
         releases = self.late_releases if self.is_planned else self.early_releases
         releases.append(Release(sequence.request.id, sequence.index, freed_block_ids))
 
+    def cache_was_reset(self, freed_block_ids: list[int]) -> None:
+        """These blocks, which nobody owned, were cached and are free."""
+        self.early_releases.append(Release("", 0, freed_block_ids))
+
     def planned(self, now: float, step: Iterable["Sequence"], plan: StepPlan, block_size: int) -> None:
         """`step`: the sequence of each entry of the plan."""
         self.start_s = now

@@ -129,14 +129,14 @@ class BlockPool:
         for block_id in block_ids:
             self._forget_hash(block_id)
 
-    def reset_cache(self) -> int:
-        """Forget every prefix, and free the cached blocks. Returns how many those were."""
-        count = len(self._cached)
-        self._free.extend(self._cached)
+    def reset_cache(self) -> list[int]:
+        """Forget every prefix, and free the cached blocks. Returns those."""
+        freed = list(self._cached)
+        self._free.extend(freed)
         self._cached.clear()
         self._block_of_hash.clear()
         self._hash_of_block.clear()
-        return count
+        return freed
 
     def _forget_hash(self, block_id: int) -> None:
         block_hash = self._hash_of_block.pop(block_id, None)
