@@ -156,9 +156,7 @@ def _event(entry: Entry) -> dict[str, Any]:
             reasons = {index: FINISH_REASONS[each] for index, each in finish_reasons.items()}
             num_told = max(reasons, default=-1) + 1
             end = admin_pb2.TimelineEnd(
-                finish_reasons=[
-                    reasons.get(index, FINISH_REASON_UNSPECIFIED) for index in range(max(reasons, default=-1) + 1)
-                ],
+                finish_reasons=[reasons.get(index, FINISH_REASON_UNSPECIFIED) for index in range(num_told)],
                 reason=reason or ("" if error is None else reason_of(error)),
                 abandoned=is_abandoned,
             )

@@ -9,11 +9,11 @@ import grpc
 from google.protobuf.message import Message
 
 from nanoserve_client import requests, transport
-from nanoserve_client.errors import from_status
+from nanoserve_client.errors import NanoserveError, from_status
 from nanoserve_client.progress import Progress
 from nanoserve_client.requests import GenerateOptions, Messages, Tool
 from nanoserve_client.results import Delta, Model, Result, Started, Stats, Tokens
-from nanoserve_client.transport import CallOptions, Tls
+from nanoserve_client.transport import CallOptions, Envelope, Tls
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from nanoserve_client.v1 import generation_pb2 as pb
 from nanoserve_client.watching import EngineSnapshot, Timeline
@@ -122,16 +122,15 @@ class AsyncClient:
     def watch_engine(self, *, interval: float | None = None, **options: Unpack[CallOptions]) -> "AsyncEngineWatch":
         """Snapshots of the engine, one an interval. See Client.watch_engine."""
         request = requests.watch_request(interval)
-        call = transport.envelope(request, self._api_key, options)
+        call = transport.envelope(request, self._target, self._api_key, options)
         responses = self._admin.WatchEngine(request, timeout=call.timeout, metadata=call.metadata)
-        return AsyncEngineWatch(responses, call.request_id)
+        return AsyncEngineWatch(responses, call)
 
     async def explain_request(self, request_id: str, /, **options: Unpack[CallOptions]) -> list[Timeline]:
         """What happened to the requests with this id. See Client.explain_request."""
         request = admin_pb2.ExplainRequestRequest(request_id=request_id)
-        return [
-            Timeline.of(each) for each in (await self._call(self._admin.ExplainRequest, request, options)).timelines
-        ]
+        response = await self._call(self._admin.ExplainRequest, request, options)
+        return [Timeline.of(each) for each in response.timelines]
 
     async def close(self) -> None:
         """Close the connection, for good. Calls that are running end with Cancelled."""
@@ -248,24 +247,28 @@ class AsyncEngineWatch(AsyncIterator[EngineSnapshot]):
 
     def __init__(
         self,
-        responses: grpc.aio.UnaryStreamCall[admin_pb2.WatchEngineRequest, admin_pb2.WatchEngineResponse],
-        request_id: str | None,
+        call: grpc.aio.UnaryStreamCall[admin_pb2.WatchEngineRequest, admin_pb2.WatchEngineResponse],
+        envelope: Envelope,
     ) -> None:
-        self._call = responses
-        self._responses = aiter(responses)
-        self._request_id = request_id
+        self._call = call
+        self._responses = aiter(call)
+        self._envelope = envelope
 
     async def __anext__(self) -> EngineSnapshot:
         """The next snapshot. Raises as EngineWatch does."""
         try:
             return EngineSnapshot.of(await anext(self._responses))
         except grpc.aio.AioRpcError as error:
-            raise from_status(error.code(), error.details(), error.trailing_metadata(), self._request_id) from error
+            raise await self._failure() from error
         except asyncio.CancelledError:
             if _is_own_cancellation():
                 raise
-            details, trailers = await self._call.details(), await self._call.trailing_metadata()
-            raise from_status(await self._call.code(), details, trailers, self._request_id) from None
+            raise await self._failure() from None
+
+    async def _failure(self) -> NanoserveError:
+        code, details = await self._call.code(), await self._call.details()
+        self._envelope.span.end(code)
+        return from_status(code, details, await self._call.trailing_metadata(), self._envelope.request_id)
 
     def cancel(self) -> None:
         """End the watch. Reading on raises Cancelled."""

@@ -12,7 +12,7 @@ from nanoserve_client.errors import from_status
 from nanoserve_client.progress import Progress
 from nanoserve_client.requests import GenerateOptions, Messages, Tool
 from nanoserve_client.results import Delta, Model, Result, Started, Stats, Tokens
-from nanoserve_client.transport import CallOptions, Tls
+from nanoserve_client.transport import CallOptions, Envelope, Tls
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from nanoserve_client.v1 import generation_pb2 as pb
 from nanoserve_client.watching import EngineSnapshot, Timeline
@@ -183,9 +183,9 @@ class Client:
             **options: See CallOptions.
         """
         request = requests.watch_request(interval)
-        call = transport.envelope(request, self._api_key, options)
+        call = transport.envelope(request, self._target, self._api_key, options)
         responses = self._admin.WatchEngine(request, timeout=call.timeout, metadata=call.metadata)
-        return EngineWatch(responses, call.request_id)
+        return EngineWatch(responses, call)
 
     def explain_request(self, request_id: str, /, **options: Unpack[CallOptions]) -> list[Timeline]:
         """What happened to the requests with this id, and why they waited: newest first, at least one. For operators.
@@ -305,9 +305,9 @@ class EngineWatch(Iterator[EngineSnapshot]):
     Leaving the `with` block, or dropping the last reference, ends the watch.
     """
 
-    def __init__(self, responses: "grpc._CallIterator[admin_pb2.WatchEngineResponse]", request_id: str | None) -> None:
+    def __init__(self, responses: "grpc._CallIterator[admin_pb2.WatchEngineResponse]", call: Envelope) -> None:
         self._responses = responses
-        self._request_id = request_id
+        self._call = call
 
     def __next__(self) -> EngineSnapshot:
         """The next snapshot. Raises NanoserveError; the watch has no end of its own."""
@@ -315,7 +315,9 @@ class EngineWatch(Iterator[EngineSnapshot]):
             return EngineSnapshot.of(next(self._responses))
         except grpc.RpcError as error:
             status = cast(grpc.Call, error)
-            raise from_status(status.code(), status.details(), status.trailing_metadata(), self._request_id) from error
+            self._call.span.end(status.code())
+            request_id = self._call.request_id
+            raise from_status(status.code(), status.details(), status.trailing_metadata(), request_id) from error
 
     def cancel(self) -> None:
         """End the watch. Reading on raises Cancelled."""
