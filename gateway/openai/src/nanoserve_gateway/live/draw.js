@@ -165,18 +165,20 @@ function drawCell(pen, lane, step, x, y) {
 
 // ------------------------------------------------------------------------------------------------- KV blocks
 
+/** A square for each block, up to the last that was ever in use. Returns how many are left out, all of them free. */
 export function drawBlocks(canvas, view) {
-  const count = view.stats.blocks;
   const width = canvas.parentElement.clientWidth - 28;
-  // As large as fits a square of the panel's width or so.
-  const size = Math.max(2, Math.min(14, Math.floor(Math.sqrt((width * 420) / Math.max(1, count)))));
+  const shown = Math.min(view.stats.blocks, Math.max(256, 2 ** Math.ceil(Math.log2(view.highestBlock + 1))));
+  // As large as fits the height, too.
+  const size = Math.max(2, Math.min(14, Math.floor(Math.sqrt((width * 300) / Math.max(1, shown)))));
   const columns = Math.max(1, Math.floor(width / size));
   const gap = size > 3 ? 1 : 0.5;
-  const pen = prepare(canvas, width, Math.ceil(count / columns) * size);
+  const pen = prepare(canvas, width, Math.ceil(shown / columns) * size);
   const put = (id, fill) => box(pen, fill, (id % columns) * size, Math.floor(id / columns) * size, size - gap, size - gap);
-  for (let id = 0; id < count; id++) put(id, color.free);
+  for (let id = 0; id < shown; id++) put(id, color.free);
   for (const [start, length] of view.cachedRanges) for (let id = start; id < start + length; id++) put(id, color.kept);
   for (const sequence of view.sequences) {
     for (const id of sequence.blocks) put(id, view.owners.get(id) > 1 ? color.cached : hueOf(sequence.number));
   }
+  return view.stats.blocks - shown;
 }

@@ -15,6 +15,8 @@ const view = {
   cachedRanges: [],
   // Block id -> sequences that own it.
   owners: new Map(),
+  // The highest id of a block that was ever in use: those above it are free.
+  highestBlock: 0,
   // Those that are drawn, oldest first.
   steps: [],
   // {key, number, index, id, ...}, or null where none is.
@@ -68,7 +70,7 @@ async function watch() {
     } catch (error) {
       say(error instanceof TypeError ? "no server answers; trying again" : `${error.message}; trying again`, "lost");
       // It may be another server that answers next.
-      view.steps.length = pending.length = view.lanes.length = 0;
+      view.steps.length = pending.length = view.lanes.length = view.highestBlock = 0;
       isDirty = true;
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
     }
@@ -123,6 +125,8 @@ function take(snapshot) {
   pending.splice(0, pending.length - MAX_STEPS);
   showFigures(snapshot);
   showQueue(snapshot);
+  const highest = Math.max(0, ...[...view.owners.keys()], ...view.cachedRanges.map(([start, count]) => start + count - 1));
+  view.highestBlock = Math.max(view.highestBlock, highest);
   isDirty = true;
 }
 
@@ -150,6 +154,8 @@ function showStep(step) {
   }
   for (const [laneKey, [start, tokens, promptTokens]] of step.parts) {
     const lane = view.lanes.find((each) => each?.key === laneKey) ?? join(laneKey, step.number);
+    // What precedes its first part since it got its blocks, it has from the cache.
+    if (lane.computed === 0) lane.cached = start;
     lane.lastStep = step.number;
     lane.phase = "running";
     lane.computed = start + tokens;
@@ -159,10 +165,10 @@ function showStep(step) {
 }
 
 function join(laneKey, stepNumber) {
-  const sequence = view.byKey.get(laneKey) ?? { id: "?", prompt: 0, cached: 0 };
+  const sequence = view.byKey.get(laneKey) ?? { id: "?", prompt: 0 };
   const [number, index] = laneKey.split("/").map(Number);
   const lane = {
-    key: laneKey, number, index, id: sequence.id, prompt: sequence.prompt, cached: sequence.cached, isMine: mine.has(sequence.id),
+    key: laneKey, number, index, id: sequence.id, prompt: sequence.prompt, cached: 0, isMine: mine.has(sequence.id),
     firstStep: stepNumber, lastStep: stepNumber, computed: 0, completion: 0, chunks: [], blocks: [], isOver: false, phase: "running",
   };
   const free = view.lanes.findIndex((each) => each === null || (each.isOver && stepNumber - each.lastStep > LINGER_STEPS));
@@ -177,7 +183,8 @@ function refreshLanes() {
     if (!lane) return;
     const sequence = view.byKey.get(lane.key);
     lane.blocks = sequence?.blocks ?? [];
-    lane.isOver = pending.length === 0 && (!sequence || sequence.phase === "ended");
+    const isDrawn = !pending.some((step) => step.parts.has(lane.key));
+    lane.isOver = isDrawn && (!sequence || sequence.phase === "ended");
     if (lane.isOver && newest - lane.lastStep > 3 * LINGER_STEPS) view.lanes[i] = null;
   });
   while (view.lanes.length && view.lanes.at(-1) === null) view.lanes.pop();
@@ -190,7 +197,8 @@ function draw() {
     isDirty = pending.length > 0;
     refreshLanes();
     drawLanes($("lanes"), view);
-    drawBlocks($("blocks"), view);
+    const numLeftOut = drawBlocks($("blocks"), view);
+    $("more-blocks").textContent = numLeftOut > 0 ? `and ${numLeftOut} more, never used so far` : "";
     $("idle").hidden = view.stats.running + view.stats.waiting > 0;
   }
   requestAnimationFrame(draw);
@@ -287,7 +295,7 @@ $("lanes").addEventListener("mousemove", (event) => {
   const { lane, step } = pointed(event);
   const lines = [];
   if (lane) {
-    lines.push(`${lane.id}: ${lane.prompt} prompt tokens, ${lane.cached} of them from the cache; ${lane.completion} generated`);
+    lines.push(`${lane.id}: ${lane.prompt} prompt tokens, ${lane.cached} tokens from the cache, ${lane.completion} generated`);
     if (step) lines.push(partText(step.parts.get(lane.key), step.preempted.has(lane.key)));
   }
   if (step) lines.push(`step ${step.number}: ${step.tokens} tokens in ${step.ms} ms`);
