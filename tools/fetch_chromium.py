@@ -1,8 +1,8 @@
 """Puts Debian's headless Chromium into .venv, as .venv/bin/chromium-headless-shell, for the tests of the live view.
 
-No root is needed, and nothing outside of the checkout is touched: apt keeps its lists in a folder of its own, and packages
-are unpacked, not installed. A machine that has a Chromium in its PATH needs none of it; one without apt goes without those
-tests, which say so.
+No root is needed, and nothing outside of the checkout is touched: apt keeps its lists in a folder of its own, and
+packages are unpacked, not installed. A machine that has a Chromium in its PATH needs none of it; one without apt goes
+without those tests, which say so.
 """
 
 import shutil

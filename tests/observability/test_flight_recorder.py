@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import re
 
 import pytest
 from engine_bench import BLOCK, SECONDS, running
@@ -103,6 +104,7 @@ async def test_a_wait_names_what_it_was_for_and_behind_whom(options, reason, tex
     assert text in text_of(timeline)
     [wait] = [e for e in events(timeline, Waited) if e.reason]
     assert (wait.behind, wait.num_before) == ("first", 0)
+    assert re.search(rf"Waited [\d.]+ m?s {text}\.", timeline.summary)
     # The third waited for the second to get its turn, too.
     behind_second = next(e for e in events(explained(recorder, "third"), Waited) if e.reason)
     assert (behind_second.reason, behind_second.num_before) == (reason, 1)
@@ -130,6 +132,7 @@ async def test_chunks_are_counted():
     assert "prefilled 40 tokens in 3 chunks, a step each" in text_of(timeline)
     assert events(timeline, Decoded) == [Decoded(3)]
     assert text_of(timeline).endswith("it ended: length")
+    assert "Prefilled in 3 chunks. Generated 3 tokens in " in timeline.summary
 
 
 async def test_cached_tokens_are_told():
@@ -140,6 +143,7 @@ async def test_cached_tokens_are_told():
     timeline = explained(recorder, "second")
     assert events(timeline, CacheHit) == [CacheHit(24, 33)]
     assert "24 of 33 prompt tokens came from the prefix cache" in text_of(timeline)
+    assert "24 of 33 prompt tokens came from the prefix cache. Prefilled in 1 chunk." in timeline.summary
     assert events(timeline, Prefilled) == [Prefilled(0, 9, 1, is_after_preemption=False)]
 
 
@@ -150,6 +154,7 @@ async def test_a_preemption_names_for_whom_and_what_came_after():
         await finish(bench, old, young)
     timeline = explained(recorder, "young")
     assert [e.for_label for e in events(timeline, WasPreempted)] == ["old"]
+    assert "Preempted once, for request old." in timeline.summary
     assert "was preempted for request old; ran again after" in text_of(timeline)
     assert any(e.is_after_preemption for e in events(timeline, Prefilled))
     assert reasons(timeline) == [WaitReason.BLOCKS]

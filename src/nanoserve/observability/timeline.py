@@ -1,6 +1,7 @@
 """What happened to one request, and why it waited: records in, typed entries with plain sentences out. Pure."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from nanoserve.observer import CallRecord, Chunk, RequestRecord
@@ -51,13 +52,15 @@ class Memory:
 class Waited:
     """A time in the queue."""
 
-    # None = for the prompt to be encoded, and for the step that was running.
+    # Of several the one that took most time. None = for the prompt to be encoded, and for the step that was running.
     reason: WaitReason | None
     index: int
     # The caller's id of the running request that had most of it; empty = none, or forgotten.
     behind: str
     # Requests that were the head of the queue in its stead; 0 = it was the head.
     num_before: int
+    # Seconds that went by each reason, most first.
+    shares: Mapping[WaitReason, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,43 @@ class Timeline:
     # By their begin.
     entries: list[Entry] = field(default_factory=list)
 
+    @property
+    def summary(self) -> str:
+        """All of it in a few sentences."""
+        sentences = [*self._waits(), *self._work(), *(e.text for e in self.entries if isinstance(e.event, Ended))]
+        return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+
+    def _waits(self) -> Iterator[str]:
+        waits = [(entry, entry.event) for entry in self.entries if isinstance(entry.event, Waited)]
+        shares: dict[WaitReason, float] = {}
+        # The longest wait for each reason says whom it was behind.
+        longest: dict[WaitReason, Entry] = {}
+        behind: dict[WaitReason, str] = {}
+        for entry, event in waits:
+            for reason, share_s in event.shares.items():
+                shares[reason] = shares.get(reason, 0.0) + share_s
+            if event.reason is not None:
+                best = longest.get(event.reason)
+                if best is None or entry.end_s - entry.start_s > best.end_s - best.start_s:
+                    longest[event.reason], behind[event.reason] = entry, event.behind
+        for reason, share_s in sorted(shares.items(), key=lambda share: -share[1]):
+            whom = f" behind request {behind[reason]}" if behind.get(reason) else ""
+            yield f"waited {_time(share_s)} for {_WANTED[reason]}{whom}"
+        if not shares:
+            yield from (entry.text for entry, _ in waits)
+
+    def _work(self) -> Iterator[str]:
+        yield from (entry.text for entry in self.entries if isinstance(entry.event, CacheHit))
+        first = next((e.event for e in self.entries if isinstance(e.event, Prefilled)), None)
+        if first is not None:
+            yield f"prefilled in {_count(first.num_chunks, 'chunk')}"
+        preemptions = [entry.event for entry in self.entries if isinstance(entry.event, WasPreempted)]
+        if preemptions:
+            times = "once" if len(preemptions) == 1 else f"{len(preemptions)} times"
+            labels = list(dict.fromkeys(event.for_label for event in preemptions if event.for_label))
+            yield f"preempted {times}" + (f", for {_list(labels)}" if labels else "")
+        yield from (entry.text for entry in self.entries if isinstance(entry.event, Decoded))
+
 
 def timeline_of(request: RequestRecord, memory: Memory, now_s: float) -> Timeline:
     """The timeline of a request that runs or has ended."""
@@ -187,42 +227,40 @@ def _first_wait_text(request: RequestRecord, waited_s: float, memory: Memory) ->
 
 
 def _waits(request: RequestRecord, index: int, start_s: float, end_s: float, memory: Memory) -> Iterator[Entry]:
-    """What the queue waited for in this time, joined where it is the same: the head for something, others for it."""
+    """What was waited for in this time: by the sequence itself as the head of the queue, or by those before it."""
     spans = [span for span in memory.queue_spans if span.end_s > start_s and span.start_s < end_s]
-    groups: list[list[QueueSpan]] = []
-    for span in spans:
-        if groups and _kind(groups[-1][-1], request, index) == _kind(span, request, index):
-            groups[-1].append(span)
-        else:
-            groups.append([span])
-    for group in groups:
-        yield _wait_entry(group, request, index, start_s, end_s, memory)
+    for _, group in itertools.groupby(spans, lambda span: _kind(span, request, index)):
+        yield _wait_entry(list(group), request, index, start_s, end_s, memory)
 
 
-def _kind(span: QueueSpan, request: RequestRecord, index: int) -> tuple[object, ...]:
+def _kind(span: QueueSpan, request: RequestRecord, index: int) -> object:
+    """The same for spans that are told together."""
     is_head = (span.wait.request_id, span.wait.index) == (request.id, index)
-    return is_head, span.wait.reason, span.wait.behind_request_id if is_head else ""
+    return (span.wait.reason, span.wait.behind_request_id) if is_head else None
 
 
 def _wait_entry(
     group: list[QueueSpan], request: RequestRecord, index: int, start_s: float, end_s: float, memory: Memory
 ) -> Entry:
-    last = group[-1].wait
-    is_head = (last.request_id, last.index) == (request.id, index)
-    before = [] if is_head else list(dict.fromkeys(span.wait.request_id for span in group))
-    event = Waited(last.reason, index, memory.labels.get(last.behind_request_id, ""), len(before))
     begin_s, until_s = max(start_s, group[0].start_s), min(end_s, group[-1].end_s)
+    shares: dict[WaitReason, float] = {}
+    for span in group:
+        took_s = min(end_s, span.end_s) - max(start_s, span.start_s)
+        shares[span.wait.reason] = shares.get(span.wait.reason, 0.0) + took_s
+    shares = dict(sorted(shares.items(), key=lambda share: -share[1]))
+    last = {span.wait.reason: span.wait for span in group}
+    main = last[next(iter(shares))]
+    is_head = _kind(group[0], request, index) is not None
+    before = [] if is_head else list(dict.fromkeys(span.wait.request_id for span in group))
+    event = Waited(main.reason, index, memory.labels.get(main.behind_request_id, ""), len(before), shares)
+    what = []
+    for reason, share_s in shares.items():
+        took = f"{_time(share_s)} " if len(shares) > 1 else ""
+        what.append(f"{took}for {_WANTED[reason]}{_behind(last[reason], request, memory)}")
     who = f"sequence {index} " if index else ""
-    what = f"{_WANTED[last.reason]}{_behind(last, request, memory)}"
-    if is_head:
-        text = f"{who}waited {_time(until_s - begin_s)} for {what}"
-    elif len(before) == 1:
-        text = (
-            f"{who}waited {_time(until_s - begin_s)} after {_name(before[0], request, memory)}, which waited for {what}"
-        )
-    else:
-        text = f"{who}waited {_time(until_s - begin_s)} after {len(before)} requests, which waited for {what}"
-    return Entry(begin_s, until_s, text, event)
+    whom = _name(before[0], request, memory) if len(before) == 1 else f"{len(before)} requests"
+    after = f"after {whom}, which waited " if before else ""
+    return Entry(begin_s, until_s, f"{who}waited {_time(until_s - begin_s)} {after}{' and '.join(what)}", event)
 
 
 _WANTED = {
@@ -331,6 +369,12 @@ def _time(seconds: float) -> str:
     if seconds < 0.0995:
         return f"{seconds * 1000:.1f} ms"
     return f"{seconds * 1000:.0f} ms" if seconds < 9.9995 else f"{seconds:.1f} s"
+
+
+def _list(labels: list[str]) -> str:
+    """The first few."""
+    named = ", ".join(labels[:3])
+    return f"request{'' if len(labels) == 1 else 's'} {named}" + (" and others" if len(labels) > 3 else "")
 
 
 def _count(number: int, what: str) -> str:

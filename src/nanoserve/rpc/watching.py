@@ -123,6 +123,7 @@ def timeline(known: Timeline) -> admin_pb2.RequestTimeline:
         cached_tokens=known.num_cached_tokens,
         completion_tokens=known.num_completion_tokens,
         entries=[_entry(entry, known.arrival_s) for entry in known.entries],
+        summary=known.summary,
     )
 
 

@@ -335,6 +335,8 @@ class Timeline:
     completion_tokens: int
     # By their begin.
     entries: tuple[TimelineEntry, ...]
+    # All of it in a few sentences.
+    summary: str
 
     @classmethod
     def of(cls, message: pb.RequestTimeline) -> Self:
@@ -348,6 +350,7 @@ class Timeline:
             cached_tokens=message.cached_tokens,
             completion_tokens=message.completion_tokens,
             entries=tuple(map(TimelineEntry.of, message.entries)),
+            summary=message.summary,
         )
 
     @property

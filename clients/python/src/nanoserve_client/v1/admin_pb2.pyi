@@ -633,6 +633,7 @@ class RequestTimeline(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """As in the question."""
     request_number: _builtins.int
@@ -645,6 +646,10 @@ class RequestTimeline(_message.Message):
     """How many of them came from the prefix cache."""
     completion_tokens: _builtins.int
     """Generated so far, in all its sequences."""
+    summary: _builtins.str
+    """All of it in a few plain sentences, such as "Waited 120 ms for KV blocks behind request order-17. Prefilled in 3
+    chunks. Preempted once, for request order-18."
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it arrived."""
@@ -669,10 +674,11 @@ class RequestTimeline(_message.Message):
         cached_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
         entries: _abc.Iterable[Global___TimelineEntry] | None = ...,
+        summary: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "create_time", b"create_time", "duration", b"duration", "ended", b"ended", "entries", b"entries", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "request_number", b"request_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "create_time", b"create_time", "duration", b"duration", "ended", b"ended", "entries", b"entries", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "request_number", b"request_number", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -761,7 +767,9 @@ class TimelineWait(_message.Message):
     BEHIND_REQUEST_ID_FIELD_NUMBER: _builtins.int
     REQUESTS_BEFORE_FIELD_NUMBER: _builtins.int
     reason: Global___WaitReason.ValueType
-    """What was waited for, by the request itself or by those before it in the queue."""
+    """What was waited for, by the request itself or by those before it in the queue; of several reasons that by which most
+    of the time went.
+    """
     index: _builtins.int
     """Of the sequence that waited."""
     behind_request_id: _builtins.str

@@ -200,6 +200,7 @@ def _timeline(timeline: Timeline) -> dict[str, Any]:
         "id": timeline.request_id,
         "duration_s": timeline.duration_s,
         "ended": timeline.ended,
+        "summary": timeline.summary,
         "entries": [
             {
                 "start_s": entry.start_s,

@@ -259,10 +259,12 @@ async function explain(id) {
   const response = await fetch(`/live/explain?id=${encodeURIComponent(id)}`, { headers: headers() });
   if (explainedId !== id) return;
   if (!response.ok) {
-    $("timeline").replaceChildren(element("li", "", await problemOf(response)));
+    $("summary").textContent = await problemOf(response);
+    $("timeline").replaceChildren();
     return;
   }
   const [timeline] = (await response.json()).timelines;
+  $("summary").textContent = timeline.summary;
   $("timeline").replaceChildren(...timeline.entries.map((entry) => timelineRow(entry, timeline.duration_s)));
   $("explanation").scrollIntoView({ block: "nearest" });
 }
