@@ -91,6 +91,8 @@ def test_removed_and_reserved_numbers_count_as_unknown():
         (validate.nothing, model_pb2.ListModelsRequest()),
         (validate.nothing, admin_pb2.ResetCacheRequest()),
         (validate.nothing, admin_pb2.GetStatsRequest()),
+        (validate.watch, admin_pb2.WatchEngineRequest()),
+        (validate.explanation, admin_pb2.ExplainRequestRequest(request_id="r")),
     ],
 )
 def test_every_rpc_refuses_unknown_fields(convert, message):
