@@ -12,7 +12,7 @@ from nanoserve.observability import flight_recorder
 from nanoserve.observability.flight_recorder import FlightRecorder, SequencePhase
 from nanoserve.observability.timeline import CacheHit, Decoded, Ended, Prefilled, Waited, WasPreempted
 from nanoserve.observer import CallRecord, Observer, Observers, RequestRecord
-from nanoserve.request import Overloaded, RequestError, WaitReason
+from nanoserve.request import Overloaded, RequestError, SamplingParams, WaitReason
 
 
 def prompt(start, count):
@@ -324,7 +324,7 @@ async def test_a_reader_who_skips_many_steps_is_told_how_many():
     async with recorded() as (bench, recorder):
         await finish(bench, await ask(bench, "one", prompt(0, 9), max_tokens=2))
         position = recorder.snapshot(None).position
-        for i in range(6):
+        for i in range(5):
             await finish(bench, await ask(bench, "more", prompt(i, 9), max_tokens=100))
         snapshot = recorder.snapshot(position)
     assert len(snapshot.steps) == flight_recorder.MAX_STEPS_A_SNAPSHOT
@@ -360,3 +360,30 @@ async def test_what_is_kept_is_bounded():
             + flight_recorder.MAX_QUEUE_SPANS
             + flight_recorder.MAX_ABSENCES
         )
+
+
+async def test_nothing_of_what_was_asked_or_answered_is_kept():
+    recorder = FlightRecorder()
+    recorder.wants_content = True
+    async with running(observers=Observers(recorder)) as bench:
+        await bench.collect("a secret question", request={"label": "mine"}, stop=["hidden"], logit_bias={5: 1.0})
+        await bench.until_free()
+    [request] = recorder._ended
+    assert (request.label, request.num_prompt_tokens, request.prompt, request.texts) == ("mine", 17, None, None)
+    assert request.params == SamplingParams(max_tokens=6)
+
+
+async def test_the_status_of_the_call_is_told_although_it_comes_last():
+    recorder = FlightRecorder()
+    call = CallRecord("nanoserve.v1.GenerationService/Generate", "mine", 1.0)
+    request = RequestRecord("mine", 1.0, call=call, id="1", started_s=1.5, params=SamplingParams(logit_bias={5: 1.0}))
+    call.request = request
+    recorder.request_arrived(request)
+    request.end_s = 2.0
+    recorder.request_ended(request)
+    assert explained(recorder, "mine").is_over
+    call.code = "DEADLINE_EXCEEDED"
+    recorder.call_ended(call)
+    assert explained(recorder, "mine").summary.endswith("Its deadline passed before it was done.")
+    assert not recorder._ending
+    assert recorder._ended[0].call.request is None

@@ -85,6 +85,7 @@ async def _serve(options: Options, loading: Loading, server: "Server", observers
     loading.report(Fact("gRPC", f"{address}, {_protection(options.server)}"))
     if openai is not None:
         loading.report(Fact("OpenAI", openai))
+        loading.report(Fact("live view", openai.removesuffix("v1")))
     ready_after_s = time.monotonic() - started_s
     observers.server_ready(engine.model.name, ready_after_s)
     logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())

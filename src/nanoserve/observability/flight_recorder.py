@@ -11,7 +11,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanoserve.observability.kv_map import KvMap, SequenceKey
 from nanoserve.observability.timeline import (
@@ -23,9 +23,9 @@ from nanoserve.observability.timeline import (
     timeline_of_refusal,
 )
 from nanoserve.observer import CallRecord, Observer, RequestRecord
-from nanoserve.request import StepPart, StepRecord, Wait
+from nanoserve.request import SamplingParams, StepPart, StepRecord, Wait
 
-MAX_STEPS = 1024
+MAX_STEPS = 512
 # Each of requests that ended, and of calls that were refused before they became one.
 MAX_REQUESTS = 1024
 # A request in a full queue has about one a request before it, and few need more than a few.
@@ -90,6 +90,8 @@ class FlightRecorder(Observer):
         self._num_steps = 0
         # In order of arrival.
         self._live: dict[RequestRecord, None] = {}
+        # Over, but for their RPC's status.
+        self._ending: dict[RequestRecord, None] = {}
         self._ended: deque[RequestRecord] = deque(maxlen=MAX_REQUESTS)
         self._refused: deque[CallRecord] = deque(maxlen=MAX_REQUESTS)
         self._queue_spans: deque[QueueSpan] = deque(maxlen=MAX_QUEUE_SPANS)
@@ -107,12 +109,18 @@ class FlightRecorder(Observer):
 
     def request_ended(self, request: RequestRecord) -> None:
         self._live.pop(request, None)
-        self._ended.append(request)
+        if request.call is None:
+            self._ended.append(_trimmed(request))
+        else:
+            self._ending[request] = None
         for key in [key for key in self._absent if key[0] == request.id]:
             del self._absent[key]
 
     def call_ended(self, call: CallRecord) -> None:
-        if call.request is None and call.method == GENERATE:
+        if call.request is not None:
+            self._ending.pop(call.request, None)
+            self._ended.append(_trimmed(call.request))
+        elif call.method == GENERATE:
             self._refused.append(call)
 
     def step_ended(self, step: StepRecord) -> None:
@@ -190,7 +198,7 @@ class FlightRecorder(Observer):
 
     def _ended_sequences(self, steps: list[StepRecord]) -> Iterator[SequenceState]:
         live = {request.id for request in self._live}
-        ended = {request.id: request for request in self._ended}
+        ended = {request.id: request for request in (*self._ended, *self._ending)}
         parts: dict[SequenceKey, StepPart | None] = dict.fromkeys(self._kv.tables)
         for step in steps:
             for part in step.parts:
@@ -211,9 +219,17 @@ class FlightRecorder(Observer):
     def explain(self, label: str) -> list[Timeline]:
         """The timelines of all requests that bear the label, newest first; empty = none is known."""
         now = time.monotonic()
-        requests = [request for request in (*self._live, *self._ended) if request.label == label]
+        known = [*self._ended, *self._ending, *self._live]
         calls = [call for call in self._refused if call.request_id == label]
-        labels = {request.id: request.label for request in (*self._ended, *self._live)}
+        labels = {request.id: request.label for request in known}
         memory = Memory(list(self._queue_spans), list(self._absences), labels)
-        timelines = [timeline_of(request, memory, now) for request in requests] + [*map(timeline_of_refusal, calls)]
+        timelines = [timeline_of(request, memory, now) for request in known if request.label == label]
+        timelines += map(timeline_of_refusal, calls)
         return sorted(timelines, key=lambda timeline: timeline.arrival_s, reverse=True)[:MAX_TIMELINES]
+
+
+def _trimmed(request: RequestRecord) -> RequestRecord:
+    """A copy that may be kept for long: without what was asked and answered, and what may be large."""
+    call = None if request.call is None else replace(request.call, request=None)
+    params = SamplingParams(n=request.params.n, max_tokens=request.params.max_tokens)
+    return replace(request, call=call, params=params, prompt=None, texts=None)
