@@ -12,7 +12,15 @@ from nanoserve.observability import flight_recorder
 from nanoserve.observability.flight_recorder import FlightRecorder, SequencePhase
 from nanoserve.observability.timeline import CacheHit, Decoded, Ended, Prefilled, Waited, WasPreempted
 from nanoserve.observer import CallRecord, Observer, Observers, RequestRecord
-from nanoserve.request import Overloaded, RequestError, SamplingParams, WaitReason
+from nanoserve.request import (
+    Overloaded,
+    Preemption,
+    RequestError,
+    SamplingParams,
+    StepRecord,
+    Wait,
+    WaitReason,
+)
 
 
 def prompt(start, count):
@@ -387,3 +395,49 @@ async def test_the_status_of_the_call_is_told_although_it_comes_last():
     assert explained(recorder, "mine").summary.endswith("Its deadline passed before it was done.")
     assert not recorder._ending
     assert recorder._ended[0].call.request is None
+
+
+def record(number, *, wait=None, preemptions=()):
+    return StepRecord(number, float(number), number + 1.0, [], list(preemptions), [], [], wait, 1, 1, 4, 0, 4, False)
+
+
+def test_waits_of_two_kinds_are_two_entries():
+    recorder = FlightRecorder()
+    request = RequestRecord("mine", 1.0, id="7", num_prompt_tokens=5)
+    recorder.request_arrived(request)
+    for number, reason in enumerate([WaitReason.ROWS, WaitReason.ROWS, WaitReason.BLOCKS, WaitReason.ROWS], start=1):
+        recorder.step_ended(record(number, wait=Wait("7", 0, reason, "")))
+    request.started_s = 5.0
+    timeline = explained(recorder, "mine")
+    found = [(e.event.reason, e.start_s, e.end_s) for e in timeline.entries if isinstance(e.event, Waited)]
+    assert found == [(WaitReason.ROWS, 1.0, 3.0), (WaitReason.BLOCKS, 3.0, 4.0), (WaitReason.ROWS, 4.0, 5.0)]
+    assert timeline.summary == "Waited 3.00 s for one of the running sequences to end. Waited 1.00 s for KV blocks."
+
+
+def test_the_wait_of_those_before_is_told_with_each_share():
+    recorder = FlightRecorder()
+    request = RequestRecord("mine", 1.0, id="7", num_prompt_tokens=5)
+    recorder.request_arrived(request)
+    for number, (head, reason) in enumerate(
+        [("5", WaitReason.ROWS), ("5", WaitReason.BLOCKS), ("6", WaitReason.BLOCKS)], 1
+    ):
+        recorder.step_ended(record(number, wait=Wait(head, 0, reason, "")))
+    request.started_s = 4.0
+    [entry] = explained(recorder, "mine").entries
+    expected = "waited 3.00 s after 2 requests, which waited 2.00 s for KV blocks and 1.00 s for one of the running"
+    assert entry.text == f"{expected} sequences to end"
+    assert (entry.event.reason, entry.event.num_before) == (WaitReason.BLOCKS, 2)
+
+
+def test_one_that_ends_while_it_is_preempted_is_forgotten():
+    recorder = FlightRecorder()
+    request = RequestRecord("mine", 0.5, id="7", started_s=0.6)
+    recorder.request_arrived(request)
+    recorder.step_ended(record(1, preemptions=[Preemption("7", 0, "8")]))
+    assert recorder._absent
+    request.end_s = 5.0
+    recorder.request_ended(request)
+    assert not recorder._absent
+    assert "was preempted for a request that is forgotten by now; has not run again for 4.00 s" in text_of(
+        explained(recorder, "mine")
+    )

@@ -365,10 +365,10 @@ def _end_text(request: RequestRecord) -> str:
 
 
 def _time(seconds: float) -> str:
-    """Short, in the unit that suits."""
-    if seconds < 0.0995:
-        return f"{seconds * 1000:.1f} ms"
-    return f"{seconds * 1000:.0f} ms" if seconds < 9.9995 else f"{seconds:.1f} s"
+    """In three digits or so."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.1f} ms" if seconds < 0.09995 else f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
 
 
 def _list(labels: list[str]) -> str:
