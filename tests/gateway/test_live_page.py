@@ -104,7 +104,7 @@ def number(page, id):
 
 def colours(page, id):
     picture = Image.open(io.BytesIO(page.locator(id).screenshot())).convert("RGB")
-    return Counter(picture.getdata())
+    return Counter({colour: count for count, colour in picture.getcolors(picture.width * picture.height)})
 
 
 def test_twenty_requests_share_the_batch(served, open_page, tmp_path):
