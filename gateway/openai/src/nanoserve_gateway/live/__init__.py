@@ -9,7 +9,7 @@ whatever origins may call the API.
 """
 
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,9 +26,10 @@ from nanoserve_client import (
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
+from nanoserve_gateway import streaming
 from nanoserve_gateway.errors import Problem, bad_request, problem_of
-from nanoserve_gateway.streaming import EventStream
 
 # Between two snapshots.
 INTERVAL_S = 0.2
@@ -50,7 +51,7 @@ def routes(client: Callable[[], AsyncClient]) -> list[Route]:
         watch = client().watch_engine(interval=INTERVAL_S, metadata=_authorization(request))
         # A refusal is the answer's status.
         first = await anext(watch)
-        return EventStream(_frames(watch, first), {})
+        return _Events(watch, first)
 
     async def explain(request: Request) -> Response:
         if not (id := request.query_params.get("id")):
@@ -112,12 +113,33 @@ def _refusal(problem: Problem) -> Response:
 # ---------------------------------------------------------------------------------------------- as the page reads it
 
 
-async def _frames(watch: AsyncEngineWatch, first: EngineSnapshot) -> AsyncGenerator[bytes, None]:
-    """Pulls a snapshot when the one before has been sent, so that a slow reader gets fewer."""
-    async with watch:
+class _Events(Response):
+    """Snapshots as server-sent events, until the reader goes away or the server does."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, watch: AsyncEngineWatch, first: EngineSnapshot) -> None:
+        self._watch, self._first = watch, first
+        self.status_code = 200
+        self.background = None
+        self.init_headers(streaming.HEADERS)
+        del self.headers["content-length"]
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._watch:
+            await streaming.unless_gone(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for frame in self._frames():
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _frames(self) -> AsyncIterator[bytes]:
+        """Pulls a snapshot when the one before has been sent, so that a slow reader gets fewer."""
+        yield _frame("snapshot", _snapshot(self._first))
         try:
-            yield _frame("snapshot", _snapshot(first))
-            async for snapshot in watch:
+            async for snapshot in self._watch:
                 yield _frame("snapshot", _snapshot(snapshot))
         except NanoserveError as error:
             yield _frame("problem", problem_of(error).as_json())
