@@ -55,6 +55,7 @@ clean:
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e clients/python -e gateway/openai -e '.[dev]'
 	$(BIN)/python tools/fetch_prometheus.py
+	$(BIN)/python tools/fetch_chromium.py
 	touch $@
 
 benchmarks/checkpoints/%:

@@ -32,6 +32,7 @@ class GatedExecutor(FakeExecutor):
         self.gate.set()
         self.is_broken = False
         self._permits = None
+        self.num_begun = 0
 
     def count_steps(self):
         """From now on each step waits for a release of this semaphore."""
@@ -39,6 +40,7 @@ class GatedExecutor(FakeExecutor):
         return self._permits
 
     def execute(self, plan):
+        self.num_begun += 1
         assert self.gate.wait(SECONDS)
         assert self._permits is None or self._permits.acquire(timeout=SECONDS)
         if self.is_broken:
@@ -55,18 +57,32 @@ def byte_codec():
 
 
 class Bench:
-    def __init__(self, *, max_num_seqs=4, max_waiting=8, num_blocks=64, eos=(), step_timeout_s=60.0, observers=None):
+    def __init__(
+        self,
+        *,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        batching="continuous",
+        max_waiting=8,
+        num_blocks=64,
+        eos=(),
+        step_timeout_s=60.0,
+        observers=None,
+    ):
         self.executor = GatedExecutor()
         self.pool = BlockPool(num_blocks)
+        max_context_tokens = min(128, num_blocks * BLOCK)
         self.scheduler = Scheduler(
-            SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=64),
+            SchedulerConfig(
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, batching=batching
+            ),
             self.pool,
             block_size=BLOCK,
-            max_context_tokens=128,
+            max_context_tokens=max_context_tokens,
             cache_identity="model",
         )
         self.core = EngineCore(self.scheduler, self.executor)
-        model = ServedModel("fake", 0.0, 128, VOCAB, tuple(eos), SamplingParams())
+        model = ServedModel("fake", 0.0, max_context_tokens, VOCAB, tuple(eos), SamplingParams())
         self.codec = byte_codec()
         limits = {"max_waiting": max_waiting, "step_timeout_s": step_timeout_s}
         self.engine = Engine(self.core, self.codec, model, **limits, observers=observers)

@@ -78,6 +78,8 @@ class Script(
 
     generate: Callable[[Any, Any], Events] = hello
     unary: Callable[[Any, Any], Any] | None = None
+    # WatchEngine.
+    watch: Callable[[Any, Any], Iterator[Any]] | None = None
     # Every attempt at a call, in order.
     requests: list[Any] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
@@ -101,7 +103,13 @@ class Script(
         assert self.unary is not None, "the test expects no unary call"
         return self.unary(request, context)
 
-    Tokenize = Detokenize = ListModels = Cancel = ResetCache = GetStats = _answer
+    Tokenize = Detokenize = ListModels = Cancel = ResetCache = GetStats = ExplainRequest = _answer
+
+    def WatchEngine(self, request: Any, context: Any) -> Iterator[Any]:
+        context.add_callback(self.ended.set)
+        self._note(request, context)
+        assert self.watch is not None, "the test expects no watch"
+        yield from self.watch(request, context)
 
     def register(self, server: Any) -> None:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, server)

@@ -21,7 +21,7 @@ ALLOWED = {
     "local": {"config", "request", "rpc", "build"},
     "engine_process": {"config", "request", "observer", "engine", "build"},
     "build": {"config", "request", "engine", "model", "features", "kv_cache"},
-    "rpc": {"config", "request", "observer", "engine"},
+    "rpc": {"config", "request", "observer", "observability", "engine"},
     "engine": {"config", "request", "observer", "kv_cache"},
     "model": {"config", "request", "kv_cache"},
     "features": {"config", "request", "kv_cache"},

@@ -23,9 +23,9 @@ ON_TERMINAL = (
 class PseudoTerminal:
     """A command whose input and output are a terminal; what it writes is read when it is waited for."""
 
-    def __init__(self, *arguments, home):
+    def __init__(self, *arguments, home, variables=None):
         self._master, slave = pty.openpty()
-        environment = {**os.environ, "HOME": str(home), "TERM": "xterm", "COLUMNS": "200"}
+        environment = {**os.environ, "HOME": str(home), "TERM": "xterm", "COLUMNS": "200", **(variables or {})}
         command = [sys.executable, "-c", ON_TERMINAL, NANOSERVE, *arguments]
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
@@ -72,8 +72,8 @@ def on_terminal(tmp_path):
     """Starts the command on a terminal."""
     with contextlib.ExitStack() as stack:
 
-        def start(*arguments):
-            terminal = PseudoTerminal(*arguments, home=tmp_path)
+        def start(*arguments, variables=None):
+            terminal = PseudoTerminal(*arguments, home=tmp_path, variables=variables)
             stack.callback(terminal.close)
             return terminal
 

@@ -22,7 +22,8 @@ def test_help_lists_the_commands_and_is_no_error(flag, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("sevre", "did you mean 'serve'?"), ("xyz", "there are serve, generate, chat, bench, version.")]
+    ("name", "hint"),
+    [("sevre", "did you mean 'serve'?"), ("xyz", "there are serve, generate, chat, top, bench, version.")],
 )
 def test_an_unknown_command_is_one_line_with_a_hint(name, hint, capsys):
     assert main([name]) == 2
@@ -63,7 +64,7 @@ def test_help_does_not_wait_for_torch(argv):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["serve", "generate", "chat", "bench"])
+@pytest.mark.parametrize("name", ["serve", "generate", "chat", "top", "bench"])
 def test_help_ends_with_examples(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])

@@ -21,7 +21,7 @@ from nanoserve.request import (
     Violation,
 )
 from nanoserve.rpc import errors
-from nanoserve.rpc.errors import PermissionDenied, Unauthenticated
+from nanoserve.rpc.errors import NotRecorded, PermissionDenied, RequestNotFound, Unauthenticated
 
 REQUEST_ID = "order-17"
 # One of each row of the table. They say what the server's own would.
@@ -36,6 +36,8 @@ SAMPLES: list[RequestError] = [
     EngineFailure(),
     Unauthenticated("the API key is not known"),
     PermissionDenied("AdminService takes an admin key"),
+    RequestNotFound("order-16"),
+    NotRecorded(),
 ]
 
 INTRODUCTION = f"""\

@@ -1,4 +1,4 @@
-"""The command line: nanoserve serve | generate | chat | bench | version.
+"""The command line: nanoserve serve | generate | chat | top | bench | version.
 
     main ─▶ one module a command: add_arguments(parser), run(arguments) -> exit code
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": "serve a model over gRPC, and over OpenAI's API",
     "generate": "complete prompts, from arguments, a pipe or a file",
     "chat": "talk to a model in the terminal",
+    "top": "watch a running server: its sequences, KV blocks and queue",
     "bench": "measure throughput and latency",
     "version": "print versions, device and CPU features",
 }

@@ -35,8 +35,8 @@ def connected(arguments: argparse.Namespace, status_line: StatusLine | None) -> 
     if remote.target is not None:
         if useless := choices.flags(*ENGINE_SECTIONS):
             raise CommandError(f"{', '.join(useless)} would change nothing: --target says that another process serves")
-        with _remote_client(remote) as client:
-            yield client, _served_by(client, remote.target)
+        with remote_client(remote) as client:
+            yield client, served_by(client, remote.target)
         return
     if useless := choices.flags("client"):
         raise CommandError(f"{', '.join(useless)} would change nothing without --target: the model is in this process")
@@ -44,7 +44,7 @@ def connected(arguments: argparse.Namespace, status_line: StatusLine | None) -> 
         server = _start_server(choices.options(), status_line)
     try:
         with server.client() as client:
-            yield client, _served_by(client, server.address)
+            yield client, served_by(client, server.address)
     finally:
         server.stop()
 
@@ -59,7 +59,8 @@ def _start_server(options: Options, status_line: StatusLine | None) -> LocalServ
         os._exit(128 + signal.SIGINT)
 
 
-def _remote_client(remote: ClientOptions) -> Client:
+def remote_client(remote: ClientOptions) -> Client:
+    """A client of the server at the target, which there must be. Raises CommandError."""
     assert remote.target is not None
     try:
         return Client(remote.target, api_key=remote.api_key, tls=tls_of(remote))
@@ -74,8 +75,8 @@ def tls_of(remote: ClientOptions) -> Tls | None:
     return None
 
 
-def _served_by(client: Client, address: str) -> Model:
-    """The model, once the server says that it is there."""
+def served_by(client: Client, address: str) -> Model:
+    """The model, once the server says that it is there. Raises CommandError."""
     try:
         return client.list_models()[0]
     except Unavailable as error:

@@ -31,7 +31,7 @@ USED_BY = {
     "scheduler": "serve, generate, chat, bench offline",
     "server": "serve",
     "observability": "serve",
-    "client": "generate, chat, bench serve",
+    "client": "generate, chat, top, bench serve",
 }
 SAMPLING = """\
 ## Flags of single requests

@@ -13,6 +13,7 @@ from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import FILE_FORMAT, TERMINAL_FORMAT, start_logging
 from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, Options, ServerConfig
 from nanoserve.observability import logs
+from nanoserve.observability.flight_recorder import FlightRecorder
 from nanoserve.observer import Observers
 from nanoserve.request import Fact, Stage
 
@@ -57,8 +58,9 @@ async def serve(options: Options, loading: Loading) -> int:
     from nanoserve.rpc.server import Server
 
     telemetry = Telemetry(options.observability)
-    observers = Observers(*telemetry.observers)
-    server = Server(options.server, observers=observers)
+    recorder = FlightRecorder()
+    observers = Observers(recorder, *telemetry.observers)
+    server = Server(options.server, observers=observers, recorder=recorder)
     try:
         async with openai_api(options.server, server, telemetry) as openai:
             return await _serve(options, loading, server, observers, openai)
@@ -83,6 +85,7 @@ async def _serve(options: Options, loading: Loading, server: "Server", observers
     loading.report(Fact("gRPC", f"{address}, {_protection(options.server)}"))
     if openai is not None:
         loading.report(Fact("OpenAI", openai))
+        loading.report(Fact("live view", openai.removesuffix("v1")))
     ready_after_s = time.monotonic() - started_s
     observers.server_ready(engine.model.name, ready_after_s)
     logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())

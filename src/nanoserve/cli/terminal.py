@@ -38,9 +38,14 @@ def write_error(text: str) -> None:
         sys.stderr.flush()
 
 
+def is_screen(stream: TextIO) -> bool:
+    """Whether it is a terminal on which the cursor can be moved."""
+    return stream.isatty() and environment().get("TERM", "dumb") != "dumb"
+
+
 def has_colour(stream: TextIO) -> bool:
-    """Whether escape sequences are wanted there (https://no-color.org)."""
-    return stream.isatty() and not environment().get("NO_COLOR") and environment().get("TERM") != "dumb"
+    """Whether colours are wanted there (https://no-color.org)."""
+    return is_screen(stream) and not environment().get("NO_COLOR")
 
 
 def dim(text: str, stream: TextIO) -> str:

@@ -56,6 +56,21 @@ class PermissionDenied(RequestError):
     """The API key is good, but not for this service."""
 
 
+class RequestNotFound(RequestError):
+    """No request with this id runs, waits, or is still remembered."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"no request {request_id!r} runs or waits, and none of the last ones was called so")
+        self.request_id = request_id
+
+
+class NotRecorded(RequestError):
+    """The server keeps no records of its steps and requests; `nanoserve serve` does."""
+
+    def __init__(self) -> None:
+        super().__init__("this server keeps no records of its steps and requests")
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorStatus:
     """How an RPC fails."""
@@ -112,6 +127,13 @@ def _model_not_found(error: ModelNotFound, cut: _Cut) -> _Extra:
     return _Extra(details=[resource])
 
 
+def _request_not_found(error: RequestNotFound, cut: _Cut) -> _Extra:
+    resource = error_details_pb2.ResourceInfo(
+        resource_type="request", resource_name=cut(error.request_id), description="no such request is known"
+    )
+    return _Extra(details=[resource])
+
+
 def _retry(error: Overloaded | NotReady, _cut: _Cut) -> _Extra:
     return _Extra(retry_after_s=error.retry_after_s)
 
@@ -139,6 +161,8 @@ _TABLE: dict[type[RequestError], _Row] = {
     EngineFailure: _Row(grpc.StatusCode.INTERNAL, "ENGINE_FAILURE"),
     Unauthenticated: _Row(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     PermissionDenied: _Row(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    RequestNotFound: _Row(grpc.StatusCode.NOT_FOUND, "REQUEST_NOT_FOUND", _request_not_found),
+    NotRecorded: _Row(grpc.StatusCode.UNIMPLEMENTED, "NOT_RECORDED"),
 }
 
 
@@ -150,6 +174,11 @@ def status_of(error: Exception, request_id: str) -> ErrorStatus:
         if _wire_size(status) <= MAX_TRAILER_BYTES:
             break
     return status
+
+
+def reason_of(error: RequestError) -> str:
+    """ErrorInfo.reason, as its caller reads it."""
+    return (_TABLE.get(type(error)) or _TABLE[EngineFailure]).reason
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, request_id: str) -> NoReturn:

@@ -73,9 +73,9 @@ def finished(event: Finished) -> generation_pb2.GenerateResponse:
                 completion_tokens=event.completion_tokens,
             ),
             timing=generation_pb2.Timing(
-                queue=_duration(event.queue_s),
-                prefill=_duration(event.prefill_s),
-                decode=_duration(event.decode_s),
+                queue=duration(event.queue_s),
+                prefill=duration(event.prefill_s),
+                decode=duration(event.decode_s),
                 preemptions=event.preemptions,
             ),
         )
@@ -104,7 +104,7 @@ def stats(snapshot: Stats) -> admin_pb2.GetStatsResponse:
         kv_block_tokens=scheduler.block_size,
         prefix_hit_ratio=snapshot.prefix_hit_ratio,
         tokens_per_second=snapshot.tokens_per_s,
-        uptime=_duration(snapshot.uptime_s),
+        uptime=duration(snapshot.uptime_s),
         preemptions=scheduler.num_preemptions,
     )
 
@@ -137,7 +137,7 @@ def _logprobs(tokens: Sequence[TokenLogprob], token_bytes: TokenBytes) -> list[g
     ]
 
 
-def _duration(seconds: float) -> Duration:
+def duration(seconds: float) -> Duration:
     duration = Duration()
     duration.FromMicroseconds(round(seconds * 1e6))
     return duration

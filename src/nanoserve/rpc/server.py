@@ -25,6 +25,7 @@ from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
 from nanoserve.config import ServerConfig
 from nanoserve.engine.engine import Engine
+from nanoserve.observability.flight_recorder import FlightRecorder
 from nanoserve.observer import Observers
 from nanoserve.request import NotReady
 from nanoserve.rpc.admin import AdminService
@@ -51,11 +52,11 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     # Finds callers that are gone without a word, so that their requests end.
     ("grpc.keepalive_time_ms", 60_000),
 )
-SERVICES = {
-    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]: GenerationService,
-    model_pb2.DESCRIPTOR.services_by_name["ModelService"]: ModelService,
-    admin_pb2.DESCRIPTOR.services_by_name["AdminService"]: AdminService,
-}
+SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"],
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"],
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
+)
 HEALTH_POLL_S = 0.5
 # For callers that come while a model loads or the server goes down.
 RETRY_AFTER_S = 2.0
@@ -73,11 +74,16 @@ class Server:
     """
 
     def __init__(
-        self, config: ServerConfig, engine: Engine | None = None, *, observers: Observers | None = None
+        self,
+        config: ServerConfig,
+        engine: Engine | None = None,
+        *,
+        observers: Observers | None = None,
+        recorder: FlightRecorder | None = None,
     ) -> None:
         """Raises ServerError if a key or certificate file cannot be used. Inside a running event loop.
 
-        observers: of the calls; None = nobody watches.
+        observers: of the calls; None = nobody watches. recorder: one of the observers, who answers AdminService.
         """
         self._config = config
         self._engine = engine
@@ -87,9 +93,12 @@ class Server:
         if observers is not None and not observers.is_empty:
             interceptors.insert(0, ObserverInterceptor(observers))
         self._grpc = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
-        self._grpc.add_generic_rpc_handlers(
-            [service_handler(s, servicer(self._ready_engine)) for s, servicer in SERVICES.items()]
+        servicers = (
+            GenerationService(self._ready_engine),
+            ModelService(self._ready_engine),
+            AdminService(self._ready_engine, recorder),
         )
+        self._grpc.add_generic_rpc_handlers(list(map(service_handler, SERVICES, servicers)))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = [s.full_name for s in SERVICES]

@@ -66,6 +66,9 @@ SEQUENCES_RANGE = Range(1, 128)
 PRIORITY_RANGE = Range(-100, 100)
 MAX_TOKENS_RANGE = Range(1, 2**32 - 1)
 ALTERNATIVES_RANGE = Range(0, 20)
+# Of WatchEngine's snapshots, in seconds.
+INTERVAL_RANGE_S = Range(0.05, 60)
+DEFAULT_INTERVAL_S = 1.0
 
 ROLES = {
     generation_pb2.ROLE_SYSTEM: "system",
@@ -120,6 +123,16 @@ class Violations:
         if len(values) > most:
             self.add(path, f"has {len(values)} entries; at most {most} are allowed")
         return len(values) <= most
+
+    def seconds(self, path: str, value: Duration) -> float | None:
+        """The length of a duration; None, and a violation, if it is none."""
+        if abs(value.seconds) > _MAX_DURATION_S or abs(value.nanos) > _MAX_NANOS:
+            self.add(path, "is no valid google.protobuf.Duration")
+        elif value.seconds * value.nanos < 0:
+            self.add(path, "is no valid google.protobuf.Duration: the signs differ")
+        else:
+            return value.seconds + value.nanos / 1e9
+        return None
 
     def token_ids(self, path: str, ids: Sequence[int], vocab_size: int) -> None:
         """One violation for all of the list, by its first bad id."""
@@ -201,6 +214,27 @@ def cancellation(request: admin_pb2.CancelRequest) -> str:
     violations.required("request_id", request.request_id)
     violations.raise_if_any()
     return request.request_id
+
+
+def explanation(request: admin_pb2.ExplainRequestRequest) -> str:
+    """The request id. Raises InvalidRequest."""
+    violations = Violations(request)
+    violations.required("request_id", request.request_id)
+    violations.raise_if_any()
+    return request.request_id
+
+
+def watch(request: admin_pb2.WatchEngineRequest) -> float:
+    """The interval in seconds. Raises InvalidRequest."""
+    violations = Violations(request)
+    interval_s: float | None = DEFAULT_INTERVAL_S
+    if request.HasField("interval"):
+        interval_s = violations.seconds("interval", request.interval)
+        if interval_s is not None:
+            violations.number("interval", interval_s, INTERVAL_RANGE_S)
+    violations.raise_if_any()
+    assert interval_s is not None
+    return interval_s
 
 
 def nothing(request: Message) -> None:
@@ -335,15 +369,11 @@ def _stopping(stopping: generation_pb2.Stopping, model: ServedModel, violations:
     }
 
 
-def _time_limit_s(limit: Duration, violations: Violations) -> float:
-    path = "stopping.time_limit"
-    if abs(limit.seconds) > _MAX_DURATION_S or abs(limit.nanos) > _MAX_NANOS:
-        violations.add(path, "is no valid google.protobuf.Duration")
-    elif limit.seconds * limit.nanos < 0:
-        violations.add(path, "is no valid google.protobuf.Duration: the signs differ")
-    elif (limit.seconds, limit.nanos) <= (0, 0):
-        violations.add(path, "must be above 0 s")
-    return limit.seconds + limit.nanos / 1e9
+def _time_limit_s(limit: Duration, violations: Violations) -> float | None:
+    seconds = violations.seconds("stopping.time_limit", limit)
+    if seconds is not None and seconds <= 0:
+        violations.add("stopping.time_limit", "must be above 0 s")
+    return seconds
 
 
 def _output(output: generation_pb2.OutputOptions, violations: Violations) -> dict[str, Any]:

@@ -207,6 +207,20 @@ def test_admin_service_is_refused_however_it_is_spelt(server, channel, path):
     assert server.script.requests == []
 
 
+@pytest.mark.parametrize("method", ["WatchEngine", "ExplainRequest"])
+def test_nobody_watches_through_the_edge(server, envoy, method):
+    assert send(envoy.port, f"/nanoserve.v1.AdminService/{method}", {}).status == 403
+    assert server.script.requests == []
+
+
+@pytest.mark.parametrize("path", ["/", "/live/events", "/live/explain?id=x", "/live/page.js", "/v1/../live/events"])
+def test_the_live_view_is_not_served_at_the_edge(envoy, path):
+    connection = http.client.HTTPConnection("127.0.0.1", envoy.port, timeout=TIMEOUT_S)
+    connection.request("GET", path)
+    assert connection.getresponse().status == 404
+    connection.close()
+
+
 # ----------------------------------------------------------------------------------------------------- retries
 
 

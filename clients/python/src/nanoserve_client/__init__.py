@@ -3,13 +3,14 @@
 client.py · aio.py    the two clients: calls, and nothing else
 requests.py           Python arguments → requests
 results.py            responses → frozen values;  progress.py: what one stream has said so far
+watching.py           the same for operators: snapshots and timelines
 errors.py             status → exception
 transport.py          channel options, retries, TLS, metadata, size limit
 v1/                   the generated stubs of the contract, for whoever wants to speak it directly
 """
 
-from nanoserve_client.aio import AsyncClient, AsyncGenerateStream
-from nanoserve_client.client import Client, GenerateStream
+from nanoserve_client.aio import AsyncClient, AsyncEngineWatch, AsyncGenerateStream
+from nanoserve_client.client import Client, EngineWatch, GenerateStream
 from nanoserve_client.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -38,9 +39,29 @@ from nanoserve_client.results import (
     Usage,
 )
 from nanoserve_client.transport import CallOptions, Tls
+from nanoserve_client.watching import (
+    EngineSnapshot,
+    QueueWait,
+    SequencePhase,
+    SequenceSnapshot,
+    StepPart,
+    StepPreemption,
+    StepSnapshot,
+    Timeline,
+    TimelineCacheHit,
+    TimelineDecode,
+    TimelineEnd,
+    TimelineEntry,
+    TimelineEvent,
+    TimelinePreemption,
+    TimelinePrefill,
+    TimelineWait,
+    WaitReason,
+)
 
 __all__ = [
     "AsyncClient",
+    "AsyncEngineWatch",
     "AsyncGenerateStream",
     "CallOptions",
     "Cancelled",
@@ -50,6 +71,8 @@ __all__ = [
     "DeadlineExceeded",
     "Delta",
     "EngineFailure",
+    "EngineSnapshot",
+    "EngineWatch",
     "FinishReason",
     "GenerateOptions",
     "GenerateStream",
@@ -59,10 +82,25 @@ __all__ = [
     "NotFound",
     "Overloaded",
     "PermissionDenied",
+    "QueueWait",
     "Result",
     "Sampling",
+    "SequencePhase",
+    "SequenceSnapshot",
     "Started",
     "Stats",
+    "StepPart",
+    "StepPreemption",
+    "StepSnapshot",
+    "Timeline",
+    "TimelineCacheHit",
+    "TimelineDecode",
+    "TimelineEnd",
+    "TimelineEntry",
+    "TimelineEvent",
+    "TimelinePreemption",
+    "TimelinePrefill",
+    "TimelineWait",
     "Timing",
     "Tls",
     "TokenLogprob",
@@ -72,4 +110,5 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "WaitReason",
 ]

@@ -9,13 +9,14 @@ import grpc
 from google.protobuf.message import Message
 
 from nanoserve_client import requests, transport
-from nanoserve_client.errors import from_status
+from nanoserve_client.errors import NanoserveError, from_status
 from nanoserve_client.progress import Progress
 from nanoserve_client.requests import GenerateOptions, Messages, Tool
 from nanoserve_client.results import Delta, Model, Result, Started, Stats, Tokens
-from nanoserve_client.transport import CallOptions, Tls
+from nanoserve_client.transport import CallOptions, Envelope, Tls
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from nanoserve_client.v1 import generation_pb2 as pb
+from nanoserve_client.watching import EngineSnapshot, Timeline
 
 _Response = TypeVar("_Response", bound=Message)
 
@@ -27,8 +28,8 @@ class AsyncClient:
             async for delta in client.chat("What is paged attention?", max_tokens=200):
                 print(delta.text, end="")
 
-    Arguments, methods, results and errors are those of Client, which is the manual. `generate`, `chat` and
-    `generate_raw` return their stream at once, without await; the other calls are awaited.
+    Arguments, methods, results and errors are those of Client, which is the manual. `generate`, `chat`,
+    `generate_raw` and `watch_engine` return their stream at once, without await; the other calls are awaited.
     """
 
     def __init__(
@@ -117,6 +118,19 @@ class AsyncClient:
         """A snapshot of scheduler and cache. For operators."""
         request = admin_pb2.GetStatsRequest()
         return Stats.of(await self._call(self._admin.GetStats, request, options))
+
+    def watch_engine(self, *, interval: float | None = None, **options: Unpack[CallOptions]) -> "AsyncEngineWatch":
+        """Snapshots of the engine, one an interval. See Client.watch_engine."""
+        request = requests.watch_request(interval)
+        call = transport.envelope(request, self._target, self._api_key, options)
+        responses = self._admin.WatchEngine(request, timeout=call.timeout, metadata=call.metadata)
+        return AsyncEngineWatch(responses, call)
+
+    async def explain_request(self, request_id: str, /, **options: Unpack[CallOptions]) -> list[Timeline]:
+        """What happened to the requests with this id. See Client.explain_request."""
+        request = admin_pb2.ExplainRequestRequest(request_id=request_id)
+        response = await self._call(self._admin.ExplainRequest, request, options)
+        return [Timeline.of(each) for each in response.timelines]
 
     async def close(self) -> None:
         """Close the connection, for good. Calls that are running end with Cancelled."""
@@ -216,12 +230,63 @@ class AsyncGenerateStream(AsyncIterator[Delta]):
         except grpc.aio.AioRpcError as error:
             raise self._progress.fail(error.code(), error.details(), error.trailing_metadata()) from error
         except asyncio.CancelledError:
-            # gRPC raises it for a call with status CANCELLED too. Only the task's own cancellation may pass.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if _is_own_cancellation():
                 raise
             raise self._progress.fail(
                 await self._call.code(),
                 await self._call.details(),
                 await self._call.trailing_metadata(),
             ) from None
+
+
+class AsyncEngineWatch(AsyncIterator[EngineSnapshot]):
+    """Snapshots as they come. For one reader. The methods are those of EngineWatch.
+
+    Leaving the `async with` block, cancelling the task that reads, or dropping the last reference ends the watch.
+    """
+
+    def __init__(
+        self,
+        call: grpc.aio.UnaryStreamCall[admin_pb2.WatchEngineRequest, admin_pb2.WatchEngineResponse],
+        envelope: Envelope,
+    ) -> None:
+        self._call = call
+        self._responses = aiter(call)
+        self._envelope = envelope
+
+    async def __anext__(self) -> EngineSnapshot:
+        """The next snapshot. Raises as EngineWatch does."""
+        try:
+            return EngineSnapshot.of(await anext(self._responses))
+        except grpc.aio.AioRpcError as error:
+            raise await self._failure() from error
+        except asyncio.CancelledError:
+            if _is_own_cancellation():
+                raise
+            raise await self._failure() from None
+
+    async def _failure(self) -> NanoserveError:
+        code, details = await self._call.code(), await self._call.details()
+        self._envelope.span.end(code)
+        return from_status(code, details, await self._call.trailing_metadata(), self._envelope.request_id)
+
+    def cancel(self) -> None:
+        """End the watch. Reading on raises Cancelled."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+
+def _is_own_cancellation() -> bool:
+    """Whether it is the task that was cancelled: gRPC raises CancelledError for a call with status CANCELLED too."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -12,9 +12,10 @@ from nanoserve_client.errors import from_status
 from nanoserve_client.progress import Progress
 from nanoserve_client.requests import GenerateOptions, Messages, Tool
 from nanoserve_client.results import Delta, Model, Result, Started, Stats, Tokens
-from nanoserve_client.transport import CallOptions, Tls
+from nanoserve_client.transport import CallOptions, Envelope, Tls
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from nanoserve_client.v1 import generation_pb2 as pb
+from nanoserve_client.watching import EngineSnapshot, Timeline
 
 _Response = TypeVar("_Response", bound=Message)
 
@@ -171,6 +172,36 @@ class Client:
         """A snapshot of scheduler and cache. For operators."""
         return Stats.of(self._call(self._admin.GetStats, admin_pb2.GetStatsRequest(), options))
 
+    def watch_engine(self, *, interval: float | None = None, **options: Unpack[CallOptions]) -> "EngineWatch":
+        """Snapshots of the engine, one at once and then one an interval. For operators.
+
+        Returns at once; errors come from reading. A reader that is slower than the interval gets fewer snapshots, and
+        never old ones.
+
+        Args:
+            interval: Seconds between two snapshots, 0.05 to 60. Default: 1.
+            **options: See CallOptions.
+        """
+        request = requests.watch_request(interval)
+        call = transport.envelope(request, self._target, self._api_key, options)
+        responses = self._admin.WatchEngine(request, timeout=call.timeout, metadata=call.metadata)
+        return EngineWatch(responses, call)
+
+    def explain_request(self, request_id: str, /, **options: Unpack[CallOptions]) -> list[Timeline]:
+        """What happened to the requests with this id, and why they waited: newest first, at least one. For operators.
+
+        The server knows those that run, and the last 1024 that ended.
+
+        Args:
+            request_id: As Started.request_id reports it, or as its caller gave it.
+            **options: See CallOptions. A `request_id` there labels this call itself.
+
+        Raises:
+            NotFound: No request with this id is known, or not any more.
+        """
+        request = admin_pb2.ExplainRequestRequest(request_id=request_id)
+        return [Timeline.of(each) for each in self._call(self._admin.ExplainRequest, request, options).timelines]
+
     def close(self) -> None:
         """Close the connection, for good. Calls that are running end with Cancelled."""
         self._channel.close()
@@ -266,3 +297,39 @@ class GenerateStream(Iterator[Delta]):
         except grpc.RpcError as error:
             status = cast(grpc.Call, error)
             raise self._progress.fail(status.code(), status.details(), status.trailing_metadata()) from error
+
+
+class EngineWatch(Iterator[EngineSnapshot]):
+    """Snapshots as they come. For one reader; any thread may cancel.
+
+    Leaving the `with` block, or dropping the last reference, ends the watch.
+    """
+
+    def __init__(self, responses: "grpc._CallIterator[admin_pb2.WatchEngineResponse]", call: Envelope) -> None:
+        self._responses = responses
+        self._call = call
+
+    def __next__(self) -> EngineSnapshot:
+        """The next snapshot. Raises NanoserveError; the watch has no end of its own."""
+        try:
+            return EngineSnapshot.of(next(self._responses))
+        except grpc.RpcError as error:
+            status = cast(grpc.Call, error)
+            self._call.span.end(status.code())
+            request_id = self._call.request_id
+            raise from_status(status.code(), status.details(), status.trailing_metadata(), request_id) from error
+
+    def cancel(self) -> None:
+        """End the watch. Reading on raises Cancelled."""
+        self._responses.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()

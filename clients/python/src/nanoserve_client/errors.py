@@ -67,7 +67,7 @@ class PermissionDenied(NanoserveError):
 
 
 class NotFound(NanoserveError):
-    """NOT_FOUND: no served model has this name."""
+    """NOT_FOUND: no served model has this name, or no request that is known has this id."""
 
 
 class Overloaded(NanoserveError):

@@ -14,8 +14,8 @@ from typing import Any, Literal, cast
 from google.protobuf.duration_pb2 import Duration
 
 from nanoserve_client.transport import CallOptions, refuse_unknown
+from nanoserve_client.v1 import admin_pb2, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
-from nanoserve_client.v1 import model_pb2
 
 RoleName = Literal["system", "user", "assistant", "tool", "developer"]
 
@@ -288,3 +288,11 @@ def tokenize_request(
     if tools or template_kwargs or continue_final_message:
         raise TypeError("tools, template_kwargs and continue_final_message are for messages")
     return model_pb2.TokenizeRequest(model=model or "", text=prompt)
+
+
+def watch_request(interval: float | None) -> admin_pb2.WatchEngineRequest:
+    """interval: seconds; None = the server's default."""
+    request = admin_pb2.WatchEngineRequest()
+    if interval is not None:
+        request.interval.FromNanoseconds(round(interval * 1e9))
+    return request

@@ -36,6 +36,12 @@ _FINISH_REASONS = {
 }
 
 
+def finish_reason_of(value: "pb.FinishReason.ValueType") -> FinishReason | None:
+    """None for a sequence that has not come to its end."""
+    is_set = value != pb.FINISH_REASON_UNSPECIFIED
+    return _FINISH_REASONS.get(value, FinishReason.UNKNOWN) if is_set else None
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """How likely a token was: log-softmax of the raw logits, before temperature, penalties and bias."""
@@ -140,14 +146,12 @@ class Delta:
 
     @classmethod
     def of(cls, message: pb.Delta) -> Self:
-        reason = message.finish_reason
-        is_last = reason != pb.FINISH_REASON_UNSPECIFIED
         return cls(
             index=message.index,
             text=message.text,
             token_ids=tuple(message.token_ids),
             logprobs=tuple(TokenLogprob.of(logprob) for logprob in message.logprobs),
-            finish_reason=_FINISH_REASONS.get(reason, FinishReason.UNKNOWN) if is_last else None,
+            finish_reason=finish_reason_of(message.finish_reason),
             stop_string=message.stop_string if message.HasField("stop_string") else None,
             stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         )

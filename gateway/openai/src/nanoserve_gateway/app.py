@@ -30,7 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from nanoserve_gateway import pages, tracing
+from nanoserve_gateway import live, pages, tracing
 from nanoserve_gateway.answer import Answer, to_json
 from nanoserve_gateway.chat import ChatAnswer, messages_of
 from nanoserve_gateway.completions import CompletionAnswer
@@ -83,7 +83,7 @@ def build_app(config: GatewayConfig, routes: Sequence[BaseRoute] = ()) -> Starle
         expose_headers=["x-request-id", "retry-after", "retry-after-ms"],
     )
     return Starlette(
-        routes=[*gateway.routes(), *routes],
+        routes=[*gateway.routes(), *live.routes(gateway.client), *routes],
         lifespan=gateway.lifespan,
         middleware=[Middleware(tracing.Tracing), *([cors] if origins else [])],
         exception_handlers={HTTPException: _on_http_error, Exception: _on_error},
@@ -99,6 +99,10 @@ class Gateway:
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
         self._store = ResponseStore(config.max_stored_responses, config.max_stored_bytes)
+
+    def client(self) -> AsyncClient:
+        """Of the gRPC service, once the application has started."""
+        return self._client
 
     def routes(self) -> list[Route]:
         def route(method: str, path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:

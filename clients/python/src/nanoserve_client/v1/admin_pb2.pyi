@@ -3,9 +3,14 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from nanoserve_client.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -16,6 +21,74 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _SequencePhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SequencePhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SequencePhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEQUENCE_PHASE_UNSPECIFIED: _SequencePhase.ValueType  # 0
+    """Never sent."""
+    SEQUENCE_PHASE_WAITING: _SequencePhase.ValueType  # 1
+    """In the queue, and not begun."""
+    SEQUENCE_PHASE_PREFILL: _SequencePhase.ValueType  # 2
+    """Its prompt, or what a preemption threw away, is being computed."""
+    SEQUENCE_PHASE_DECODE: _SequencePhase.ValueType  # 3
+    """It generates, a token a step."""
+    SEQUENCE_PHASE_PREEMPTED: _SequencePhase.ValueType  # 4
+    """It lost its KV blocks to another, and is in the queue again."""
+    SEQUENCE_PHASE_ENDED: _SequencePhase.ValueType  # 5
+    """It is over."""
+
+class SequencePhase(_SequencePhase, metaclass=_SequencePhaseEnumTypeWrapper):
+    """What a sequence is doing."""
+
+SEQUENCE_PHASE_UNSPECIFIED: SequencePhase.ValueType  # 0
+"""Never sent."""
+SEQUENCE_PHASE_WAITING: SequencePhase.ValueType  # 1
+"""In the queue, and not begun."""
+SEQUENCE_PHASE_PREFILL: SequencePhase.ValueType  # 2
+"""Its prompt, or what a preemption threw away, is being computed."""
+SEQUENCE_PHASE_DECODE: SequencePhase.ValueType  # 3
+"""It generates, a token a step."""
+SEQUENCE_PHASE_PREEMPTED: SequencePhase.ValueType  # 4
+"""It lost its KV blocks to another, and is in the queue again."""
+SEQUENCE_PHASE_ENDED: SequencePhase.ValueType  # 5
+"""It is over."""
+Global___SequencePhase: _TypeAlias = SequencePhase  # noqa: Y015
+
+class _WaitReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WAIT_REASON_UNSPECIFIED: _WaitReason.ValueType  # 0
+    """Never sent in a StepSnapshot. In a timeline: for the step that was running, and for the encoding of the prompt."""
+    WAIT_REASON_BLOCKS: _WaitReason.ValueType  # 1
+    """Too few KV blocks are free."""
+    WAIT_REASON_ROWS: _WaitReason.ValueType  # 2
+    """As many sequences run as may (--max-num-seqs)."""
+    WAIT_REASON_TOKENS: _WaitReason.ValueType  # 3
+    """The step has as many tokens as it may (--max-num-batched-tokens)."""
+    WAIT_REASON_BATCH: _WaitReason.ValueType  # 4
+    """Static batching: the batch has begun."""
+
+class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
+    """Why sequences wait. The head of the queue waits for something, all others for the head."""
+
+WAIT_REASON_UNSPECIFIED: WaitReason.ValueType  # 0
+"""Never sent in a StepSnapshot. In a timeline: for the step that was running, and for the encoding of the prompt."""
+WAIT_REASON_BLOCKS: WaitReason.ValueType  # 1
+"""Too few KV blocks are free."""
+WAIT_REASON_ROWS: WaitReason.ValueType  # 2
+"""As many sequences run as may (--max-num-seqs)."""
+WAIT_REASON_TOKENS: WaitReason.ValueType  # 3
+"""The step has as many tokens as it may (--max-num-batched-tokens)."""
+WAIT_REASON_BATCH: WaitReason.ValueType  # 4
+"""Static batching: the batch has begun."""
+Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
 
 @_typing.final
 class CancelRequest(_message.Message):
@@ -176,3 +249,689 @@ class GetStatsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
+
+@_typing.final
+class WatchEngineRequest(_message.Message):
+    """How to watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def interval(self) -> _duration_pb2.Duration:
+        """Between two snapshots: 0.05 to 60 s. Default: 1 s."""
+
+    def __init__(
+        self,
+        *,
+        interval: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEngineRequest: _TypeAlias = WatchEngineRequest  # noqa: Y015
+
+@_typing.final
+class WatchEngineResponse(_message.Message):
+    """The engine after its last step, and the steps since the snapshot before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATS_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    LOST_STEPS_FIELD_NUMBER: _builtins.int
+    lost_steps: _builtins.int
+    """Steps between the snapshot before and the first of `steps`: more came than a snapshot holds."""
+    @_builtins.property
+    def stats(self) -> Global___GetStatsResponse:
+        """Counts and rates, as GetStats gives them."""
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceSnapshot]:
+        """Sequences that run or wait, oldest request first, at most 512 (stats has the true counts); then those that ended
+        since the snapshot before and are in `steps`.
+        """
+
+    @_builtins.property
+    def cached_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """KV blocks that are kept for their prefix and that no sequence owns. Blocks that are neither here nor in a
+        sequence's block_ids are free. Ids are from 0 to stats.kv_blocks_total - 1.
+        """
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepSnapshot]:
+        """Steps since the snapshot before, oldest first; in the first snapshot the last few. At most 256."""
+
+    def __init__(
+        self,
+        *,
+        stats: Global___GetStatsResponse | None = ...,
+        sequences: _abc.Iterable[Global___SequenceSnapshot] | None = ...,
+        cached_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        steps: _abc.Iterable[Global___StepSnapshot] | None = ...,
+        lost_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stats", b"stats"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_block_ids", b"cached_block_ids", "lost_steps", b"lost_steps", "sequences", b"sequences", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEngineResponse: _TypeAlias = WatchEngineResponse  # noqa: Y015
+
+@_typing.final
+class SequenceSnapshot(_message.Message):
+    """One of a request's n sequences."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    request_number: _builtins.int
+    """The engine's own number of the request, unique since the server's start; steps name requests by it. 0 = it has none
+    yet: its prompt is being encoded.
+    """
+    request_id: _builtins.str
+    """The caller's id, as Started.request_id reports it. Not unique."""
+    index: _builtins.int
+    """Among the request's n, from 0."""
+    phase: Global___SequencePhase.ValueType
+    """What it is doing."""
+    prompt_tokens: _builtins.int
+    """Length of the tokenized prompt."""
+    cached_tokens: _builtins.int
+    """How many of them came from the prefix cache."""
+    computed_tokens: _builtins.int
+    """Tokens whose keys and values are in the KV cache; 0 while it waits. Of one that ended: when it last ran."""
+    completion_tokens: _builtins.int
+    """Tokens generated so far."""
+    max_completion_tokens: _builtins.int
+    """Most that it may generate."""
+    preemptions: _builtins.int
+    """How often it was preempted so far."""
+    @_builtins.property
+    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The KV blocks of its tokens, in their order. A block may be in several sequences' lists: a shared prefix."""
+
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """Since the request arrived."""
+
+    def __init__(
+        self,
+        *,
+        request_number: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        index: _builtins.int = ...,
+        phase: Global___SequencePhase.ValueType = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        max_completion_tokens: _builtins.int = ...,
+        block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        age: _duration_pb2.Duration | None = ...,
+        preemptions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_ids", b"block_ids", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "index", b"index", "max_completion_tokens", b"max_completion_tokens", "phase", b"phase", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "request_number", b"request_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequenceSnapshot: _TypeAlias = SequenceSnapshot  # noqa: Y015
+
+@_typing.final
+class StepSnapshot(_message.Message):
+    """One step of the engine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    TAKEN_BLOCKS_FIELD_NUMBER: _builtins.int
+    FREED_BLOCKS_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts from 1, since the server's start."""
+    waiting: _builtins.int
+    """Sequences in the queue, and with KV blocks, after it."""
+    running: _builtins.int
+    """See waiting."""
+    taken_blocks: _builtins.int
+    """KV blocks that sequences took, from the free and from the cached ones."""
+    freed_blocks: _builtins.int
+    """KV blocks that became free."""
+    failed: _builtins.bool
+    """It failed: its requests were given up."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """From its plan until its tokens were there."""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepPart]:
+        """What it computed, a sequence each."""
+
+    @_builtins.property
+    def preemptions(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepPreemption]:
+        """Who lost KV blocks for whom."""
+
+    @_builtins.property
+    def wait(self) -> Global___QueueWait:
+        """What the head of the queue waits for. Absent = nobody waits."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        parts: _abc.Iterable[Global___StepPart] | None = ...,
+        preemptions: _abc.Iterable[Global___StepPreemption] | None = ...,
+        wait: Global___QueueWait | None = ...,
+        waiting: _builtins.int = ...,
+        running: _builtins.int = ...,
+        taken_blocks: _builtins.int = ...,
+        freed_blocks: _builtins.int = ...,
+        failed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "failed", b"failed", "freed_blocks", b"freed_blocks", "number", b"number", "parts", b"parts", "preemptions", b"preemptions", "running", b"running", "taken_blocks", b"taken_blocks", "wait", b"wait", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepSnapshot: _TypeAlias = StepSnapshot  # noqa: Y015
+
+@_typing.final
+class StepPart(_message.Message):
+    """What a step computed of one sequence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
+    request_number: _builtins.int
+    """As SequenceSnapshot.request_number."""
+    index: _builtins.int
+    """Of the sequence."""
+    start: _builtins.int
+    """Position of the first token that it computed."""
+    tokens: _builtins.int
+    """How many it computed: several of a prompt, one of a sequence that generates."""
+    prompt_tokens: _builtins.int
+    """How many of them are of the prompt."""
+    sampled: _builtins.bool
+    """It gave the sequence a new token."""
+    def __init__(
+        self,
+        *,
+        request_number: _builtins.int = ...,
+        index: _builtins.int = ...,
+        start: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        sampled: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "prompt_tokens", b"prompt_tokens", "request_number", b"request_number", "sampled", b"sampled", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepPart: _TypeAlias = StepPart  # noqa: Y015
+
+@_typing.final
+class StepPreemption(_message.Message):
+    """A sequence lost its KV blocks and waits again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    FOR_REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    request_number: _builtins.int
+    """As SequenceSnapshot.request_number."""
+    index: _builtins.int
+    """Of the sequence."""
+    for_request_number: _builtins.int
+    """The request whose turn it was; the sequence's own if there was no other to yield."""
+    def __init__(
+        self,
+        *,
+        request_number: _builtins.int = ...,
+        index: _builtins.int = ...,
+        for_request_number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["for_request_number", b"for_request_number", "index", b"index", "request_number", b"request_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepPreemption: _TypeAlias = StepPreemption  # noqa: Y015
+
+@_typing.final
+class QueueWait(_message.Message):
+    """The head of the queue in one step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    BEHIND_REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    request_number: _builtins.int
+    """As SequenceSnapshot.request_number."""
+    index: _builtins.int
+    """Of the sequence."""
+    reason: Global___WaitReason.ValueType
+    """What it waits for."""
+    behind_request_number: _builtins.int
+    """The running request that has most of it: of KV blocks, or of the step's tokens; for a row or the batch, the one
+    that is served first. 0 = none runs.
+    """
+    def __init__(
+        self,
+        *,
+        request_number: _builtins.int = ...,
+        index: _builtins.int = ...,
+        reason: Global___WaitReason.ValueType = ...,
+        behind_request_number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind_request_number", b"behind_request_number", "index", b"index", "reason", b"reason", "request_number", b"request_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueWait: _TypeAlias = QueueWait  # noqa: Y015
+
+@_typing.final
+class ExplainRequestRequest(_message.Message):
+    """Which request to explain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As Started.request_id reports it, or as the caller sent it in x-request-id. Required."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequestRequest: _TypeAlias = ExplainRequestRequest  # noqa: Y015
+
+@_typing.final
+class ExplainRequestResponse(_message.Message):
+    """What is known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMELINES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def timelines(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestTimeline]:
+        """One for each request that bore the id (ids are the callers', and may repeat), newest first, at most 16, at least
+        one.
+        """
+
+    def __init__(
+        self,
+        *,
+        timelines: _abc.Iterable[Global___RequestTimeline] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timelines", b"timelines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequestResponse: _TypeAlias = ExplainRequestResponse  # noqa: Y015
+
+@_typing.final
+class RequestTimeline(_message.Message):
+    """A request's way through the engine. All times count from its arrival."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As in the question."""
+    request_number: _builtins.int
+    """The engine's own number, as in SequenceSnapshot. 0 = it was refused before it got one, or has none yet."""
+    ended: _builtins.bool
+    """It is over."""
+    prompt_tokens: _builtins.int
+    """Length of the tokenized prompt; 0 = not known yet, or never."""
+    cached_tokens: _builtins.int
+    """How many of them came from the prefix cache."""
+    completion_tokens: _builtins.int
+    """Generated so far, in all its sequences."""
+    summary: _builtins.str
+    """All of it in a few plain sentences, such as "Waited 120 ms for KV blocks behind request order-17. Prefilled in 3
+    chunks. Preempted once, for request order-18."
+    """
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it arrived."""
+
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Until its end, or until now."""
+
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineEntry]:
+        """What happened, by its begin."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        request_number: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        ended: _builtins.bool = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        entries: _abc.Iterable[Global___TimelineEntry] | None = ...,
+        summary: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "create_time", b"create_time", "duration", b"duration", "ended", b"ended", "entries", b"entries", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "request_number", b"request_number", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestTimeline: _TypeAlias = RequestTimeline  # noqa: Y015
+
+@_typing.final
+class TimelineEntry(_message.Message):
+    """One thing that happened to a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    CACHE_HIT_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    PREEMPTION_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The same as `event`, in plain English, such as "waited 120 ms for KV blocks behind request order-17"."""
+    @_builtins.property
+    def start(self) -> _duration_pb2.Duration:
+        """When it began."""
+
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """How long it took, or takes already; 0 for what takes no time."""
+
+    @_builtins.property
+    def wait(self) -> Global___TimelineWait:
+        """It waited."""
+
+    @_builtins.property
+    def cache_hit(self) -> Global___TimelineCacheHit:
+        """It read a part of its prompt from the prefix cache."""
+
+    @_builtins.property
+    def prefill(self) -> Global___TimelinePrefill:
+        """Its prompt, or what a preemption threw away, was computed."""
+
+    @_builtins.property
+    def preemption(self) -> Global___TimelinePreemption:
+        """It was preempted."""
+
+    @_builtins.property
+    def decode(self) -> Global___TimelineDecode:
+        """It generated, from its first token on."""
+
+    @_builtins.property
+    def end(self) -> Global___TimelineEnd:
+        """It ended."""
+
+    def __init__(
+        self,
+        *,
+        start: _duration_pb2.Duration | None = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        text: _builtins.str = ...,
+        wait: Global___TimelineWait | None = ...,
+        cache_hit: Global___TimelineCacheHit | None = ...,
+        prefill: Global___TimelinePrefill | None = ...,
+        preemption: Global___TimelinePreemption | None = ...,
+        decode: Global___TimelineDecode | None = ...,
+        end: Global___TimelineEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_hit", b"cache_hit", "decode", b"decode", "duration", b"duration", "end", b"end", "event", b"event", "preemption", b"preemption", "prefill", b"prefill", "start", b"start", "wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hit", b"cache_hit", "decode", b"decode", "duration", b"duration", "end", b"end", "event", b"event", "preemption", b"preemption", "prefill", b"prefill", "start", b"start", "text", b"text", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["wait", "cache_hit", "prefill", "preemption", "decode", "end"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___TimelineEntry: _TypeAlias = TimelineEntry  # noqa: Y015
+
+@_typing.final
+class TimelineWait(_message.Message):
+    """A time in the queue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    BEHIND_REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REQUESTS_BEFORE_FIELD_NUMBER: _builtins.int
+    reason: Global___WaitReason.ValueType
+    """What was waited for, by the request itself or by those before it in the queue; of several reasons that by which most
+    of the time went.
+    """
+    index: _builtins.int
+    """Of the sequence that waited."""
+    behind_request_id: _builtins.str
+    """The running request that had most of what was waited for, by its caller's id; the last one, if it changed. Empty =
+    none, or it is not known any more. It may be the request itself, whose other sequences ran.
+    """
+    requests_before: _builtins.int
+    """Requests that stood before it in the queue, and waited for `reason` in its stead; 0 = it was the head itself."""
+    def __init__(
+        self,
+        *,
+        reason: Global___WaitReason.ValueType = ...,
+        index: _builtins.int = ...,
+        behind_request_id: _builtins.str = ...,
+        requests_before: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind_request_id", b"behind_request_id", "index", b"index", "reason", b"reason", "requests_before", b"requests_before"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelineWait: _TypeAlias = TimelineWait  # noqa: Y015
+
+@_typing.final
+class TimelineCacheHit(_message.Message):
+    """Tokens that need not be computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    cached_tokens: _builtins.int
+    """Of the prompt, read from the prefix cache."""
+    prompt_tokens: _builtins.int
+    """Length of the prompt."""
+    def __init__(
+        self,
+        *,
+        cached_tokens: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelineCacheHit: _TypeAlias = TimelineCacheHit  # noqa: Y015
+
+@_typing.final
+class TimelinePrefill(_message.Message):
+    """Steps that computed known tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    AFTER_PREEMPTION_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Of the sequence."""
+    tokens: _builtins.int
+    """Tokens that were computed."""
+    chunks: _builtins.int
+    """In so many chunks, of a step each."""
+    after_preemption: _builtins.bool
+    """It repeats what was lost to a preemption."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        chunks: _builtins.int = ...,
+        after_preemption: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_preemption", b"after_preemption", "chunks", b"chunks", "index", b"index", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelinePrefill: _TypeAlias = TimelinePrefill  # noqa: Y015
+
+@_typing.final
+class TimelinePreemption(_message.Message):
+    """A sequence lost its KV blocks. `duration` is the time until it ran again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    FOR_REQUEST_ID_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Of the sequence."""
+    for_request_id: _builtins.str
+    """The request that the blocks were for, by its caller's id. Empty = it is not known any more. The request's own id if
+    no other was left to yield.
+    """
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        for_request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["for_request_id", b"for_request_id", "index", b"index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelinePreemption: _TypeAlias = TimelinePreemption  # noqa: Y015
+
+@_typing.final
+class TimelineDecode(_message.Message):
+    """Generation, of all sequences."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    completion_tokens: _builtins.int
+    """Tokens so far."""
+    def __init__(
+        self,
+        *,
+        completion_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelineDecode: _TypeAlias = TimelineDecode  # noqa: Y015
+
+@_typing.final
+class TimelineEnd(_message.Message):
+    """How a request ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINISH_REASONS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ABANDONED_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """The reason of a refusal or failure, as in ErrorInfo.reason, such as "OVERLOADED". Empty if there is none."""
+    abandoned: _builtins.bool
+    """Its caller went away before it was done."""
+    @_builtins.property
+    def finish_reasons(self) -> _containers.RepeatedScalarFieldContainer[_generation_pb2.FinishReason.ValueType]:
+        """Of each sequence that came to its own end, by index; UNSPECIFIED for one that did not."""
+
+    def __init__(
+        self,
+        *,
+        finish_reasons: _abc.Iterable[_generation_pb2.FinishReason.ValueType] | None = ...,
+        reason: _builtins.str = ...,
+        abandoned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned", b"abandoned", "finish_reasons", b"finish_reasons", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelineEnd: _TypeAlias = TimelineEnd  # noqa: Y015

@@ -50,6 +50,16 @@ class AdminServiceStub:
                 request_serializer=nanoserve_dot_v1_dot_admin__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=nanoserve_dot_v1_dot_admin__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
+        self.WatchEngine = channel.unary_stream(
+                '/nanoserve.v1.AdminService/WatchEngine',
+                request_serializer=nanoserve_dot_v1_dot_admin__pb2.WatchEngineRequest.SerializeToString,
+                response_deserializer=nanoserve_dot_v1_dot_admin__pb2.WatchEngineResponse.FromString,
+                _registered_method=True)
+        self.ExplainRequest = channel.unary_unary(
+                '/nanoserve.v1.AdminService/ExplainRequest',
+                request_serializer=nanoserve_dot_v1_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
+                response_deserializer=nanoserve_dot_v1_dot_admin__pb2.ExplainRequestResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -77,6 +87,24 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchEngine(self, request, context):
+        """Snapshots of the engine, one at once and then one an interval, until the caller cancels. No prompt and no
+        completion is in them. A reader that is slower than its interval gets fewer snapshots, never old ones: the steps of
+        those that it missed are in the next. Errors: NOT_RECORDED if the server keeps no records.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainRequest(self, request, context):
+        """What happened to a request, from its arrival until now or its end, and why it waited. For requests that run, and
+        for the last 1024 that ended, refused ones too. Errors: NOT_FOUND (REQUEST_NOT_FOUND) for an id that is not, or no
+        longer, known; NOT_RECORDED if the server keeps no records.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +122,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=nanoserve_dot_v1_dot_admin__pb2.GetStatsRequest.FromString,
                     response_serializer=nanoserve_dot_v1_dot_admin__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'WatchEngine': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEngine,
+                    request_deserializer=nanoserve_dot_v1_dot_admin__pb2.WatchEngineRequest.FromString,
+                    response_serializer=nanoserve_dot_v1_dot_admin__pb2.WatchEngineResponse.SerializeToString,
+            ),
+            'ExplainRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRequest,
+                    request_deserializer=nanoserve_dot_v1_dot_admin__pb2.ExplainRequestRequest.FromString,
+                    response_serializer=nanoserve_dot_v1_dot_admin__pb2.ExplainRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +216,60 @@ class AdminService:
             '/nanoserve.v1.AdminService/GetStats',
             nanoserve_dot_v1_dot_admin__pb2.GetStatsRequest.SerializeToString,
             nanoserve_dot_v1_dot_admin__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/nanoserve.v1.AdminService/WatchEngine',
+            nanoserve_dot_v1_dot_admin__pb2.WatchEngineRequest.SerializeToString,
+            nanoserve_dot_v1_dot_admin__pb2.WatchEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nanoserve.v1.AdminService/ExplainRequest',
+            nanoserve_dot_v1_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
+            nanoserve_dot_v1_dot_admin__pb2.ExplainRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,16 @@ class AdminServiceStub:
     """Forgets every cached prefix that no running sequence uses."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatsRequest, _admin_pb2.GetStatsResponse]
     """A snapshot of scheduler and cache."""
+    WatchEngine: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchEngineRequest, _admin_pb2.WatchEngineResponse]
+    """Snapshots of the engine, one at once and then one an interval, until the caller cancels. No prompt and no
+    completion is in them. A reader that is slower than its interval gets fewer snapshots, never old ones: the steps of
+    those that it missed are in the next. Errors: NOT_RECORDED if the server keeps no records.
+    """
+    ExplainRequest: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]
+    """What happened to a request, from its arrival until now or its end, and why it waited. For requests that run, and
+    for the last 1024 that ended, refused ones too. Errors: NOT_FOUND (REQUEST_NOT_FOUND) for an id that is not, or no
+    longer, known; NOT_RECORDED if the server keeps no records.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -51,6 +61,16 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Forgets every cached prefix that no running sequence uses."""
     GetStats: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatsRequest, _admin_pb2.GetStatsResponse]  # type: ignore[assignment]
     """A snapshot of scheduler and cache."""
+    WatchEngine: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchEngineRequest, _admin_pb2.WatchEngineResponse]  # type: ignore[assignment]
+    """Snapshots of the engine, one at once and then one an interval, until the caller cancels. No prompt and no
+    completion is in them. A reader that is slower than its interval gets fewer snapshots, never old ones: the steps of
+    those that it missed are in the next. Errors: NOT_RECORDED if the server keeps no records.
+    """
+    ExplainRequest: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]  # type: ignore[assignment]
+    """What happened to a request, from its arrival until now or its end, and why it waited. For requests that run, and
+    for the last 1024 that ended, refused ones too. Errors: NOT_FOUND (REQUEST_NOT_FOUND) for an id that is not, or no
+    longer, known; NOT_RECORDED if the server keeps no records.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """The operator's surface: no HTTP mapping, and no route at the edge proxy. With API keys, it takes an admin key."""
@@ -78,5 +98,27 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetStatsResponse, _abc.Awaitable[_admin_pb2.GetStatsResponse]]:
         """A snapshot of scheduler and cache."""
+
+    @_abc_1.abstractmethod
+    def WatchEngine(
+        self,
+        request: _admin_pb2.WatchEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchEngineResponse], _abc.AsyncIterator[_admin_pb2.WatchEngineResponse]]:
+        """Snapshots of the engine, one at once and then one an interval, until the caller cancels. No prompt and no
+        completion is in them. A reader that is slower than its interval gets fewer snapshots, never old ones: the steps of
+        those that it missed are in the next. Errors: NOT_RECORDED if the server keeps no records.
+        """
+
+    @_abc_1.abstractmethod
+    def ExplainRequest(
+        self,
+        request: _admin_pb2.ExplainRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ExplainRequestResponse, _abc.Awaitable[_admin_pb2.ExplainRequestResponse]]:
+        """What happened to a request, from its arrival until now or its end, and why it waited. For requests that run, and
+        for the last 1024 that ended, refused ones too. Errors: NOT_FOUND (REQUEST_NOT_FOUND) for an id that is not, or no
+        longer, known; NOT_RECORDED if the server keeps no records.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,359 @@
+"""What operators see of the engine, as frozen Python values: snapshots, steps and timelines. Pure."""
+
+import enum
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Self
+
+from nanoserve_client.results import FinishReason, Stats, finish_reason_of
+from nanoserve_client.v1 import admin_pb2 as pb
+
+
+class SequencePhase(enum.Enum):
+    """What a sequence is doing."""
+
+    # In the queue, and not begun.
+    WAITING = "waiting"
+    # Its prompt, or what a preemption threw away, is being computed.
+    PREFILL = "prefill"
+    # It generates, a token a step.
+    DECODE = "decode"
+    # It lost its KV blocks to another, and is in the queue again.
+    PREEMPTED = "preempted"
+    ENDED = "ended"
+    # One that a newer server knows, and this client does not.
+    UNKNOWN = "unknown"
+
+
+_PHASES = {
+    pb.SEQUENCE_PHASE_WAITING: SequencePhase.WAITING,
+    pb.SEQUENCE_PHASE_PREFILL: SequencePhase.PREFILL,
+    pb.SEQUENCE_PHASE_DECODE: SequencePhase.DECODE,
+    pb.SEQUENCE_PHASE_PREEMPTED: SequencePhase.PREEMPTED,
+    pb.SEQUENCE_PHASE_ENDED: SequencePhase.ENDED,
+}
+
+
+class WaitReason(enum.Enum):
+    """What the head of the queue waits for; all others wait for the head."""
+
+    # Too few KV blocks are free.
+    BLOCKS = "blocks"
+    # As many sequences run as may.
+    ROWS = "rows"
+    # The step has as many tokens as it may.
+    TOKENS = "tokens"
+    # Static batching: the batch has begun.
+    BATCH = "batch"
+    # One that a newer server knows, and this client does not.
+    UNKNOWN = "unknown"
+
+
+_WAIT_REASONS = {
+    pb.WAIT_REASON_BLOCKS: WaitReason.BLOCKS,
+    pb.WAIT_REASON_ROWS: WaitReason.ROWS,
+    pb.WAIT_REASON_TOKENS: WaitReason.TOKENS,
+    pb.WAIT_REASON_BATCH: WaitReason.BATCH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSnapshot:
+    """One of a request's n sequences."""
+
+    # The engine's own number of the request, unique since the server's start; 0 = its prompt is being encoded.
+    request_number: int
+    # The caller's id. Not unique.
+    request_id: str
+    # 0 to n - 1.
+    index: int
+    phase: SequencePhase
+    prompt_tokens: int
+    # How many of them came from the prefix cache.
+    cached_tokens: int
+    # Tokens whose keys and values are in the KV cache; 0 while it waits.
+    computed_tokens: int
+    completion_tokens: int
+    # Most that it may generate.
+    max_completion_tokens: int
+    # KV blocks of its tokens, in order; one may be in several sequences' lists.
+    block_ids: tuple[int, ...]
+    # Seconds since the request arrived.
+    age_s: float
+    preemptions: int
+
+    @classmethod
+    def of(cls, message: pb.SequenceSnapshot) -> Self:
+        return cls(
+            request_number=message.request_number,
+            request_id=message.request_id,
+            index=message.index,
+            phase=_PHASES.get(message.phase, SequencePhase.UNKNOWN),
+            prompt_tokens=message.prompt_tokens,
+            cached_tokens=message.cached_tokens,
+            computed_tokens=message.computed_tokens,
+            completion_tokens=message.completion_tokens,
+            max_completion_tokens=message.max_completion_tokens,
+            block_ids=tuple(message.block_ids),
+            age_s=message.age.ToTimedelta().total_seconds(),
+            preemptions=message.preemptions,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """What a step computed of one sequence."""
+
+    # As SequenceSnapshot.request_number.
+    request_number: int
+    index: int
+    # Position of the first token.
+    start: int
+    # Several of a prompt, one of a sequence that generates.
+    tokens: int
+    # How many of them are of the prompt.
+    prompt_tokens: int
+    # It gave the sequence a new token.
+    sampled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPreemption:
+    """A sequence lost its KV blocks, and waits again."""
+
+    request_number: int
+    index: int
+    # The request whose turn it was; its own if there was no other to yield.
+    for_request_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueWait:
+    """The head of the queue in one step."""
+
+    request_number: int
+    index: int
+    reason: WaitReason
+    # The running request that has most of what it waits for. 0 = none runs.
+    behind_request_number: int
+
+    @classmethod
+    def of(cls, message: pb.QueueWait) -> Self:
+        reason = _WAIT_REASONS.get(message.reason, WaitReason.UNKNOWN)
+        return cls(message.request_number, message.index, reason, message.behind_request_number)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSnapshot:
+    """One step of the engine."""
+
+    # Counts from 1, since the server's start.
+    number: int
+    # Seconds from its plan until its tokens were there.
+    duration_s: float
+    parts: tuple[StepPart, ...]
+    preemptions: tuple[StepPreemption, ...]
+    # None = nobody waits.
+    wait: QueueWait | None
+    # Sequences in the queue, and with KV blocks, after it.
+    waiting: int
+    running: int
+    # KV blocks that sequences took, and that became free.
+    taken_blocks: int
+    freed_blocks: int
+    # Its requests were given up.
+    failed: bool
+
+    @classmethod
+    def of(cls, message: pb.StepSnapshot) -> Self:
+        return cls(
+            number=message.number,
+            duration_s=message.duration.ToTimedelta().total_seconds(),
+            parts=tuple(
+                StepPart(p.request_number, p.index, p.start, p.tokens, p.prompt_tokens, p.sampled)
+                for p in message.parts
+            ),
+            preemptions=tuple(
+                StepPreemption(p.request_number, p.index, p.for_request_number) for p in message.preemptions
+            ),
+            wait=QueueWait.of(message.wait) if message.HasField("wait") else None,
+            waiting=message.waiting,
+            running=message.running,
+            taken_blocks=message.taken_blocks,
+            freed_blocks=message.freed_blocks,
+            failed=message.failed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """The engine after its last step, and the steps since the snapshot before."""
+
+    stats: Stats
+    # Those that run or wait, oldest request first, at most 512; then those that ended since the snapshot before.
+    sequences: tuple[SequenceSnapshot, ...]
+    # KV blocks that are kept for their prefix, and that no sequence owns. Those in neither list are free.
+    cached_block_ids: tuple[int, ...]
+    # Oldest first, at most 256.
+    steps: tuple[StepSnapshot, ...]
+    # Steps before them that no snapshot has.
+    lost_steps: int
+
+    @classmethod
+    def of(cls, message: pb.WatchEngineResponse) -> Self:
+        return cls(
+            stats=Stats.of(message.stats),
+            sequences=tuple(map(SequenceSnapshot.of, message.sequences)),
+            cached_block_ids=tuple(message.cached_block_ids),
+            steps=tuple(map(StepSnapshot.of, message.steps)),
+            lost_steps=message.lost_steps,
+        )
+
+
+# ------------------------------------------------------------------------------------------------- timelines
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineWait:
+    """A time in the queue."""
+
+    # None = for the step that was running, and for the prompt to be encoded.
+    reason: WaitReason | None
+    index: int
+    # The running request that had most of what was waited for. Empty = none, or not known any more.
+    behind_request_id: str
+    # Requests before it in the queue that waited in its stead; 0 = it was the head.
+    requests_before: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineCacheHit:
+    """Prompt tokens that were read from the prefix cache."""
+
+    cached_tokens: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimelinePrefill:
+    """Steps that computed known tokens."""
+
+    index: int
+    tokens: int
+    # Of a step each.
+    chunks: int
+    # It repeats what was lost to a preemption.
+    after_preemption: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TimelinePreemption:
+    """A sequence lost its KV blocks; the entry lasts until it ran again."""
+
+    index: int
+    # The request that they were for; its own if no other was left to yield; empty = not known any more.
+    for_request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineDecode:
+    """Generation, of all sequences."""
+
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineEnd:
+    """How it ended."""
+
+    # By index; None for a sequence that did not come to its own end.
+    finish_reasons: tuple[FinishReason | None, ...]
+    # Of a refusal or failure, such as "OVERLOADED"; None if there is none.
+    reason: str | None
+    # Its caller went away.
+    abandoned: bool
+
+
+TimelineEvent = TimelineWait | TimelineCacheHit | TimelinePrefill | TimelinePreemption | TimelineDecode | TimelineEnd
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineEntry:
+    """One thing that happened."""
+
+    # Seconds since the request arrived.
+    start_s: float
+    # 0 for what takes no time.
+    duration_s: float
+    # In plain English.
+    text: str
+    # None = of a kind that a newer server knows, and this client does not.
+    event: TimelineEvent | None
+
+    @classmethod
+    def of(cls, message: pb.TimelineEntry) -> Self:
+        start_s = message.start.ToTimedelta().total_seconds()
+        return cls(start_s, message.duration.ToTimedelta().total_seconds(), message.text, _event(message))
+
+
+def _event(message: pb.TimelineEntry) -> TimelineEvent | None:
+    match message.WhichOneof("event"):
+        case "wait":
+            wait = message.wait
+            reason = _WAIT_REASONS.get(wait.reason, WaitReason.UNKNOWN) if wait.reason else None
+            return TimelineWait(reason, wait.index, wait.behind_request_id, wait.requests_before)
+        case "cache_hit":
+            return TimelineCacheHit(message.cache_hit.cached_tokens, message.cache_hit.prompt_tokens)
+        case "prefill":
+            prefill = message.prefill
+            return TimelinePrefill(prefill.index, prefill.tokens, prefill.chunks, prefill.after_preemption)
+        case "preemption":
+            return TimelinePreemption(message.preemption.index, message.preemption.for_request_id)
+        case "decode":
+            return TimelineDecode(message.decode.completion_tokens)
+        case "end":
+            end = message.end
+            return TimelineEnd(tuple(map(finish_reason_of, end.finish_reasons)), end.reason or None, end.abandoned)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A request's way through the engine."""
+
+    request_id: str
+    # The engine's own number; 0 = it has none.
+    request_number: int
+    # When it arrived.
+    create_time: datetime
+    # Seconds until its end, or until now.
+    duration_s: float
+    ended: bool
+    prompt_tokens: int
+    cached_tokens: int
+    # Of all its sequences.
+    completion_tokens: int
+    # By their begin.
+    entries: tuple[TimelineEntry, ...]
+    # All of it in a few sentences.
+    summary: str
+
+    @classmethod
+    def of(cls, message: pb.RequestTimeline) -> Self:
+        return cls(
+            request_id=message.request_id,
+            request_number=message.request_number,
+            create_time=message.create_time.ToDatetime(UTC),
+            duration_s=message.duration.ToTimedelta().total_seconds(),
+            ended=message.ended,
+            prompt_tokens=message.prompt_tokens,
+            cached_tokens=message.cached_tokens,
+            completion_tokens=message.completion_tokens,
+            entries=tuple(map(TimelineEntry.of, message.entries)),
+            summary=message.summary,
+        )
+
+    @property
+    def text(self) -> str:
+        """All entries, a line each, with the second at which each began."""
+        return "\n".join(f"{entry.start_s:8.3f} s  {entry.text}" for entry in self.entries)

@@ -1,0 +1,188 @@
+"""The live view in a real browser: headless Chromium, from Debian's package or from the PATH."""
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from nanoserve_client import Cancelled, Client
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from serve_process import free_port, serving
+
+BIN = Path(sys.executable).parent
+# `make .venv/installed-dev` puts the first into .venv/bin.
+PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
+SECONDS = 60
+GREEN, BLUE, GOLD = (0x52, 0xD6, 0x9A), (0x5B, 0x9B, 0xF5), (0xF2, 0xB8, 0x4B)
+SYSTEM = "You answer questions about serving language models. Be brief, be exact, and say so if you do not know. " * 2
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    found = next(filter(None, (shutil.which(program, path=path) for program in PROGRAMS)), None)
+    if found is None:
+        pytest.skip("needs Chromium: apt-get install chromium-headless-shell, or put a chromium into the PATH")
+    with sync_playwright() as playwright:
+        # A machine for tests may run them as root, whom the sandbox refuses.
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=SECONDS * 1000)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a page, which must neither complain nor ask another server for anything."""
+    opened = []
+
+    def open_(url):
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page.set_default_timeout(SECONDS * 1000)
+        page.complaints, page.foreign = [], []
+        page.on("console", lambda message: page.complaints.append(message.text))
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("request", lambda request: page.foreign.append(request.url))
+        page.goto(f"{url}/")
+        page.url_of_server = url
+        opened.append(page)
+        return page
+
+    yield open_
+    for page in opened:
+        assert not [url for url in page.foreign if not url.startswith((page.url_of_server, "data:"))]
+        page.close()
+
+
+class Callers:
+    """Concurrent requests, each on a thread, that share the beginning of their prompt."""
+
+    def __init__(self, target, count):
+        self._client = Client(target)
+        self._streams = [self._start(i) for i in range(count)]
+        self._threads = [threading.Thread(target=self._read, args=[stream]) for stream in self._streams]
+
+    def _start(self, i):
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"What is the number {i}?"}]
+        return self._client.chat(messages, max_tokens=1500, ignore_eos=True, request_id=f"caller-{i:02}")
+
+    def _read(self, stream):
+        with contextlib.suppress(Cancelled):
+            list(stream)
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        for stream in self._streams:
+            stream.cancel()
+        for thread in self._threads:
+            thread.join()
+        self._client.close()
+
+
+def until(page, holds):
+    """The page's state changes with what comes; its policy allows no script of ours."""
+    for _ in range(SECONDS * 20):
+        if holds():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(page.locator("body").inner_text())
+
+
+def number(page, id):
+    text = page.locator(id).inner_text()
+    return int(text) if text.isdigit() else -1
+
+
+def colours(page, id):
+    picture = Image.open(io.BytesIO(page.locator(id).screenshot())).convert("RGB")
+    return Counter({colour: count for count, colour in picture.getcolors(picture.width * picture.height)})
+
+
+def test_twenty_requests_share_the_batch(served, open_page, tmp_path):
+    page = open_page(served.url)
+    page.locator("#state.live").wait_for()
+    assert page.locator("#model").inner_text() == "nanoserve-builtin"
+    with Callers(served.address, 20):
+        until(page, lambda: number(page, "#running") == 20)
+        # Prompts have a prefix in common, so blue, gold and green are all there, on the lanes and in the map.
+        until(page, lambda: all(colours(page, "#lanes")[each] > 50 for each in (GREEN, BLUE, GOLD)))
+        until(page, lambda: colours(page, "#blocks")[GOLD] > 20)
+        assert page.locator("#idle").is_hidden()
+        picture = tmp_path / "live.png"
+        page.screenshot(path=picture)
+        assert picture.stat().st_size > 20_000
+        # The first lane; whoever it is, the page can say why.
+        page.locator("#lanes").click(position={"x": 40, "y": 72})
+        page.locator("#timeline li").first.wait_for()
+        assert page.locator("#explained").inner_text().startswith("caller-")
+        assert "Prefilled in" in page.locator("#summary").inner_text()
+        # A step of a lane has a tip.
+        box = page.locator("#lanes").bounding_box()
+        page.mouse.move(box["x"] + box["width"] - 30, box["y"] + 72)
+        until(page, lambda: "step " in page.locator("#tip").inner_text())
+    until(page, lambda: number(page, "#running") == 0)
+    assert page.locator("#idle").is_visible()
+    assert not page.complaints
+
+
+def test_a_prompt_joins_the_batch_and_its_answer_comes(served, open_page):
+    page = open_page(served.url)
+    page.locator("#state.live").wait_for()
+    page.locator("#prompt").fill("What is TTFT?")
+    page.locator("#max-tokens").fill("60")
+    page.get_by_role("button", name="Send", exact=True).click()
+    until(page, lambda: "time to first token" in page.locator("#mine").inner_text())
+    page.locator("#mine li").click()
+    until(page, lambda: "It ended: " in page.locator("#summary").inner_text() or page.locator("#mine li").click())
+    assert page.locator("#explained").inner_text() == "you-1"
+    page.get_by_role("button", name="close").click()
+    assert page.locator("#explanation").is_hidden()
+    page.get_by_role("button", name="Send 10").click()
+    until(page, lambda: page.locator("#mine li").count() == 11)
+    assert not page.complaints
+
+
+def test_markup_in_answers_and_ids_is_text(served, open_page):
+    page = open_page(served.url)
+    page.locator("#state.live").wait_for()
+    with Client(served.address) as client:
+        stream = client.generate("Once", max_tokens=1000, ignore_eos=True, request_id="<b id=injected>x</b>")
+        with stream:
+            next(stream)
+            until(page, lambda: number(page, "#running") == 1)
+            page.locator("#lanes").click(position={"x": 40, "y": 72})
+            until(page, lambda: page.locator("#explained").inner_text() != "")
+    assert page.locator("#injected").count() == 0
+
+
+def test_a_refused_prompt_says_why(served, open_page):
+    page = open_page(served.url)
+    page.locator("#state.live").wait_for()
+    page.locator("#prompt").fill("word " * 3000)
+    page.get_by_role("button", name="Send", exact=True).click()
+    until(page, lambda: "context" in page.locator("#mine .failed").inner_text())
+
+
+def test_with_keys_the_page_asks_for_one_and_shows_nothing_before(open_page, tmp_path):
+    (tmp_path / "admins").write_text("boss\n")
+    port = free_port()
+    with serving("--no-compile", "--http-port", str(port), "--admin-keys", str(tmp_path / "admins")):
+        page = open_page(f"http://127.0.0.1:{port}")
+        page.locator("#key-dialog[open]").wait_for()
+        assert number(page, "#running") == -1
+        page.locator("#key").fill("wrong")
+        page.get_by_role("button", name="Watch").click()
+        until(page, lambda: "not known" in page.locator("#key-problem").inner_text())
+        page.locator("#key").fill("boss")
+        page.get_by_role("button", name="Watch").click()
+        page.locator("#state.live").wait_for()
+        assert number(page, "#running") == 0

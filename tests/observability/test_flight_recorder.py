@@ -1,0 +1,443 @@
+"""The flight recorder of an engine: timelines name the true cause, snapshots agree with the pool, all is bounded."""
+
+import asyncio
+import contextlib
+import gc
+import re
+
+import pytest
+from engine_bench import BLOCK, SECONDS, running
+
+from nanoserve.observability import flight_recorder
+from nanoserve.observability.flight_recorder import FlightRecorder, SequencePhase
+from nanoserve.observability.timeline import CacheHit, Decoded, Ended, Prefilled, Waited, WasPreempted
+from nanoserve.observer import CallRecord, Observer, Observers, RequestRecord
+from nanoserve.request import (
+    Overloaded,
+    Preemption,
+    RequestError,
+    SamplingParams,
+    StepRecord,
+    Wait,
+    WaitReason,
+)
+
+
+def prompt(start, count):
+    return [(start + i) % 256 for i in range(count)]
+
+
+class Onlooker(Observer):
+    """Takes a snapshot after each step."""
+
+    def __init__(self, recorder):
+        self.recorder, self.seen = recorder, []
+
+    def step_ended(self, step):
+        self.seen.append((step, self.recorder.snapshot(self.seen[-1][1].position if self.seen else None)))
+
+
+@contextlib.asynccontextmanager
+async def recorded(*, onlooker=None, **options):
+    """A bench with a recorder; its gate is shut, so that a test says when the first step ends."""
+    recorder = FlightRecorder() if onlooker is None else onlooker.recorder
+    observers = Observers(*filter(None, (recorder, onlooker)))
+    async with running(observers=observers, **options) as bench:
+        bench.executor.gate.clear()
+        yield bench, recorder
+
+
+async def until(holds):
+    async with asyncio.timeout(SECONDS):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+async def ask(bench, label, tokens, **params):
+    """A request that is posted to the scheduler; its task."""
+    num_posted = len(bench.engine._streams)
+    task = asyncio.create_task(bench.collect(tokens, request={"label": label}, **params))
+    await until(lambda: task.done() or len(bench.engine._streams) > num_posted)
+    return task
+
+
+async def in_a_step(bench, label, tokens, **params):
+    """The same, and its first step has begun."""
+    num_steps = bench.executor.num_begun
+    task = await ask(bench, label, tokens, **params)
+    await until(lambda: bench.executor.num_begun > num_steps)
+    return task
+
+
+async def finish(bench, *tasks):
+    bench.executor.gate.set()
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*tasks)
+    await bench.until_free()
+
+
+def explained(recorder, label):
+    [timeline] = recorder.explain(label)
+    return timeline
+
+
+def events(timeline, kind):
+    return [entry.event for entry in timeline.entries if isinstance(entry.event, kind)]
+
+
+def reasons(timeline):
+    return [event.reason for event in events(timeline, Waited) if event.reason]
+
+
+def text_of(timeline):
+    return "\n".join(entry.text for entry in timeline.entries)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "text"),
+    [
+        ({"max_num_seqs": 1}, WaitReason.ROWS, "for one of the running sequences to end behind request first"),
+        ({"num_blocks": 10}, WaitReason.BLOCKS, "for KV blocks behind request first"),
+        ({"batching": "static"}, WaitReason.BATCH, "for the batch to end behind request first"),
+    ],
+)
+async def test_a_wait_names_what_it_was_for_and_behind_whom(options, reason, text):
+    async with recorded(**options) as (bench, recorder):
+        first = await in_a_step(bench, "first", prompt(0, 20), max_tokens=8)
+        second = await ask(bench, "second", prompt(100, 20), max_tokens=4)
+        third = await ask(bench, "third", prompt(200, 20), max_tokens=4)
+        await finish(bench, first, second, third)
+    timeline = explained(recorder, "second")
+    assert reasons(timeline) == [reason]
+    assert text in text_of(timeline)
+    [wait] = [e for e in events(timeline, Waited) if e.reason]
+    assert (wait.behind, wait.num_before) == ("first", 0)
+    assert re.search(rf"Waited [\d.]+ m?s {text}\.", timeline.summary)
+    # The third waited for the second to get its turn, too.
+    behind_second = next(e for e in events(explained(recorder, "third"), Waited) if e.reason)
+    assert (behind_second.reason, behind_second.num_before) == (reason, 1)
+    assert "after request second, which waited" in text_of(explained(recorder, "third"))
+    assert not reasons(explained(recorder, "first"))
+
+
+async def test_a_wait_for_the_token_budget():
+    async with recorded(max_num_batched_tokens=16) as (bench, recorder):
+        blocker = await in_a_step(bench, "blocker", prompt(0, 5), max_tokens=2)
+        long = await ask(bench, "long", prompt(50, 60), max_tokens=2)
+        short = await ask(bench, "short", prompt(150, 6), max_tokens=2)
+        await finish(bench, blocker, long, short)
+    timeline = explained(recorder, "short")
+    assert WaitReason.TOKENS in reasons(timeline)
+    assert "for a step with room for more tokens behind request long" in text_of(timeline)
+
+
+async def test_chunks_are_counted():
+    async with recorded(max_num_batched_tokens=16) as (bench, recorder):
+        task = await in_a_step(bench, "long", prompt(0, 40), max_tokens=3)
+        await finish(bench, task)
+    timeline = explained(recorder, "long")
+    assert events(timeline, Prefilled) == [Prefilled(0, 40, 3, is_after_preemption=False)]
+    assert "prefilled 40 tokens in 3 chunks, a step each" in text_of(timeline)
+    assert events(timeline, Decoded) == [Decoded(3)]
+    assert text_of(timeline).endswith("it ended: length")
+    assert "Prefilled in 3 chunks. Generated 3 tokens in " in timeline.summary
+
+
+async def test_cached_tokens_are_told():
+    async with recorded() as (bench, recorder):
+        await finish(bench, await in_a_step(bench, "first", prompt(0, 33), max_tokens=2))
+        await finish(bench, await ask(bench, "second", [*prompt(0, 24), *prompt(99, 9)], max_tokens=2))
+    assert not events(explained(recorder, "first"), CacheHit)
+    timeline = explained(recorder, "second")
+    assert events(timeline, CacheHit) == [CacheHit(24, 33)]
+    assert "24 of 33 prompt tokens came from the prefix cache" in text_of(timeline)
+    assert "24 of 33 prompt tokens came from the prefix cache. Prefilled in 1 chunk." in timeline.summary
+    assert events(timeline, Prefilled) == [Prefilled(0, 9, 1, is_after_preemption=False)]
+
+
+async def test_a_preemption_names_for_whom_and_what_came_after():
+    async with recorded(num_blocks=8) as (bench, recorder):
+        old = await in_a_step(bench, "old", prompt(0, 12), max_tokens=14)
+        young = await ask(bench, "young", prompt(100, 12), max_tokens=14)
+        await finish(bench, old, young)
+    timeline = explained(recorder, "young")
+    assert [e.for_label for e in events(timeline, WasPreempted)] == ["old"]
+    assert "Preempted once, for request old." in timeline.summary
+    assert "was preempted for request old; ran again after" in text_of(timeline)
+    assert any(e.is_after_preemption for e in events(timeline, Prefilled))
+    assert reasons(timeline) == [WaitReason.BLOCKS]
+    [absence] = [e for e in timeline.entries if isinstance(e.event, WasPreempted)]
+    [wait] = [e for e in timeline.entries if isinstance(e.event, Waited) and e.event.reason]
+    assert absence.start_s <= wait.start_s
+    assert wait.end_s <= absence.end_s
+    assert not events(explained(recorder, "old"), WasPreempted)
+
+
+async def test_sequences_of_one_request_wait_for_each_other():
+    async with recorded(max_num_seqs=1) as (bench, recorder):
+        await finish(bench, await in_a_step(bench, "both", prompt(0, 9), n=2, max_tokens=5))
+    timeline = explained(recorder, "both")
+    [wait] = [e for e in events(timeline, Waited) if e.reason]
+    assert (wait.index, wait.reason) == (1, WaitReason.ROWS)
+    assert "sequence 1 waited" in text_of(timeline)
+    assert "behind its own other sequences" in text_of(timeline)
+
+
+async def test_entries_lie_inside_the_request_and_are_in_order():
+    async with recorded(num_blocks=8, max_num_seqs=2) as (bench, recorder):
+        tasks = [await in_a_step(bench, "0", prompt(0, 12), max_tokens=12)]
+        tasks += [await ask(bench, f"{i}", prompt(40 * i, 12), max_tokens=12) for i in range(1, 5)]
+        await finish(bench, *tasks)
+    for i in range(5):
+        timeline = explained(recorder, f"{i}")
+        starts = [entry.start_s for entry in timeline.entries]
+        assert starts == sorted(starts)
+        assert all(timeline.arrival_s <= e.start_s <= e.end_s <= timeline.end_s for e in timeline.entries)
+        # What it waited, from its arrival until it began, is all there is before its first chunk.
+        begun_s = next(e.start_s for e in timeline.entries if isinstance(e.event, Prefilled))
+        waited_s = sum(
+            e.end_s - e.start_s for e in timeline.entries if isinstance(e.event, Waited) and e.end_s <= begun_s
+        )
+        assert waited_s <= begun_s - timeline.arrival_s + 1e-9
+
+
+async def test_a_running_request_has_a_timeline_too():
+    async with recorded(max_num_seqs=1) as (bench, recorder):
+        first = await in_a_step(bench, "first", prompt(0, 9), max_tokens=4)
+        second = await ask(bench, "second", prompt(0, 9), max_tokens=4)
+        assert not explained(recorder, "first").is_over
+        assert not events(explained(recorder, "second"), Ended)
+        await finish(bench, first, second)
+        assert explained(recorder, "first").is_over
+
+
+async def test_requests_with_one_label_are_all_told_newest_first():
+    async with recorded() as (bench, recorder):
+        for count in (9, 10, 11):
+            await finish(bench, await ask(bench, "same", prompt(0, count), max_tokens=2))
+    assert [timeline.num_prompt_tokens for timeline in recorder.explain("same")] == [11, 10, 9]
+
+
+async def test_of_many_with_one_label_the_newest_are_told():
+    recorder = FlightRecorder()
+    for i in range(40):
+        recorder.request_ended(RequestRecord("same", float(i), end_s=i + 0.5))
+    assert [t.arrival_s for t in recorder.explain("same")] == [float(i) for i in range(39, 23, -1)]
+
+
+async def test_an_unknown_label_has_no_timeline():
+    assert FlightRecorder().explain("never") == []
+
+
+async def test_a_rejected_request_says_why():
+    async with recorded(max_waiting=2, max_num_seqs=1) as (bench, recorder):
+        first = await in_a_step(bench, "first", prompt(0, 9), max_tokens=2)
+        second = await ask(bench, "second", prompt(0, 9), max_tokens=2)
+        with pytest.raises(Overloaded):
+            await bench.collect(prompt(0, 9), request={"label": "third"})
+        [entry] = explained(recorder, "third").entries
+        assert entry.text.startswith("it was refused: the queue is full")
+        await finish(bench, first, second)
+
+
+async def test_a_call_that_never_became_a_request_says_why():
+    recorder = FlightRecorder()
+    method = "nanoserve.v1.GenerationService/Generate"
+    call = CallRecord(method, "mine", 1.0, code="INVALID_ARGUMENT", reason="INVALID_REQUEST", end_s=1.5)
+    recorder.call_ended(call)
+    [entry] = explained(recorder, "mine").entries
+    assert entry.text == "it was refused: INVALID_ARGUMENT (INVALID_REQUEST)"
+    assert entry.event.reason == "INVALID_REQUEST"
+    recorder.call_ended(CallRecord("nanoserve.v1.ModelService/ListModels", "list", 1.0, end_s=1.5))
+    assert not recorder.explain("list")
+
+
+async def test_one_that_is_abandoned_while_it_waits_says_so():
+    async with recorded(max_num_seqs=1) as (bench, recorder):
+        first = await in_a_step(bench, "first", prompt(0, 9), max_tokens=2)
+        second = await ask(bench, "second", prompt(0, 9), max_tokens=2)
+        second.cancel()
+        await finish(bench, first)
+    assert text_of(explained(recorder, "second")).endswith("its caller went away before it was done")
+    assert events(explained(recorder, "second"), Ended)[0].is_abandoned
+
+
+async def test_a_failed_request_says_so():
+    async with recorded() as (bench, recorder):
+        bench.executor.is_broken = True
+        with pytest.raises(RequestError):
+            await finish(bench, await in_a_step(bench, "unlucky", prompt(0, 9)))
+        assert "it failed: the engine failed" in text_of(explained(recorder, "unlucky"))
+
+
+# ------------------------------------------------------------------------------------------------ snapshots
+
+
+async def test_a_snapshot_before_the_first_step_is_empty():
+    snapshot = FlightRecorder().snapshot(None)
+    assert (snapshot.sequences, snapshot.cached_block_ids, snapshot.steps) == ([], [], [])
+
+
+async def test_snapshots_agree_with_the_pool():
+    onlooker = Onlooker(FlightRecorder())
+    async with recorded(onlooker=onlooker, num_blocks=20, max_num_seqs=3, max_num_batched_tokens=12) as (bench, _):
+        tasks = [await ask(bench, f"{i}", prompt(i % 3, 16 + i), n=1 + i % 2, max_tokens=9) for i in range(6)]
+        await finish(bench, *tasks)
+    for step, snapshot in onlooker.seen:
+        owned = {block for state in snapshot.sequences for block in state.block_ids}
+        assert len(owned) == step.num_owned_blocks
+        assert len(snapshot.cached_block_ids) == step.num_cached_blocks
+        assert not owned & set(snapshot.cached_block_ids)
+        assert sum(bool(state.block_ids) for state in snapshot.sequences) == step.num_running
+        for state in snapshot.sequences:
+            assert state.num_computed_tokens <= len(state.block_ids) * BLOCK or state.phase is SequencePhase.ENDED
+    numbers = [step.number for _, snapshot in onlooker.seen for step in snapshot.steps]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == len({step.number for step, _ in onlooker.seen if step.parts})
+    phases = {state.phase for _, snapshot in onlooker.seen for state in snapshot.sequences}
+    assert {SequencePhase.WAITING, SequencePhase.PREFILL, SequencePhase.DECODE} <= phases
+
+
+async def test_a_cache_reset_shows_while_requests_run():
+    async with recorded() as (bench, recorder):
+        await finish(bench, await ask(bench, "first", prompt(0, 16), max_tokens=2))
+        assert recorder.snapshot(None).cached_block_ids
+        bench.executor.gate.clear()
+        second = await in_a_step(bench, "second", prompt(100, 16), max_tokens=9)
+        reset = asyncio.create_task(bench.engine.reset_cache())
+        await until(lambda: bench.engine._cache_resets)
+        bench.executor.gate.set()
+        assert await reset
+        await finish(bench, second)
+        await until(lambda: len(recorder.snapshot(None).cached_block_ids) == bench.pool.num_cached)
+
+
+async def test_preempted_and_ended_sequences_are_listed():
+    onlooker = Onlooker(FlightRecorder())
+    async with recorded(onlooker=onlooker, num_blocks=8) as (bench, recorder):
+        old = await in_a_step(bench, "old", prompt(0, 12), max_tokens=14)
+        young = await ask(bench, "young", prompt(100, 12), max_tokens=14)
+        await finish(bench, old, young)
+        states = [state for _, snapshot in onlooker.seen for state in snapshot.sequences]
+        assert ("young", SequencePhase.PREEMPTED) in {(state.request.label, state.phase) for state in states}
+        last = {state.request.label: state for state in recorder.snapshot(None).sequences}
+    assert {(label, state.phase) for label, state in last.items()} == {
+        ("old", SequencePhase.ENDED),
+        ("young", SequencePhase.ENDED),
+    }
+    assert last["young"].num_completion_tokens == 14
+
+
+async def test_a_reader_who_skips_many_steps_is_told_how_many():
+    async with recorded() as (bench, recorder):
+        await finish(bench, await ask(bench, "one", prompt(0, 9), max_tokens=2))
+        position = recorder.snapshot(None).position
+        for i in range(5):
+            await finish(bench, await ask(bench, "more", prompt(i, 9), max_tokens=100))
+        snapshot = recorder.snapshot(position)
+    assert len(snapshot.steps) == flight_recorder.MAX_STEPS_A_SNAPSHOT
+    assert snapshot.num_lost_steps == snapshot.position - position - len(snapshot.steps) > 0
+    assert not recorder.snapshot(snapshot.position).steps
+
+
+async def test_what_is_kept_is_bounded():
+    """Ten thousand requests, most of them refused or abandoned, leave no more behind than the rings hold."""
+    async with recorded(max_waiting=10_000) as (bench, recorder):
+        bench.executor.gate.set()
+        sizes = []
+        for batch in range(10):
+            tasks = [asyncio.create_task(bench.collect(prompt(i, 5), max_tokens=1 + i % 3)) for i in range(1000)]
+            if batch % 2:
+                await until(lambda: bench.engine.stats().scheduler.num_running)
+                for task in tasks[::2]:
+                    task.cancel()
+            await asyncio.wait(tasks)
+            await bench.until_free()
+            gc.collect()
+            sizes.append(
+                len(recorder._ended) + len(recorder._steps) + len(recorder._queue_spans) + len(recorder._absences)
+            )
+        recorder.snapshot(None)
+        assert not recorder._live
+        assert not recorder._absent
+        assert not recorder._last_parts
+        assert not recorder._kv.tables
+        assert sizes[-1] <= (
+            flight_recorder.MAX_REQUESTS
+            + flight_recorder.MAX_STEPS
+            + flight_recorder.MAX_QUEUE_SPANS
+            + flight_recorder.MAX_ABSENCES
+        )
+
+
+async def test_nothing_of_what_was_asked_or_answered_is_kept():
+    recorder = FlightRecorder()
+    recorder.wants_content = True
+    async with running(observers=Observers(recorder)) as bench:
+        await bench.collect("a secret question", request={"label": "mine"}, stop=["hidden"], logit_bias={5: 1.0})
+        await bench.until_free()
+    [request] = recorder._ended
+    assert (request.label, request.num_prompt_tokens, request.prompt, request.texts) == ("mine", 17, None, None)
+    assert request.params == SamplingParams(max_tokens=6)
+
+
+async def test_the_status_of_the_call_is_told_although_it_comes_last():
+    recorder = FlightRecorder()
+    call = CallRecord("nanoserve.v1.GenerationService/Generate", "mine", 1.0)
+    request = RequestRecord("mine", 1.0, call=call, id="1", started_s=1.5, params=SamplingParams(logit_bias={5: 1.0}))
+    call.request = request
+    recorder.request_arrived(request)
+    request.end_s = 2.0
+    recorder.request_ended(request)
+    assert explained(recorder, "mine").is_over
+    call.code = "DEADLINE_EXCEEDED"
+    recorder.call_ended(call)
+    assert explained(recorder, "mine").summary.endswith("Its deadline passed before it was done.")
+    assert not recorder._ending
+    assert recorder._ended[0].call.request is None
+
+
+def record(number, *, wait=None, preemptions=()):
+    return StepRecord(number, float(number), number + 1.0, [], list(preemptions), [], [], wait, 1, 1, 4, 0, 4, False)
+
+
+def test_waits_of_two_kinds_are_two_entries():
+    recorder = FlightRecorder()
+    request = RequestRecord("mine", 1.0, id="7", num_prompt_tokens=5)
+    recorder.request_arrived(request)
+    for number, reason in enumerate([WaitReason.ROWS, WaitReason.ROWS, WaitReason.BLOCKS, WaitReason.ROWS], start=1):
+        recorder.step_ended(record(number, wait=Wait("7", 0, reason, "")))
+    request.started_s = 5.0
+    timeline = explained(recorder, "mine")
+    found = [(e.event.reason, e.start_s, e.end_s) for e in timeline.entries if isinstance(e.event, Waited)]
+    assert found == [(WaitReason.ROWS, 1.0, 3.0), (WaitReason.BLOCKS, 3.0, 4.0), (WaitReason.ROWS, 4.0, 5.0)]
+    assert timeline.summary == "Waited 3.00 s for one of the running sequences to end. Waited 1.00 s for KV blocks."
+
+
+def test_the_wait_of_those_before_is_told_with_each_share():
+    recorder = FlightRecorder()
+    request = RequestRecord("mine", 1.0, id="7", num_prompt_tokens=5)
+    recorder.request_arrived(request)
+    for number, (head, reason) in enumerate(
+        [("5", WaitReason.ROWS), ("5", WaitReason.BLOCKS), ("6", WaitReason.BLOCKS)], 1
+    ):
+        recorder.step_ended(record(number, wait=Wait(head, 0, reason, "")))
+    request.started_s = 4.0
+    [entry] = explained(recorder, "mine").entries
+    expected = "waited 3.00 s after 2 requests, which waited 2.00 s for KV blocks and 1.00 s for one of the running"
+    assert entry.text == f"{expected} sequences to end"
+    assert (entry.event.reason, entry.event.num_before) == (WaitReason.BLOCKS, 2)
+
+
+def test_one_that_ends_while_it_is_preempted_is_forgotten():
+    recorder = FlightRecorder()
+    request = RequestRecord("mine", 0.5, id="7", started_s=0.6)
+    recorder.request_arrived(request)
+    recorder.step_ended(record(1, preemptions=[Preemption("7", 0, "8")]))
+    assert recorder._absent
+    request.end_s = 5.0
+    recorder.request_ended(request)
+    assert not recorder._absent
+    assert "was preempted for a request that is forgotten by now; has not run again for 4.00 s" in text_of(
+        explained(recorder, "mine")
+    )
