@@ -343,14 +343,16 @@ async def test_a_reader_who_skips_many_steps_is_told_how_many():
 async def test_what_is_kept_is_bounded():
     """Ten thousand requests, most of them refused or abandoned, leave no more behind than the rings hold."""
     async with recorded(max_waiting=10_000) as (bench, recorder):
-        bench.executor.gate.set()
         sizes = []
         for batch in range(10):
+            bench.executor.gate.clear()
+            num_steps = bench.executor.num_begun
             tasks = [asyncio.create_task(bench.collect(prompt(i, 5), max_tokens=1 + i % 3)) for i in range(1000)]
+            await until(lambda: bench.executor.num_begun > num_steps)  # noqa: B023 (awaited at once)
             if batch % 2:
-                await until(lambda: bench.engine.stats().scheduler.num_running)
                 for task in tasks[::2]:
                     task.cancel()
+            bench.executor.gate.set()
             await asyncio.wait(tasks)
             await bench.until_free()
             gc.collect()
