@@ -14,7 +14,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTIONS = ("clients/python", "gateway/openai", ".")
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".*cache", ".hypothesis", "*.egg-info", "build", "tests", "docs")
+NOT_COPIED = shutil.ignore_patterns(
+    ".git", ".venv", ".*cache", ".hypothesis", "*.egg-info", "build", "tests", "docs", "benchmarks"
+)
 
 
 @pytest.fixture(scope="module")
