@@ -14,7 +14,7 @@ envoy: .venv/installed-dev ## Envoy on 127.0.0.1:10000, before the servers of a 
 	cd gateway/envoy && ../../$(BIN)/envoy -c envoy.yaml --config-yaml "$$(cat $(SERVERS))"
 
 test: .venv/installed-dev ## all tests but the soaks, with their coverage
-	$(BIN)/python -m pytest -q -rs -m "not soak" -n 4 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -q -rs -m "not soak" -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 lint: .venv/installed-dev ## style, types, and the contract: lint, format, compatibility, stubs in step
 	$(BIN)/ruff format --check
