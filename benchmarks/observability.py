@@ -9,15 +9,12 @@ its engine's, not the caller's.
 """
 
 import asyncio
-import contextlib
 import os
-import re
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import Any
 import grpc
 from nanoserve_client import AsyncClient
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from served import serving
 
 NUM_STREAMS = 64
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -70,24 +68,6 @@ class Server:
             self.cpu_ms_per_token.append((self.cpu_s() - before_s) * 1000 / count)
 
 
-@contextlib.contextmanager
-def serving(options: list[str], variables: dict[str, str]) -> Iterator[Server]:
-    command = [sys.executable, "-m", "nanoserve", "serve", "--grpc-port", "0", *options]
-    environment = {**os.environ, **variables}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            assert process.stderr is not None
-            found = (re.search(r"ready after .* on (\S+)", line) for line in process.stderr)
-            address = next(match[1] for match in found if match)
-            # What it logs from now on must not fill the pipe.
-            with ThreadPoolExecutor(1) as reader:
-                reader.submit(process.stderr.read)
-                yield Server(process, address)
-                process.terminate()
-        finally:
-            process.terminate()
-
-
 async def generate(address: str, num_tokens: int) -> int:
     """Tokens that came, of all streams."""
     async with AsyncClient(address) as client:
@@ -121,10 +101,11 @@ def main() -> None:
     traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}", "OTEL_METRICS_EXPORTER": "none"}
     is_over: list[bool] = []
     with (
-        serving(["--no-metrics", "--http-port", "0"], {}) as off,
-        serving(["--http-port", str(HTTP_PORT)], traced) as on,
+        serving(["--no-metrics", "--http-port", "0"]) as without,
+        serving(["--http-port", str(HTTP_PORT)], traced) as with_both,
         ThreadPoolExecutor(1) as scraper,
     ):
+        off, on = Server(*without), Server(*with_both)
         try:
             scraper.submit(scrape, is_over)
             asyncio.run(run_rounds([off, on], num_rounds, num_tokens))

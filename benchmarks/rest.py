@@ -10,13 +10,14 @@ than gRPC's. Each way runs the workload once outside the figures.
 
 import json
 import os
-import re
 import socket
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from served import serving
 
 FOLDER = Path(sys.executable).parent
 NUM_ROUNDS = 5
@@ -72,11 +73,8 @@ def main() -> None:
         rate, options = options[:2], options[2:]
     at = [] if model == "-" else [model]
     port = free_port()
-    serve = [FOLDER / "nanoserve", "serve", *at, "--grpc-port", "0", "--http-port", "0", "--no-prefix-cache", *options]
     figures = {way: Figures([], [], []) for way in ("grpc", "openai")}
-    with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        target = next(found[1] for line in server.stderr if (found := re.search(r"ready after .* on (\S+)", line)))
+    with serving([*at, "--http-port", "0", "--no-prefix-cache", *options]) as (_, target):
         alone = [FOLDER / "nanoserve-gateway", "--target", target, "--port", port]
         with subprocess.Popen(alone, stderr=subprocess.PIPE, text=True) as gateway:
             try:
@@ -88,9 +86,7 @@ def main() -> None:
                         measure(way, target, f"http://127.0.0.1:{port}/v1", gateway.pid, arguments, each)
             finally:
                 gateway.terminate()
-                server.terminate()
                 gateway.communicate()
-                server.communicate()
     for way, each in figures.items():
         speed, ttft_ms = statistics.median(each.out_tok_s), statistics.median(each.ttft_ms)
         print(f"{way:6} {speed:8.1f} output tokens/s, median of {[round(v, 1) for v in each.out_tok_s]}")

@@ -9,10 +9,11 @@ outside the figures, during which compiled parts come into use.
 """
 
 import json
-import re
 import statistics
 import subprocess
 import sys
+
+from served import serving
 
 NANOSERVE = (sys.executable, "-m", "nanoserve")
 NUM_ROUNDS = 3
@@ -26,17 +27,10 @@ def offline(model: list[str], workload: str, options: list[str]) -> float:
 
 def through_grpc(model: list[str], workload: str, options: list[str]) -> float:
     """Output tokens/s that a client of a server sees."""
-    command = [*NANOSERVE, "serve", *model, "--grpc-port", "0", "--http-port", "0", "--no-prefix-cache", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stderr is not None
-            address = next(found[1] for line in server.stderr if (found := re.search(r"ready after .* on (\S+)", line)))
-            bench = [*NANOSERVE, "bench", "serve", "--target", address, "--workload", workload, workload]
-            _, measured = run([*bench, "--json", "-"]).splitlines()
-            return float(json.loads(measured)["out_tok_s"])
-        finally:
-            server.terminate()
-            server.communicate()
+    with serving([*model, "--http-port", "0", "--no-prefix-cache", *options]) as (_, address):
+        bench = [*NANOSERVE, "bench", "serve", "--target", address, "--workload", workload, workload]
+        _, measured = run([*bench, "--json", "-"]).splitlines()
+        return float(json.loads(measured)["out_tok_s"])
 
 
 def run(command: list[str]) -> str:

@@ -1,0 +1,33 @@
+"""A server in a process of its own, for what is measured through the network."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+
+@contextlib.contextmanager
+def serving(
+    arguments: Sequence[str], variables: Mapping[str, str] | None = None
+) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """`nanoserve serve ARGUMENTS` on any free gRPC port: its process, and its address once it is ready.
+
+    variables: of its environment, besides those of this process. Leaving the block ends it.
+    """
+    command = [sys.executable, "-m", "nanoserve", "serve", "--grpc-port", "0", *arguments]
+    environment = {**os.environ, **(variables or {})}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stderr is not None
+            found = (re.search(r"ready after .* on (\S+)", line) for line in process.stderr)
+            address = next(match[1] for match in found if match)
+            # It logs a line a request, and would stand still once they fill the pipe.
+            drain = threading.Thread(target=process.stderr.read)
+            drain.start()
+            yield process, address
+        finally:
+            process.terminate()
+    drain.join()
