@@ -5,7 +5,8 @@ from fake_executor import FakeExecutor, expected_completion
 from nanoserve.config import SchedulerConfig
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.kv_cache.block_pool import BlockPool
-from nanoserve.request import Request, RequestStarted, SamplingParams, SequenceOutput, StepRecord, StepResult
+from nanoserve.request import Request, RequestStarted, SamplingParams, SequenceOutput, StepResult
+from nanoserve.step_record import StepRecord
 
 BLOCK = 4
 

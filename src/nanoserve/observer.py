@@ -14,7 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanoserve.request import FinishReason, Preemption, RequestError, SamplingParams, StepPart, StepRecord
+from nanoserve.request import FinishReason, RequestError, SamplingParams
+from nanoserve.step_record import Preemption, StepPart, StepRecord
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 from scheduler_bench import Bench, WatchedBench
 
-from nanoserve.request import Preemption, StepRecord, WaitReason
+from nanoserve.step_record import Preemption, StepRecord, WaitReason
 
 
 def test_nobody_watches_by_default():

@@ -123,7 +123,8 @@ def test_twenty_requests_share_the_batch(served, open_page, tmp_path):
         # The first lane; whoever it is, the page can say why.
         page.locator("#lanes").click(position={"x": 40, "y": 72})
         page.locator("#timeline li").first.wait_for()
-        assert page.locator("#explained").inner_text()
+        with Client(served.address) as client:
+            assert client.explain_request(page.locator("#explained").inner_text())
         assert "Prefilled in" in page.locator("#summary").inner_text()
         # A step of a lane has a tip.
         box = page.locator("#lanes").bounding_box()

@@ -42,9 +42,9 @@ from nanoserve.request import (
     ResetCache,
     SamplingParams,
     SequenceOutput,
-    StepRecord,
     Violation,
 )
+from nanoserve.step_record import StepRecord
 
 logger = logging.getLogger(__name__)
 

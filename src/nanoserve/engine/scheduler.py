@@ -30,8 +30,8 @@ from nanoserve.request import (
     SequenceResult,
     StepPlan,
     StepResult,
-    WaitReason,
 )
+from nanoserve.step_record import WaitReason
 
 
 @dataclass(slots=True, eq=False)

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nanoserve.request import Preemption, Release, StepPart, StepPlan, StepRecord, Wait, WaitReason
+from nanoserve.request import StepPlan
+from nanoserve.step_record import Preemption, Release, StepPart, StepRecord, Wait, WaitReason
 
 if TYPE_CHECKING:
     from nanoserve.engine.scheduler import SchedulerStats, Sequence

@@ -23,7 +23,8 @@ from nanoserve.observability.timeline import (
     timeline_of_refusal,
 )
 from nanoserve.observer import CallRecord, Observer, RequestRecord
-from nanoserve.request import SamplingParams, StepPart, StepRecord, Wait
+from nanoserve.request import SamplingParams
+from nanoserve.step_record import StepPart, StepRecord, Wait
 
 MAX_STEPS = 512
 # Each of requests that ended, and of calls that were refused before they became one.

@@ -1,6 +1,6 @@
 """Which KV block is whose, kept from the records of steps, as the block pool has it in another process."""
 
-from nanoserve.request import StepRecord
+from nanoserve.step_record import StepRecord
 
 # (StepPart.request_id, StepPart.sequence_index).
 SequenceKey = tuple[str, int]

@@ -9,7 +9,7 @@ from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 from nanoserve.observability import conventions as names
 from nanoserve.observer import CallRecord, Observer, RequestRecord
-from nanoserve.request import StepRecord
+from nanoserve.step_record import StepRecord
 
 GENERATE = "nanoserve.v1.GenerationService/Generate"
 # Reasons of statuses that turn a call away; an engine that fails, a deadline and an operator's hand do not.

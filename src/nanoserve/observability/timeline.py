@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from nanoserve.observer import CallRecord, Chunk, RequestRecord
-from nanoserve.request import FinishReason, Overloaded, RequestError, Wait, WaitReason
+from nanoserve.request import FinishReason, Overloaded, RequestError
+from nanoserve.step_record import Wait, WaitReason
 
 # Shorter waits are those for the step that was running.
 MIN_WAIT_S = 0.0005

@@ -20,9 +20,9 @@ from nanoserve.observability.timeline import (
     Waited,
     WasPreempted,
 )
-from nanoserve.request import StepRecord, WaitReason
 from nanoserve.rpc.errors import reason_of
 from nanoserve.rpc.messages import FINISH_REASONS, duration
+from nanoserve.step_record import StepRecord, WaitReason
 
 _PHASES = {
     SequencePhase.WAITING: admin_pb2.SEQUENCE_PHASE_WAITING,
