@@ -20,9 +20,8 @@ from nanoserve.bench.load import Measurement, measure, over_grpc
 from nanoserve.bench.plot import check_plot, save_plot
 from nanoserve.bench.report import Limits, Report
 from nanoserve.bench.workload import WARM_UP, parse_workload
-from nanoserve.cli.connection import tls_of
+from nanoserve.cli.connection import needed_server, tls_of
 from nanoserve.cli.flags import Parser, add_options
-from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, write
 from nanoserve.config import ClientOptions, ConfigError
 
@@ -98,9 +97,7 @@ def _positive(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns 1 if a request failed. Raises ConfigError or CommandError if nothing could be measured."""
-    client = Choices.of(arguments).client_options()
-    if client.target is None:
-        raise ConfigError("--target is missing; it is the address of the server, such as 127.0.0.1:50051")
+    _, client = needed_server(arguments)
     if arguments.openai_url is not None and arguments.api != "openai":
         raise ConfigError(f"--openai-url is {arguments.openai_url!r}; it is for --api openai")
     if arguments.plot is not None:

@@ -15,7 +15,7 @@ from nanoserve.cli.flags import ENGINE_SECTIONS, Parser, add_options
 from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, StatusLine
-from nanoserve.config import ClientOptions, Options
+from nanoserve.config import ClientOptions, ConfigError, Options
 from nanoserve.local import LocalServer
 
 
@@ -57,6 +57,14 @@ def _start_server(options: Options, status_line: StatusLine | None) -> LocalServ
     except KeyboardInterrupt:
         # Nothing can stop a thread that loads a model.
         os._exit(128 + signal.SIGINT)
+
+
+def needed_server(arguments: argparse.Namespace) -> tuple[str, ClientOptions]:
+    """The address of the server that a command cannot do without, and how to reach it. Raises ConfigError."""
+    remote = Choices.of(arguments).client_options()
+    if remote.target is None:
+        raise ConfigError("--target is missing; it is the address of the server, such as 127.0.0.1:50051")
+    return remote.target, remote
 
 
 def remote_client(remote: ClientOptions) -> Client:

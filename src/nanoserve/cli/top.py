@@ -26,11 +26,9 @@ from nanoserve_client import (
     WaitReason,
 )
 
-from nanoserve.cli.connection import remote_client, served_by
+from nanoserve.cli.connection import needed_server, remote_client, served_by
 from nanoserve.cli.flags import Parser, add_options
-from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, has_colour, is_screen, write
-from nanoserve.config import ConfigError
 
 DESCRIPTION = """
     Show what a running server does: its sequences with their progress, who owns the KV blocks, the queue, how fast
@@ -85,18 +83,15 @@ def _interval(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Raises ConfigError or CommandError."""
-    options = Choices.of(arguments).client_options()
-    if options.target is None:
-        raise ConfigError("--target is missing; it is the address of the server, such as 127.0.0.1:50051")
+    target, options = needed_server(arguments)
     with remote_client(options) as client:
-        model = served_by(client, options.target)
-        title = f"{model.name} at {options.target}"
+        title = f"{served_by(client, target).name} at {target}"
         try:
             _show(client, arguments.interval, title)
         except Cancelled:
             return 0
         except NanoserveError as error:
-            raise CommandError(f"the server at {options.target}: {error}") from None
+            raise CommandError(f"the server at {target}: {error}") from None
     return 0
 
 
