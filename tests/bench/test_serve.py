@@ -80,6 +80,12 @@ def test_failed_requests_are_counted_and_show_in_the_exit_code(target, capsys):
     assert "0 of 2 completed, 2 failed (OVERLOADED)" in capsys.readouterr().out
 
 
+def test_a_full_disk_is_told_of_in_one_line_after_the_table(target, capsys):
+    with pytest.raises(ConfigError, match="--json is '/dev/full'; it cannot be written: No space left on device"):
+        bench("--target", target.address, "--workload", "2:8:5", "--json", "/dev/full")
+    assert "2 of 2 completed" in capsys.readouterr().out
+
+
 @pytest.fixture
 def interrupt(target):
     """Makes the server answer the first request of so many prompt tokens with Ctrl-C, and those never."""

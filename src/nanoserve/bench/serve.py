@@ -9,7 +9,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -116,12 +116,15 @@ def run(arguments: argparse.Namespace) -> int:
     return int(any(record.failure for _, measurement in measured for record in measurement.records))
 
 
-def _open_json(name: str | None) -> contextlib.AbstractContextManager[TextIO | None]:
-    """Opened before the run, which may be long. Raises ConfigError."""
+@contextlib.contextmanager
+def _open_json(name: str | None) -> Iterator[TextIO | None]:
+    """Opened before the run, which may be long. Raises ConfigError if it cannot be, or is not written to its end."""
     if name is None or name == "-":
-        return contextlib.nullcontext(None if name is None else sys.stdout)
+        yield None if name is None else sys.stdout
+        return
     try:
-        return Path(name).open("w")
+        with Path(name).open("w") as file:
+            yield file
     except OSError as error:
         raise ConfigError(f"--json is {name!r}; it cannot be written: {error.strerror}") from None
 
