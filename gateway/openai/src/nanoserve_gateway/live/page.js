@@ -125,8 +125,10 @@ function take(snapshot) {
   pending.splice(0, pending.length - MAX_STEPS);
   showFigures(snapshot);
   showQueue(snapshot);
-  const highest = Math.max(0, ...[...view.owners.keys()], ...view.cachedRanges.map(([start, count]) => start + count - 1));
-  view.highestBlock = Math.max(view.highestBlock, highest);
+  // Not by one Math.max of all: a large cache has more blocks than a call may have arguments.
+  const note = (id) => { view.highestBlock = Math.max(view.highestBlock, id); };
+  view.owners.forEach((_, id) => note(id));
+  view.cachedRanges.forEach(([start, count]) => note(start + count - 1));
   isDirty = true;
 }
 
