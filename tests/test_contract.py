@@ -41,8 +41,8 @@ def built_in_model() -> tuple[LoadedModel, TextCodec]:
 
 def real_engine() -> Engine:
     model, codec = built_in_model()
-    built = assemble(model, Options(cache=CacheOptions(kv_memory_bytes=8 << 20)))
-    engine = Engine(built.core, codec, built.model, max_waiting=64, step_timeout_s=60)
+    built = assemble(model, codec, Options(cache=CacheOptions(kv_memory_bytes=8 << 20)))
+    engine = Engine(built.core, built.codec, built.model, max_waiting=64, step_timeout_s=60)
     engine.start()
     return engine
 

@@ -39,21 +39,19 @@ def log_facts(said: Stage | Fact) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A step loop that is warm but not started, and what the rest of the server must know of its model."""
+    """A step loop that is warm but not started, and what the rest of the server must have of its model."""
 
     core: EngineCore
+    codec: TextCodec
     model: ServedModel
-    # Of the model's files; the tokenizer is there too.
-    folder: Path
 
 
 def build_engine(options: Options, *, wait_until_compiled: bool = False, report: Report = log_facts) -> Engine:
     """An engine in this process, warm but not started. Raises ConfigError; see build_core."""
     built = build_core(options, wait_until_compiled=wait_until_compiled, report=report)
-    codec = TextCodec.load(built.folder, trust_remote_code=options.model.trust_remote_code)
     return Engine(
         built.core,
-        codec,
+        built.codec,
         built.model,
         max_waiting=options.scheduler.max_waiting,
         step_timeout_s=options.server.step_timeout_s,
@@ -70,7 +68,8 @@ def build_core(options: Options, *, wait_until_compiled: bool = False, report: R
     try:
         with _weights_reported(report):
             model = load_model(options.model)
-        return assemble(model, options, wait_until_compiled=wait_until_compiled, report=report)
+        codec = TextCodec.load(model.folder, trust_remote_code=options.model.trust_remote_code)
+        return assemble(model, codec, options, wait_until_compiled=wait_until_compiled, report=report)
     except SafetensorError as error:
         raise ConfigError(f"a checkpoint file in {options.model.path} cannot be read: {error}") from error
     except torch.OutOfMemoryError as error:
@@ -102,7 +101,12 @@ def _weights_reported(report: Report) -> Iterator[None]:
 
 
 def assemble(
-    model: LoadedModel, options: Options, *, wait_until_compiled: bool = False, report: Report = log_facts
+    model: LoadedModel,
+    codec: TextCodec,
+    options: Options,
+    *,
+    wait_until_compiled: bool = False,
+    report: Report = log_facts,
 ) -> Built:
     """Build what runs the steps of a loaded model. Raises ConfigError if the KV cache does not fit."""
     plan = plan_kv(
@@ -160,7 +164,7 @@ def assemble(
         eos_token_ids=tuple(sorted(model.eos_token_ids)),
         default_params=model.default_params,
     )
-    return Built(EngineCore(scheduler, runner), served, model.folder)
+    return Built(EngineCore(scheduler, runner), codec, served)
 
 
 def served_name(options: Options) -> str:

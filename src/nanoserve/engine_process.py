@@ -23,7 +23,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.connection import Pipe as make_pipe
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from nanoserve.config import ConfigError, Options
@@ -50,8 +49,8 @@ class _Refused:
 class _Ready:
     """It waits for requests."""
 
+    codec: TextCodec
     model: ServedModel
-    folder: Path
     state: CoreState
 
 
@@ -66,17 +65,16 @@ def start_engine(options: Options, report: Report, observers: Observers | None =
     """
     process = _EngineProcess(options)
     try:
-        # Meanwhile; it takes a while, too.
-        import transformers  # noqa: F401
+        # Meanwhile; it takes a while, too, and the codec will need it.
+        import transformers.tokenization_utils_tokenizers  # noqa: F401
 
         ready = process.wait_until_ready(report)
-        codec = TextCodec.load(ready.folder, trust_remote_code=options.model.trust_remote_code)
     except BaseException:
         process.kill()
         raise
     return Engine(
         RemoteCore(process, ready.state),
-        codec,
+        ready.codec,
         ready.model,
         max_waiting=options.scheduler.max_waiting,
         step_timeout_s=options.server.step_timeout_s,
@@ -237,7 +235,7 @@ def main(descriptor: int) -> None:
     except ConfigError as error:
         speaker.say(_Refused(str(error)))
         return
-    speaker.say(_Ready(built.model, built.folder, built.core.state))
+    speaker.say(_Ready(built.codec, built.model, built.core.state))
     built.core.start(lambda events: speaker.say((events, built.core.state)))
     core.set_result(built.core)
     built.core.wait_until_ended()

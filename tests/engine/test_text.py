@@ -1,18 +1,24 @@
 """Text and tokens: every kind of tokenizer, streams that equal the one-shot decode, stop strings, chat templates."""
 
+import json
+import os
+import pickle
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, PythonBackend
+from transformers import PreTrainedTokenizerFast, PythonBackend, dynamic_module_utils
 
+from nanoserve.config import BUILTIN_MODEL
 from nanoserve.engine import detokenizer
 from nanoserve.engine.text import Chat, TextCodec, TextPiece, TextStream
 from nanoserve.request import FinishReason, InvalidRequest, SamplingParams
@@ -691,3 +697,49 @@ def test_a_template_of_its_own_for_tools_is_used() -> None:
     templates = {"default": "plain", "tool_use": "with tools"}
     assert rendered([HELLO], templates) == "plain"
     assert rendered([HELLO], templates, tools=[{"type": "function", "function": {"name": "f"}}]) == "with tools"
+
+
+# --------------------------------------------------------------------------------------------- from process to process
+
+UNPICKLE = """
+import pickle, sys
+codec = pickle.load(sys.stdin.buffer)
+assert "torch" not in sys.modules
+print(codec.encode("HELLO"))
+"""
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def unpickled(codec: TextCodec, modules: Path) -> str:
+    """What another process, where torch is not imported, makes of it and prints."""
+    return subprocess.run(
+        [sys.executable, "-c", UNPICKLE],
+        input=pickle.dumps(codec),
+        capture_output=True,
+        check=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(modules)},
+    ).stdout.decode()
+
+
+def test_a_codec_travels_to_a_process_without_torch(tmp_path: Path) -> None:
+    codec = TextCodec.load(BUILTIN_MODEL)
+    assert unpickled(codec, tmp_path) == f"{codec.encode('HELLO')}\n"
+
+
+def test_a_codec_travels_with_code_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, modules = tmp_path / "model", tmp_path / "modules"
+    shutil.copytree(BUILTIN_MODEL, folder)
+    (folder / "own_tokenizer.py").write_text(OWN_TOKENIZER)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    codec = TextCodec.load(folder, trust_remote_code=True)
+    assert type(codec._tokenizer).__name__ == "OwnTokenizer"
+    assert unpickled(codec, modules) == f"{codec.encode('HELLO')}\n"

@@ -9,6 +9,7 @@ joined text of a stream is exactly what `TextCodec.decode` makes of its tokens, 
 """
 
 import inspect
+import pickle
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -81,6 +82,10 @@ class TextCodec:
         except Exception as error:  # transformers lets through whatever a broken file provokes
             raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
         raise ConfigError(f"{folder} has no tokenizer: its tokenizer.json or tokenizer.model is missing")
+
+    def __reduce__(self) -> tuple[Callable[[bytes], "TextCodec"], tuple[bytes]]:
+        """Travels to another process as its tokenizer. Other than `load`, that one need not import torch."""
+        return _unpickle_codec, (pickle.dumps(self._tokenizer),)
 
     @property
     def vocab_size(self) -> int:
@@ -174,6 +179,13 @@ class TextCodec:
         return detokenizer.Chain(
             self._make_steps(), lambda token_id: "" if token_id in skipped else self.token(token_id)
         )
+
+
+def _unpickle_codec(tokenizer: bytes) -> TextCodec:
+    from transformers.dynamic_module_utils import init_hf_modules
+
+    init_hf_modules()  # where the code is that a checkpoint brought
+    return TextCodec(pickle.loads(tokenizer))
 
 
 def _template_message(message: dict[str, Any], template: str) -> dict[str, Any]:
