@@ -1,7 +1,8 @@
 """A caller for tests of a server process: what it asks, without the client's retries and checks, and how it went."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -62,6 +63,15 @@ class Caller:
     async def is_served(self) -> bool:
         events = await self.run(short())
         return not isinstance(events, Failure) and num_tokens(events) == 4
+
+
+@contextlib.asynccontextmanager
+async def occupied(caller: Caller) -> AsyncIterator[None]:
+    """All sequences that the server runs at once are the caller's, and overtaken by nobody's."""
+    stream = caller.stream(endless(n=128, priority=2))
+    assert (await anext(aiter(stream))).HasField("started")
+    yield
+    stream.cancel()
 
 
 def num_tokens(events: list[pb.GenerateResponse]) -> int:

@@ -8,6 +8,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Nothing is downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+pytest_plugins = ["servers"]
+
 
 def pytest_configure() -> None:
     """Shells start in the background what shall not hear Ctrl-C. Tests press it, and would wait for ever."""

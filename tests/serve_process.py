@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import httpx
 from logged_process import START_S, LoggedProcess
 
 NANOSERVE = str(Path(sys.executable).parent / "nanoserve")
@@ -22,6 +23,14 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def is_gone(pid: int) -> bool:
+    """Or a zombie, which is what stays of an orphan until whoever adopted it takes notice."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
 
 
 class ServeProcess(LoggedProcess):
@@ -41,8 +50,20 @@ class ServeProcess(LoggedProcess):
     def address(self) -> str:
         return self.wait_for(r"listening on (\S+:\d+)")[1]
 
+    @property
+    def url(self) -> str:
+        """Of HTTP, without a path; for a server that has an `--http-port`."""
+        return self.wait_for(r"OpenAI +(http://\S+)/v1")[1]
+
     def wait_until_ready(self) -> None:
         self.wait_for("ready after")
+
+    def wait_until_ready_over_http(self) -> None:
+        """The gateway follows the engine with a delay."""
+        deadline_s = time.monotonic() + START_S
+        while httpx.get(f"{self.url}/health").status_code != 200:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
 
     @property
     def engine_pid(self) -> int:

@@ -6,7 +6,6 @@ test_soak.py, and those that a fuzzer finds in fuzz_request.py.
 """
 
 import asyncio
-import contextlib
 import math
 import os
 import random
@@ -30,6 +29,7 @@ from caller import (
     is_idle,
     num_live,
     num_tokens,
+    occupied,
     port_of,
     short,
     until,
@@ -40,6 +40,7 @@ from nanoserve_client import Client
 from nanoserve_client.v1 import generation_pb2 as pb
 from raw_http2 import ACK, DATA, GOAWAY, PING, RawConnection
 from serve_process import ServeProcess, serving
+from servers import ADMIN, USERS
 
 CONTEXT, VOCAB_SIZE = 2048, 2560  # of the built-in model
 NUM_CLIENTS = 200
@@ -207,31 +208,11 @@ def test_two_hundred_clients_killed_in_mid_stream(server):
 # ------------------------------------------------------------------------------------------------- full queues
 
 
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
-    """Runs one sequence at a time, lets a hundred requests wait, and knows two tenants and an operator."""
-    users, admins = (tmp_path_factory.mktemp("keys") / name for name in ("users", "admins"))
-    users.write_text("one\ntwo\n")
-    admins.write_text("admin\n")
-    limits = ("--max-num-seqs", "1", "--max-waiting", "100", "--kv-memory", "16MiB")
-    with serving("--no-compile", *limits, "--api-keys", str(users), "--admin-keys", str(admins)) as server:
-        yield server
-
-
 @pytest.fixture
-async def tenants(narrow: ServeProcess) -> Any:
-    async with grpc.aio.insecure_channel(narrow.address, OPTIONS) as channel:
-        yield Caller(channel, "one"), Caller(channel, "two")
-    await until(lambda: is_idle(narrow, "admin"))
-
-
-@contextlib.asynccontextmanager
-async def occupied(caller: Caller) -> Any:
-    """All that the narrow server can run at once is taken."""
-    stream = caller.stream(endless(n=128, priority=2))
-    assert (await anext(aiter(stream))).HasField("started")
-    yield
-    stream.cancel()
+async def tenants(guarded: ServeProcess) -> Any:
+    async with grpc.aio.insecure_channel(guarded.address, OPTIONS) as channel:
+        yield tuple(Caller(channel, user) for user in USERS)
+    await until(lambda: is_idle(guarded, ADMIN))
 
 
 async def test_of_a_thousand_requests_a_hundred_wait_and_the_others_are_told_to_come_back(tenants):
@@ -246,14 +227,14 @@ async def test_of_a_thousand_requests_a_hundred_wait_and_the_others_are_told_to_
     assert {refusal.trailers["grpc-retry-pushback-ms"] for refusal in refusals} == {"1000"}
 
 
-async def test_tenants_share_one_queue_in_order_of_arrival_and_a_higher_priority_overtakes(narrow, tenants):
+async def test_tenants_share_one_queue_in_order_of_arrival_and_a_higher_priority_overtakes(guarded, tenants):
     flooder, other = tenants
     calls: list[tuple[str, asyncio.Task[Any]]] = []
 
     async def enqueue(name: str, caller: Caller, count: int, priority: int = 0) -> None:
-        before = num_waiting(narrow)
+        before = num_waiting(guarded)
         calls.extend((name, asyncio.create_task(caller.run(short(priority=priority)))) for _ in range(count))
-        await until(lambda: num_waiting(narrow) == before + count)
+        await until(lambda: num_waiting(guarded) == before + count)
 
     async with occupied(flooder):
         await enqueue("early", flooder, 10)
@@ -265,7 +246,7 @@ async def test_tenants_share_one_queue_in_order_of_arrival_and_a_higher_priority
 
 
 def num_waiting(server: ServeProcess) -> int:
-    with Client(server.address, api_key="admin") as client:
+    with Client(server.address, api_key=ADMIN) as client:
         return client.get_stats().waiting
 
 

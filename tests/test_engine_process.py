@@ -12,7 +12,7 @@ import pytest
 from caller import OPTIONS, Caller, code_of, endless, is_idle, num_live, until
 from failure import Failure
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from serve_process import ServeProcess, serving, starting
+from serve_process import ServeProcess, is_gone, serving, starting
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -24,9 +24,23 @@ if any("engine_process" in argument for argument in sys.orig_argv):
 """
 
 
-@pytest.fixture
+# The engine's process hears of what is built, and says something before that.
+LOUD = """
+    import logging
+    from nanoserve import build
+    build_core = build.build_core
+    def loud(*arguments, **options):
+        logging.getLogger("loud").warning("a line of %d", os.getpid())
+        return build_core(*arguments, **options)
+    build.build_core = loud
+"""
+
+
+@pytest.fixture(scope="module")
 def server() -> Iterator[ServeProcess]:
-    with serving("--no-compile", "--kv-memory", "64MiB", "--step-timeout", "2") as server:
+    """The last test that asks for it ends it."""
+    arguments = ("--no-compile", "--kv-memory", "64MiB", "--step-timeout", "2")
+    with serving(*arguments, sabotage=IN_ENGINE.format(LOUD.strip())) as server:
         yield server
 
 
@@ -47,24 +61,13 @@ async def wait_for_health(channel: grpc.aio.Channel, status: int) -> None:
             await asyncio.sleep(0.02)
 
 
-def is_gone(pid: int) -> bool:
-    """Or a zombie, which is what stays of an orphan until whoever adopted it takes notice."""
-    try:
-        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return True
+def test_what_the_engine_logs_is_in_the_servers_log(server):
+    server.wait_for(rf"WARNING loud: a line of {server.engine_pid}$")
 
 
-async def test_an_engine_that_is_killed_fails_its_requests_and_ends_the_server(server, channel):
-    caller = Caller(channel)
-    calls = [asyncio.create_task(caller.run(endless())) for _ in range(4)]
-    await until(lambda: num_live(server) == 4)
-    os.kill(server.engine_pid, signal.SIGKILL)
-    outcomes = [await call for call in calls]
-    assert {o.reason for o in outcomes if isinstance(o, Failure)} == {"ENGINE_FAILURE"}
-    assert set(map(code_of, outcomes)) == {"INTERNAL"}
-    assert server.process.wait(30) == 1
-    server.wait_for("the engine is gone; stopping")
+def test_the_server_does_without_torch(server):
+    assert "libtorch" in Path(f"/proc/{server.engine_pid}/maps").read_text()
+    assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
 
 
 async def test_an_engine_that_hangs_is_unhealthy_until_it_goes_on(server, channel):
@@ -81,11 +84,22 @@ async def test_an_engine_that_hangs_is_unhealthy_until_it_goes_on(server, channe
     await until(lambda: is_idle(server))
 
 
+async def test_an_engine_that_is_killed_fails_its_requests_and_ends_the_server(server, channel):
+    caller = Caller(channel)
+    calls = [asyncio.create_task(caller.run(endless())) for _ in range(4)]
+    await until(lambda: num_live(server) == 4)
+    os.kill(server.engine_pid, signal.SIGKILL)
+    outcomes = [await call for call in calls]
+    assert {o.reason for o in outcomes if isinstance(o, Failure)} == {"ENGINE_FAILURE"}
+    assert set(map(code_of, outcomes)) == {"INTERNAL"}
+    assert server.process.wait(30) == 1
+    server.wait_for("the engine is gone; stopping")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("is_loading", [True, False])
-async def test_the_engine_ends_with_its_server_however_that_ends(number, is_loading):
+async def test_the_engine_ends_with_its_server_also_while_it_loads(number):
     with starting("--no-compile") as server:
-        server.wait_for("importing torch" if is_loading else "ready after")
+        server.wait_for("importing torch")
         pid = server.engine_pid
         server.end(number)
         await until(lambda: is_gone(pid))
@@ -103,20 +117,3 @@ def test_an_engine_that_dies_while_it_loads_is_told_of_in_one_line(sabotage, wor
     with starting("--no-compile", sabotage=IN_ENGINE.format(sabotage)) as server:
         server.wait_for(f"nanoserve: the engine's process died while it loaded the model: {words}")
         assert server.process.wait(30) == 2
-
-
-# It hears of what is built, and says something before that.
-LOUD = """
-    import logging
-    from nanoserve import build
-    build_core = build.build_core
-    def loud(*arguments, **options):
-        logging.getLogger("loud").warning("a line of %d", os.getpid())
-        return build_core(*arguments, **options)
-    build.build_core = loud
-"""
-
-
-def test_what_the_engine_logs_is_in_the_servers_log():
-    with serving("--no-compile", sabotage=IN_ENGINE.format(LOUD.strip())) as server:
-        server.wait_for(rf"WARNING loud: a line of {server.engine_pid}$")

@@ -20,7 +20,7 @@ from failure import Failure
 from families import save_tiny_model
 from nanoserve_client.v1 import generation_pb2 as pb
 from safetensors.torch import load_file, save_file
-from serve_process import ServeProcess, serving
+from serve_process import ServeProcess, is_gone, serving
 
 from nanoserve.cli import main
 from nanoserve.config import BUILTIN_MODEL
@@ -37,8 +37,10 @@ async def test_a_server_is_killed_under_load_starts_again_on_its_port_and_is_sto
             caller = Caller(channel)
             calls = [asyncio.create_task(caller.run(endless())) for _ in range(20)]
             await until(lambda: num_live(killed) == 20)
+            engine_pid = killed.engine_pid
             killed.end(signal.SIGKILL)
             assert {code_of(await call) for call in calls} == {"UNAVAILABLE"}
+            await until(lambda: is_gone(engine_pid))
 
             port = str(port_of(killed))
             with serving("--no-compile", "--grpc-port", port, "--max-num-seqs", "8", "--drain-timeout", "1") as again:
@@ -46,11 +48,13 @@ async def test_a_server_is_killed_under_load_starts_again_on_its_port_and_is_sto
                 calls = [asyncio.create_task(caller.run(endless())) for _ in range(4)]
                 calls += [asyncio.create_task(caller.run(short())) for _ in range(200)]
                 await until(lambda: num_live(again) > 100)
+                second_engine_pid = again.engine_pid
                 again.process.send_signal(signal.SIGTERM)
                 outcomes = [await call for call in calls]
                 assert set(map(code_of, outcomes)) == {"OK", "UNAVAILABLE"}
                 assert {o.reason for o in outcomes if isinstance(o, Failure)} == {"NOT_READY"}
                 assert again.process.wait(30) == 0
+                await until(lambda: is_gone(second_engine_pid))
 
 
 # --------------------------------------------------------------------------------------------------- bad luck

@@ -13,23 +13,27 @@ import grpc
 import pytest
 from nanoserve_client import AsyncClient, Client, NanoserveError
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc
-from serve_process import serving, starting
+from serve_process import free_port, serving, starting
+from servers import ADMIN, USERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serving() as server:
-        yield server
-
-
 @pytest.fixture
-def client(server):
-    with Client(server.address) as client:
+def client(served):
+    with Client(served.address) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A server whose cache is too small for what may run at once, and whose steps are for prompts in chunks."""
+    limits = ("--max-num-seqs", "16", "--max-waiting", "40", "--max-num-batched-tokens", "64")
+    cache = ("--kv-memory", "2400KB", "--max-context-tokens", "256", "--no-prefix-cache")
+    with serving("--dtype", "float32", *limits, *cache) as server:
+        yield server
 
 
 def wait_until_free(address):
@@ -48,38 +52,34 @@ def test_the_built_in_model_answers(client):
     assert answer.finish_reason.name == "EOS"
 
 
-def test_the_readmes_python_runs_as_it_stands(server):
+def test_the_readmes_python_runs_as_it_stands(served):
     block, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    code = block.replace("127.0.0.1:50051", server.address)
+    code = block.replace("127.0.0.1:50051", served.address)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "block" in done.stdout
 
 
-def test_the_readmes_curl_runs_as_it_stands(server):
+def test_the_readmes_curl_runs_as_it_stands(served):
     [command] = re.findall(r"(    \.venv/bin/buf curl .*?Generate)\n", README, re.DOTALL)
-    command = command.replace("127.0.0.1:50051", server.address).replace(".venv/bin/", f"{BIN}/")
+    command = command.replace("127.0.0.1:50051", served.address).replace(".venv/bin/", f"{BIN}/")
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     assert '"finishReason": "FINISH_REASON_EOS"' in done.stdout
     assert '"finished"' in done.stdout
 
 
-def test_greedy_text_does_not_depend_on_what_else_is_in_the_batch():
+async def test_greedy_text_does_not_depend_on_what_else_is_in_the_batch(tiny):
     questions = ["What is paged attention?", "Hello!", "What is TTFT?", "What does make serve do?"] * 3
-    with serving("--dtype", "float32", "--max-num-batched-tokens", "64", "--no-prefix-cache") as server:
 
-        async def ask(client, question):
-            return (await client.chat(question, temperature=0, max_tokens=40).result()).completions[0].token_ids
+    async def ask(client, question):
+        return (await client.chat(question, temperature=0, max_tokens=40).result()).completions[0].token_ids
 
-        async def compare():
-            async with AsyncClient(server.address) as client:
-                alone = [await ask(client, q) for q in questions[:4]]
-                together = await asyncio.gather(*(ask(client, q) for q in questions))
-            assert together == alone * 3
-
-        asyncio.run(compare())
+    async with AsyncClient(tiny.address) as client:
+        alone = [await ask(client, q) for q in questions[:4]]
+        together = await asyncio.gather(*(ask(client, q) for q in questions))
+    assert together == alone * 3
 
 
-def test_clients_that_vanish_in_mid_stream_free_their_blocks(server):
+def test_clients_that_vanish_in_mid_stream_free_their_blocks(served):
     code = (
         "import sys, threading\n"
         "from nanoserve_client import Client\n"
@@ -89,46 +89,51 @@ def test_clients_that_vanish_in_mid_stream_free_their_blocks(server):
         "print('streaming', flush=True)\n"
         "threading.Event().wait()\n"
     )
-    client = subprocess.Popen([sys.executable, "-c", code, server.address], stdout=subprocess.PIPE, text=True)
+    client = subprocess.Popen([sys.executable, "-c", code, served.address], stdout=subprocess.PIPE, text=True)
     assert client.stdout is not None
     assert client.stdout.readline() == "streaming\n"
     client.kill()
     client.wait()
     client.stdout.close()
-    wait_until_free(server.address)
+    wait_until_free(served.address)
 
 
-def test_a_deadline_of_one_millisecond_leaves_nothing_behind(server, client):
+def test_a_deadline_of_one_millisecond_leaves_nothing_behind(served, client):
     for _ in range(20):
         with pytest.raises(NanoserveError) as failure:
             client.chat("Hello!", max_tokens=500, timeout=0.001).result()
         assert failure.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    wait_until_free(server.address)
+    wait_until_free(served.address)
 
 
-def test_a_reader_that_stops_reading_does_not_hold_up_others(server):
-    with Client(server.address) as slow, Client(server.address) as fast:
+def test_a_reader_that_stops_reading_does_not_hold_up_others(served):
+    with Client(served.address) as slow, Client(served.address) as fast:
         stalled = slow.chat("Hello!", max_tokens=1500, ignore_eos=True, n=4)
         next(iter(stalled))
         assert fast.chat("Hello!", max_tokens=20).result().usage.completion_tokens > 0
         stalled.cancel()
-    wait_until_free(server.address)
+    wait_until_free(served.address)
 
 
-def test_many_prompts_in_a_tiny_cache_all_finish():
-    limits = ("--dtype", "float32", "--kv-memory", "2400KB")
-    with serving(*limits, "--max-context-tokens", "256", "--max-num-seqs", "16") as server:
-
-        async def flood():
-            async with AsyncClient(server.address) as client:
-                streams = [client.chat(f"Hello {i}!", max_tokens=80, ignore_eos=True) for i in range(40)]
-                return await asyncio.gather(*(s.result() for s in streams))
-
-        results = asyncio.run(flood())
+async def test_many_prompts_in_a_tiny_cache_all_finish(tiny):
+    async with AsyncClient(tiny.address) as client:
+        streams = [client.chat(f"Hello {i}!", max_tokens=80, ignore_eos=True) for i in range(40)]
+        results = await asyncio.gather(*(s.result() for s in streams))
         assert [r.usage.completion_tokens for r in results] == [80] * 40
-        with Client(server.address) as client:
-            assert client.get_stats().preemptions > 0
-        wait_until_free(server.address)
+        assert (await client.get_stats()).preemptions > 0
+    wait_until_free(tiny.address)
+
+
+async def test_a_flood_is_served_or_refused_cleanly(tiny):
+    async with AsyncClient(tiny.address) as client:
+        streams = [client.chat("Hello!", max_tokens=8, timeout=60) for _ in range(200)]
+        results = await asyncio.gather(*(s.result() for s in streams), return_exceptions=True)
+    failures = [r for r in results if isinstance(r, BaseException)]
+    assert all(f.code is grpc.StatusCode.RESOURCE_EXHAUSTED and f.reason == "OVERLOADED" for f in failures)
+    assert len(failures) < len(results)
+    with grpc.insecure_channel(tiny.address) as channel:
+        stats = admin_pb2_grpc.AdminServiceStub(channel).GetStats(admin_pb2.GetStatsRequest())
+    assert stats.kv_blocks_used == 0
 
 
 def test_sigterm_lets_a_running_stream_finish_and_a_new_one_is_refused():
@@ -145,13 +150,16 @@ def test_sigterm_lets_a_running_stream_finish_and_a_new_one_is_refused():
         assert server.process.wait(60) == 0
 
 
-def test_a_second_signal_ends_the_server_at_once():
-    with serving() as server, Client(server.address) as client:
+def test_a_second_signal_ends_the_server_at_once_and_leaves_no_files(tmp_path):
+    files = {"TMPDIR": str(tmp_path)}
+    with serving("--http-port", f"{free_port()}", variables=files) as server, Client(server.address) as client:
         stream = client.chat("Hello!", max_tokens=1900, ignore_eos=True)
         next(iter(stream))
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("draining")
+        assert list(tmp_path.glob("nanoserve-*"))
         assert server.end(signal.SIGINT) == 128 + signal.SIGINT
+        assert not list(tmp_path.glob("nanoserve-*"))
         with pytest.raises(NanoserveError):
             stream.result()
 
@@ -162,51 +170,32 @@ def test_a_signal_while_the_model_loads_ends_the_server():
         assert server.end() == 0
 
 
-def test_api_keys_part_callers_and_admins(tmp_path):
-    users, admins = tmp_path / "keys", tmp_path / "admins"
-    users.write_text("# people\nuser-key\nother-key\n")
-    admins.write_text("admin-key\n")
-    with serving("--api-keys", str(users), "--admin-keys", str(admins)) as server:
+def test_api_keys_part_callers_and_admins(guarded):
+    def code_of(call):
+        try:
+            call()
+        except NanoserveError as error:
+            return error.code
+        return grpc.StatusCode.OK
 
-        def code_of(call):
-            try:
-                call()
-            except NanoserveError as error:
-                return error.code
-            return grpc.StatusCode.OK
-
-        expected = {
-            None: (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAUTHENTICATED),
-            "wrong": (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAUTHENTICATED),
-            "user-key": (grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED),
-            "admin-key": (grpc.StatusCode.OK, grpc.StatusCode.OK),
-        }
-        for key, codes in expected.items():
-            with Client(server.address, api_key=key) as client:
-                assert (code_of(client.list_models), code_of(client.get_stats)) == codes
-        prompt = list(range(10, 74))
-        cached = []
-        for key in ("user-key", "other-key", "user-key"):
-            with Client(server.address, api_key=key) as client:
-                cached.append(client.generate(prompt, max_tokens=1).result().usage.cached_tokens)
-        assert cached == [0, 0, 48], "prefixes are not shared between keys"
+    expected = {
+        None: (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAUTHENTICATED),
+        "wrong": (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAUTHENTICATED),
+        USERS[0]: (grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED),
+        ADMIN: (grpc.StatusCode.OK, grpc.StatusCode.OK),
+    }
+    for key, codes in expected.items():
+        with Client(guarded.address, api_key=key) as client:
+            assert (code_of(client.list_models), code_of(client.get_stats)) == codes
 
 
-def test_a_flood_is_served_or_refused_cleanly():
-    with serving("--max-waiting", "30", "--max-num-seqs", "8") as small:
-
-        async def flood():
-            async with AsyncClient(small.address) as client:
-                streams = [client.chat("Hello!", max_tokens=8, timeout=60) for _ in range(200)]
-                return await asyncio.gather(*(s.result() for s in streams), return_exceptions=True)
-
-        results = asyncio.run(flood())
-        failures = [r for r in results if isinstance(r, BaseException)]
-        assert all(f.code is grpc.StatusCode.RESOURCE_EXHAUSTED and f.reason == "OVERLOADED" for f in failures)
-        assert len(failures) < len(results)
-        with grpc.insecure_channel(small.address) as channel:
-            stats = admin_pb2_grpc.AdminServiceStub(channel).GetStats(admin_pb2.GetStatsRequest())
-        assert stats.kv_blocks_used == 0
+def test_prefixes_are_not_shared_between_keys(guarded):
+    prompt = list(range(10, 74))
+    cached = []
+    for key in (*USERS, USERS[0]):
+        with Client(guarded.address, api_key=key) as client:
+            cached.append(client.generate(prompt, max_tokens=1).result().usage.cached_tokens)
+    assert cached == [0, 0, 48]
 
 
 def test_threads_share_a_client(client):

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from serve_process import NANOSERVE, serving
+from serve_process import NANOSERVE
 
 WAIT_S = 60
 # Makes its terminal the one that Ctrl-C is sent through, heeds Ctrl-C even if the tests were started without that, as
@@ -98,14 +98,7 @@ def command(tmp_path):
     return run
 
 
-@pytest.fixture(scope="package")
-def server():
-    """Serves the built-in model, in float32, where greedy answers do not depend on the batch."""
-    with serving("--dtype", "float32") as server:
-        yield server
-
-
-@pytest.fixture(scope="package")
-def target(server):
+@pytest.fixture(scope="session")
+def target(served):
     """The server's address."""
-    return server.address
+    return served.address

@@ -67,9 +67,9 @@ def test_on_a_terminal_log_lines_stand_above_the_progress_and_the_summary_after_
     assert terminal.wait_for_exit() == 0
 
 
-def test_in_a_log_the_summary_follows_the_line_that_says_ready(server):
-    server.wait_for("without keys")
-    log = "".join(server.log)
+def test_in_a_log_the_summary_follows_the_line_that_says_ready(served):
+    served.wait_for("without keys")
+    log = "".join(served.log)
     assert "\x1b" not in log
     stages = [
         "not ready yet: loading",

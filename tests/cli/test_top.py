@@ -15,7 +15,8 @@ from nanoserve_client.watching import (
     StepSnapshot,
     WaitReason,
 )
-from serve_process import NANOSERVE, serving
+from serve_process import NANOSERVE
+from servers import USERS
 
 from nanoserve.cli import top
 
@@ -82,14 +83,10 @@ def test_what_cannot_be_is_said_in_a_line(command, arguments, problem):
     assert done.returncode == 2
 
 
-def test_without_an_admin_key_it_says_so(command, tmp_path):
-    (tmp_path / "keys").write_text("ordinary\n")
-    (tmp_path / "admins").write_text("boss\n")
-    keys = ("--api-keys", str(tmp_path / "keys"), "--admin-keys", str(tmp_path / "admins"))
-    with serving("--no-compile", *keys) as server:
-        done = command("top", "--target", server.address, "--api-key", "ordinary")
-        assert "PERMISSION_DENIED" in done.stderr
-        assert done.returncode == 2
+def test_without_an_admin_key_it_says_so(command, guarded):
+    done = command("top", "--target", guarded.address, "--api-key", USERS[0])
+    assert "PERMISSION_DENIED" in done.stderr
+    assert done.returncode == 2
 
 
 # --------------------------------------------------------------------------------------------------- what is shown

@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from nanoserve_client.v1 import admin_pb2
 from nanoserve_gateway import live
 from scripted_gateway import scripted_gateway
-from serve_process import free_port, serving
+from servers import ADMIN, USERS
 
 FILES = ("/", "/live/style.css", "/live/page.js", "/live/draw.js")
 TIMEOUT_S = 30
@@ -85,22 +85,15 @@ def test_the_page_itself_sends_an_origin_of_its_own(scripted):
         assert answer.status_code == 200
 
 
-def test_with_keys_it_takes_an_admin_key(tmp_path):
-    (tmp_path / "keys").write_text("ordinary\n")
-    (tmp_path / "admins").write_text("boss\n")
-    port = free_port()
-    keys = ("--api-keys", str(tmp_path / "keys"), "--admin-keys", str(tmp_path / "admins"))
-    with (
-        serving("--no-compile", "--http-port", str(port), *keys),
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as http,
-    ):
+def test_with_keys_it_takes_an_admin_key(guarded):
+    with httpx.Client(base_url=guarded.url, timeout=TIMEOUT_S) as http:
         for path in ("/live/events", "/live/explain?id=x"):
-            for key, status in ((None, 401), ("wrong", 401), ("ordinary", 403), ("b\xe4d", 401)):
+            for key, status in ((None, 401), ("wrong", 401), (USERS[0], 403), ("b\xe4d", 401)):
                 headers = {} if key is None else {"authorization": f"Bearer {key}".encode("latin-1")}
                 answer = http.get(path, headers=headers)
                 assert answer.status_code == status
                 assert set(answer.json()) == {"error"}
-        admin = {"authorization": "Bearer boss"}
+        admin = {"authorization": f"Bearer {ADMIN}"}
         assert http.get("/live/explain?id=x", headers=admin).status_code == 404
         with http.stream("GET", "/live/events", headers=admin) as answer:
             assert answer.status_code == 200

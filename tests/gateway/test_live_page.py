@@ -13,7 +13,7 @@ import pytest
 from nanoserve_client import Cancelled, Client
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from serve_process import free_port, serving
+from servers import ADMIN
 
 BIN = Path(sys.executable).parent
 # `make .venv/installed-dev` puts the first into .venv/bin.
@@ -60,20 +60,22 @@ def open_page(browser):
 
 
 class Callers:
-    """Concurrent requests, each on a thread, that share the beginning of their prompt."""
+    """Threads that ask one request after the other, which share the beginning of their prompts."""
 
     def __init__(self, target, count):
         self._client = Client(target)
-        self._streams = [self._start(i) for i in range(count)]
-        self._threads = [threading.Thread(target=self._read, args=[stream]) for stream in self._streams]
+        self._streams = [None] * count
+        self._is_over = False
+        self._threads = [threading.Thread(target=self._ask, args=[i]) for i in range(count)]
 
-    def _start(self, i):
+    def _ask(self, i):
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"What is the number {i}?"}]
-        return self._client.chat(messages, max_tokens=1500, ignore_eos=True, request_id=f"caller-{i:02}")
-
-    def _read(self, stream):
-        with contextlib.suppress(Cancelled):
-            list(stream)
+        while not self._is_over:
+            self._streams[i] = self._client.chat(
+                messages, max_tokens=1500, ignore_eos=True, request_id=f"caller-{i:02}"
+            )
+            with contextlib.suppress(Cancelled):
+                list(self._streams[i])
 
     def __enter__(self):
         for thread in self._threads:
@@ -81,10 +83,12 @@ class Callers:
         return self
 
     def __exit__(self, *_):
-        for stream in self._streams:
-            stream.cancel()
-        for thread in self._threads:
-            thread.join()
+        self._is_over = True
+        while any(thread.is_alive() for thread in self._threads):
+            for stream in filter(None, self._streams):
+                stream.cancel()
+            for thread in self._threads:
+                thread.join(0.1)
         self._client.close()
 
 
@@ -173,17 +177,14 @@ def test_a_refused_prompt_says_why(served, open_page):
     until(page, lambda: "context" in page.locator("#mine .failed").inner_text())
 
 
-def test_with_keys_the_page_asks_for_one_and_shows_nothing_before(open_page, tmp_path):
-    (tmp_path / "admins").write_text("boss\n")
-    port = free_port()
-    with serving("--no-compile", "--http-port", str(port), "--admin-keys", str(tmp_path / "admins")):
-        page = open_page(f"http://127.0.0.1:{port}")
-        page.locator("#key-dialog[open]").wait_for()
-        assert number(page, "#running") == -1
-        page.locator("#key").fill("wrong")
-        page.get_by_role("button", name="Watch").click()
-        until(page, lambda: "not known" in page.locator("#key-problem").inner_text())
-        page.locator("#key").fill("boss")
-        page.get_by_role("button", name="Watch").click()
-        page.locator("#state.live").wait_for()
-        assert number(page, "#running") == 0
+def test_with_keys_the_page_asks_for_one_and_shows_nothing_before(open_page, guarded):
+    page = open_page(guarded.url)
+    page.locator("#key-dialog[open]").wait_for()
+    assert number(page, "#running") == -1
+    page.locator("#key").fill("wrong")
+    page.get_by_role("button", name="Watch").click()
+    until(page, lambda: "not known" in page.locator("#key-problem").inner_text())
+    page.locator("#key").fill(ADMIN)
+    page.get_by_role("button", name="Watch").click()
+    page.locator("#state.live").wait_for()
+    assert number(page, "#running") == 0

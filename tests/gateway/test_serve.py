@@ -6,48 +6,46 @@ import re
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 from authority import Authority
-from caller import until
+from caller import Caller, occupied, until
 from nanoserve_gateway.app import GatewayConfig
 from nanoserve_gateway.server import main
-from serve_process import free_port, starting
+from serve_process import free_port, serving, starting
+from servers import MAX_WAITING, USERS
 
 from nanoserve.config import ServerConfig
 
 COMMAND = str(Path(sys.executable).parent / "nanoserve-gateway")
 CHAT = {"model": "nanoserve-builtin", "messages": [{"role": "user", "content": "What is TTFT?"}], "max_tokens": 5}
+KEY = {"authorization": f"Bearer {USERS[0]}"}
 
 
-def test_beside_the_grpc_port_keys_and_a_full_queue_are_the_services(tmp_path):
-    (tmp_path / "keys").write_text("secret\n")
-    port = free_port()
-    arguments = ("--http-port", str(port), "--api-keys", str(tmp_path / "keys"), "--no-compile")
-    with starting(*arguments, "--max-num-seqs", "1", "--max-waiting", "1") as server:
-        url = f"http://127.0.0.1:{port}"
-        server.wait_for("listening on")
-        key = {"authorization": "Bearer secret"}
-        early = httpx.post(f"{url}/v1/chat/completions", json=CHAT, headers=key)
-        assert early.status_code in (200, 503)
-        server.wait_until_ready()
-        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 401
-        wrong = httpx.post(f"{url}/v1/chat/completions", json=CHAT, headers={"authorization": "Bearer wrong"})
+def test_keys_are_the_services(guarded):
+    with httpx.Client(base_url=f"{guarded.url}/v1", timeout=60) as http:
+        assert http.post("/chat/completions", json=CHAT).status_code == 401
+        wrong = http.post("/chat/completions", json=CHAT, headers={"authorization": "Bearer wrong"})
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
-        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert http.get("/models").status_code == 401
+        assert http.post("/chat/completions", json=CHAT, headers=KEY).status_code == 200
 
-        def call(_number):
-            answer = httpx.post(f"{url}/v1/chat/completions", json=CHAT, headers=key, timeout=60)
-            return answer.status_code, "retry-after" in answer.headers
 
-        with ThreadPoolExecutor(32) as pool:
-            counts = collections.Counter(pool.map(call, range(64)))
-        assert counts.keys() == {(200, False), (429, True)}
-        assert call(0) == (200, False)
-        assert server.end() == 0
+async def test_a_full_queue_is_the_services(guarded):
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        grpc.aio.insecure_channel(guarded.address) as channel,
+        httpx.AsyncClient(base_url=guarded.url, headers=KEY, timeout=60, limits=limits) as http,
+    ):
+        async with occupied(Caller(channel, USERS[0])):
+            calls = [asyncio.create_task(http.post("/v1/chat/completions", json=CHAT)) for _ in range(MAX_WAITING + 30)]
+            await until(lambda: sum(call.done() for call in calls) == 30)
+        answers = [await call for call in calls]
+    counts = collections.Counter((answer.status_code, "retry-after" in answer.headers) for answer in answers)
+    assert counts == {(200, False): MAX_WAITING, (429, True): 30}
 
 
 def test_alone_it_needs_the_address_of_a_server(served):
@@ -104,39 +102,26 @@ def test_where_callers_need_certificates_it_is_not_served_and_the_start_says_so(
             httpx.get(f"http://127.0.0.1:{port}/health")
 
 
-def test_with_a_certificate_alone_it_is_served_in_the_clear(tmp_path):
+def test_a_server_that_is_ended_leaves_no_files_and_one_with_a_certificate_is_served_in_the_clear(tmp_path):
     authority = Authority(tmp_path, "some")
     certificate, key = map(str, authority.issue("server"))
-    port = free_port()
-    with starting("--http-port", str(port), "--tls-cert", certificate, "--tls-key", key, "--no-compile") as server:
-        server.wait_until_ready()
-        assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=CHAT).status_code in (200, 503)
-
-
-@pytest.mark.parametrize("moment", ["listening on", "ready after"])
-def test_a_server_that_is_ended_leaves_no_files(tmp_path, monkeypatch, moment):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with starting("--http-port", str(free_port()), "--no-compile") as server:
-        server.wait_for(moment)
+    arguments = ("--http-port", str(free_port()), "--tls-cert", certificate, "--tls-key", key, "--no-compile")
+    with serving(*arguments, variables={"TMPDIR": str(tmp_path)}) as server:
+        server.wait_until_ready_over_http()
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 200
         assert list(tmp_path.glob("nanoserve-*/grpc"))
-        server.process.send_signal(signal.SIGTERM)
-        server.end()
+        assert server.end() == 0
         assert not list(tmp_path.glob("nanoserve-*"))
 
 
-def test_a_second_signal_leaves_no_files_either(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_a_server_that_is_ended_while_it_loads_answers_before_and_leaves_no_files(tmp_path):
     port = free_port()
-    with starting("--http-port", str(port), "--no-compile") as server:
-        server.wait_until_ready()
-        endless = {**CHAT, "stream": True, "max_tokens": 1500, "ignore_eos": True}
-        url = f"http://127.0.0.1:{port}"
-        asyncio.run(until(lambda: httpx.get(f"{url}/health").status_code == 200))
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=endless) as answer:
-            assert answer.status_code == 200
-            server.process.send_signal(signal.SIGTERM)
-            server.wait_for("draining")
-            assert server.end() == 128 + signal.SIGTERM
+    with starting("--http-port", str(port), "--no-compile", variables={"TMPDIR": str(tmp_path)}) as server:
+        server.wait_for("listening on")
+        early = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=CHAT)
+        assert early.status_code in (200, 503)
+        assert list(tmp_path.glob("nanoserve-*/grpc"))
+        assert server.end() == 0
         assert not list(tmp_path.glob("nanoserve-*"))
 
 

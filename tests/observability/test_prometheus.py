@@ -10,7 +10,7 @@ import pytest
 import yaml
 from nanoserve_client import AsyncClient, NanoserveError
 from prometheus_process import DEPLOY, program, promtool, scraping
-from serve_process import free_port, serving
+from serve_process import free_port, serving, starting
 
 GENERATE = 'rpc_method="nanoserve.v1.GenerationService/Generate"'
 NUM_ROWS = 8
@@ -143,10 +143,12 @@ def test_every_series_keeps_to_labels_that_no_caller_chooses(server):
 
 def test_metrics_can_be_turned_off():
     port = free_port()
-    with serving("--http-port", f"{port}", "--no-metrics"), pytest.raises(urllib.error.HTTPError) as refusal:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
-    with refusal.value:
-        assert refusal.value.code == 404
+    with starting("--http-port", f"{port}", "--no-metrics") as server:
+        server.wait_for("listening on")
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
+        with refusal.value:
+            assert refusal.value.code == 404
 
 
 def test_the_rules_and_the_configuration_are_valid():
