@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import Pipe as make_pipe
 from typing import Any, TypeAlias
 
+from nanoserve.checkpoint import check_path
 from nanoserve.config import ConfigError, Options
 from nanoserve.engine.core import CoreState, Deliver, EngineCore
 from nanoserve.engine.engine import Engine, ServedModel
@@ -63,6 +64,7 @@ def start_engine(options: Options, report: Report, observers: Observers | None =
     observers: of its requests and steps; None = nobody watches.
     Raises ConfigError.
     """
+    check_path(options.model)
     process = _EngineProcess(options)
     try:
         # Meanwhile; it takes a while, too, and the codec will need it.

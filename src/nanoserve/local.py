@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from nanoserve_client import AsyncClient, Client
 
+from nanoserve.checkpoint import check_path
 from nanoserve.config import ConfigError, Options, ServerConfig
 from nanoserve.request import Report, Stage
 
@@ -76,6 +77,7 @@ class LocalServer:
                 self._address.set_exception(error)
 
     async def _serve(self) -> None:
+        check_path(self._options.model)
         if self._report is not None:
             self._report(Stage("importing torch and transformers"))
         from nanoserve.build import build_engine, log_facts

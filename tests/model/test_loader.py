@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers as hf
@@ -14,10 +15,11 @@ from families import COMMON, MAX_POSITION, VOCAB_SIZE, save_tiny_model, tiny_mod
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from nanoserve.checkpoint import ModelLoadError
 from nanoserve.config import ModelOptions
 from nanoserve.kv_cache.paged_kv_cache import KVSpec
 from nanoserve.model import loader
-from nanoserve.model.loader import LoadedModel, ModelLoadError, fix_rope, load_model
+from nanoserve.model.loader import LoadedModel, fix_rope, load_model
 from nanoserve.request import SamplingParams
 
 
@@ -244,21 +246,39 @@ def test_a_hub_id_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -
     def fail(name: str, **_: object) -> str:
         raise OSError(f"no network for {name}")
 
-    monkeypatch.setattr(loader, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelLoadError, match=r"'some/model' is no folder, .* no network for some/model"):
         load("some/model")
 
 
+class Hub:
+    """Has one model, in a folder named as its commit."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        # Of each download: its revision, and whether weights were wanted.
+        self.asked: list[tuple[str | None, bool]] = []
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self._download)
+
+    def _download(self, name: str, *, revision: str | None, allow_patterns: list[str], **_: object) -> str:
+        assert name == "some/model"
+        self.asked.append((revision, "*.safetensors" in allow_patterns))
+        return str(self.folder)
+
+
 def test_a_hub_id_is_loaded_at_its_revision(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
-
-    def download(name: str, **arguments: object) -> str:
-        asked.update(arguments, name=name)
-        return str(llama_folder)
-
-    monkeypatch.setattr(loader, "snapshot_download", download)
+    hub = Hub(llama_folder, monkeypatch)
     assert load("some/model", revision="v1").architecture == "LlamaForCausalLM"
-    assert (asked["name"], asked["revision"]) == ("some/model", "v1")
+    # Also if v1 is moved in the meantime.
+    assert hub.asked == [("v1", False), (llama_folder.name, True)]
+
+
+def test_a_hub_id_that_cannot_be_served_is_not_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(folder, monkeypatch)
+    write_json(folder / "config.json", model_type="vit")
+    with pytest.raises(ModelLoadError, match="vit cannot be served"):
+        load("some/model")
+    assert hub.asked == [(None, False)]
 
 
 def test_a_revision_of_a_folder_is_refused(llama_folder: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.bench.workload import WARM_UP, BenchRequest, FixedWorkload
+from nanoserve.checkpoint import check_path
 from nanoserve.cli.flags import ENGINE_SECTIONS, Parser, add_options
 from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
@@ -94,6 +95,7 @@ def fit(options: Options, workloads: Sequence[FixedWorkload], *, keep_max_num_se
 @contextlib.contextmanager
 def running_engine(options: Options, loading: Loading) -> Iterator[tuple["Engine", Run]]:
     """An engine that is compiled and warm, and what runs requests on it. Raises ConfigError."""
+    check_path(options.model)
     with asyncio.Runner() as loop:
         with loading:
             loading.report(Stage("importing torch and transformers"))

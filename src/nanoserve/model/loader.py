@@ -1,7 +1,7 @@
 """From a folder or a Hub id to a model that is ready to serve, or to an error that names the cause.
 
     path ─▶ folder ─▶ config ─▶ class ─▶ weights ─▶ probe ─▶ LoadedModel
-            (Hub)                                   (probe.py)
+     (checkpoint.py)                                (probe.py)
 
 transformers owns architectures and the conversion of checkpoints; this module decides what is loaded, refuses what
 cannot be served right, and collects what the rest of the server must know of the model. Nothing is random: a weight
@@ -9,8 +9,6 @@ that the checkpoint lacks is an error.
 """
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -34,7 +30,9 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from nanoserve.config import ConfigError, ModelOptions, format_size
+from nanoserve import checkpoint
+from nanoserve.checkpoint import ModelLoadError
+from nanoserve.config import ModelOptions, format_size
 from nanoserve.kv_cache.paged_kv_cache import KVSpec, available_memory
 from nanoserve.model import attention
 from nanoserve.model.attention import AttentionLayer
@@ -43,9 +41,6 @@ from nanoserve.model.packing import can_pack, pack_linears
 from nanoserve.model.probe import NotServable, learn_layers
 from nanoserve.request import SamplingParams
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-# The same weights once more, in other formats.
-HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 # Layers of other types keep a state that is no KV cache, or choose the tokens that a query sees by their content.
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 SELECTING_MODULES = ("Indexer", "Compressor")
@@ -53,13 +48,6 @@ SELECTING_MODULES = ("Indexer", "Compressor")
 SOME_CONTEXT = 2048
 # What a safetensors file calls the types that a model can be computed in.
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-# Of each checkpoint file, for the fingerprint.
-NUM_SAMPLES = 64
-SAMPLE_BYTES = 4096
-
-
-class ModelLoadError(ConfigError):
-    """The model cannot be loaded or not be served; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +83,13 @@ class LoadedModel:
 
 def load_model(options: ModelOptions) -> LoadedModel:
     """Load and check a model. Raises ModelLoadError."""
-    folder = _find_folder(options)
+    checkpoint.check_path(options)
+    folder = checkpoint.fetch(options, checkpoint.CONFIG_FILES)
     config = _read_config(folder, options)
-    generation = _read_json(folder / "generation_config.json")
+    # Of the Hub, the rest once the model is known to be of a kind that can be served; of the same revision.
+    folder = checkpoint.fetch(options, checkpoint.MODEL_FILES, revision=folder.name)
+    checkpoint.check_weights(folder)
+    generation = checkpoint.read_json(folder / "generation_config.json")
     device = torch.device(_device_name(options.device))
     if device.type == "cpu":
         prepare_cpu()
@@ -139,7 +131,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
         kv_specs=tuple(kv_specs),
         num_parameters=num_parameters,
         is_packed=is_packed,
-        fingerprint=_fingerprint(folder),
+        fingerprint=checkpoint.fingerprint(folder),
     )
 
 
@@ -154,35 +146,12 @@ def load_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) 
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------- finding the files
-
-
-def _find_folder(options: ModelOptions) -> Path:
-    """The folder of the model's files; from the Hub if `path` is no folder here."""
-    folder = Path(options.path)
-    if folder.is_dir():
-        if options.revision is not None:
-            raise ModelLoadError(f"--revision is for a Hub id, and {folder} is a folder")
-        return folder
-    if folder.is_absolute() or options.path.count("/") != 1 or options.path.startswith("."):
-        raise ModelLoadError(f"there is no folder {options.path!r}, and it is not a Hub id such as 'owner/name'")
-    try:
-        return Path(
-            snapshot_download(
-                options.path,
-                revision=options.revision,
-                allow_patterns=HUB_FILES,
-                ignore_patterns=HUB_FILES_IGNORED,
-            )
-        )
-    except Exception as error:  # the Hub's client raises its own, requests' and OS errors
-        raise ModelLoadError(f"{options.path!r} is no folder, and could not be had from the Hub: {error}") from error
+# -------------------------------------------------------------------------------------------------- the config
 
 
 def _read_config(folder: Path, options: ModelOptions) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise ModelLoadError(f"{folder} has no config.json: it is not a model in Hugging Face format")
-    kind = _read_json(folder / "config.json").get("model_type")
+    checkpoint.check_config(folder)
+    kind = checkpoint.read_json(folder / "config.json").get("model_type")
     if kind is not None and kind not in CONFIG_MAPPING and not options.trust_remote_code:
         raise ModelLoadError(f"{kind} cannot be served: transformers {transformers.__version__} does not know it")
     try:
@@ -197,32 +166,6 @@ def _read_config(folder: Path, options: ModelOptions) -> PreTrainedConfig:
     if others:
         raise ModelLoadError(f"{config.model_type} cannot be served: it has layers of type {', '.join(sorted(others))}")
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelLoadError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{path} is not a JSON object")
-    return content
-
-
-def _fingerprint(folder: Path) -> str:
-    """A hash over the config and over samples of every checkpoint file: the whole would take minutes to read."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for i in range(NUM_SAMPLES):
-                file.seek(size * i // NUM_SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- the weights
@@ -240,15 +183,7 @@ def _device_name(name: str) -> str:
 
 def _refuse_what_does_not_fit(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Main memory is given out before it is there; without this the system would end the process, later."""
-    num_bytes = 0
-    for path in folder.glob("*.safetensors"):
-        try:
-            # Not "pt": that asks the system for as much memory as the file is long, and nothing is read here.
-            with safe_open(path, "np") as tensors:
-                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ModelLoadError(f"{path} cannot be read: {error}") from error
-        num_bytes += sum(map(math.prod, shapes)) * dtype.itemsize
+    num_bytes = sum(math.prod(shape) for _, shape in checkpoint.stored_tensors(folder)) * dtype.itemsize
     free = available_memory()
     if device.type == "cpu" and num_bytes > free:
         name = str(dtype).removeprefix("torch.")
@@ -275,19 +210,11 @@ def _has_fast_bfloat16() -> bool:
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """Of the checkpoint's first floating-point tensor."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if dtype := STORED_DTYPES.get(tensors.get_slice(name).get_dtype()):
-                    return dtype
-    return torch.float32
+    known = (STORED_DTYPES[name] for name, _ in checkpoint.stored_tensors(folder) if name in STORED_DTYPES)
+    return next(known, torch.float32)
 
 
 def _load_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, options: ModelOptions) -> PreTrainedModel:
-    if not any(folder.glob("*.safetensors")):
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".gguf"})
-        found = f"; found only {', '.join(others[:4])}, and pickles are not loaded" if others else ""
-        raise ModelLoadError(f"{folder} has no *.safetensors file{found}")
     try:
         with _quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
