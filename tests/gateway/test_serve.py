@@ -13,6 +13,7 @@ import httpx
 import pytest
 from authority import Authority
 from caller import Caller, occupied, until
+from logged_process import LoggedProcess
 from nanoserve_gateway.app import GatewayConfig
 from nanoserve_gateway.server import main
 from serve_process import free_port, serving, starting
@@ -67,6 +68,33 @@ def test_alone_it_needs_the_address_of_a_server(served):
         gateway.communicate()
 
 
+def test_alone_it_stops_when_requests_have_ended_and_pages_do_not_hold_it_up(served):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    gateway = LoggedProcess([COMMAND, "--target", served.address, "--port", str(port)])
+    try:
+        gateway.wait_for("listening on")
+        endless = {**CHAT, "stream": True, "max_tokens": 1500, "ignore_eos": True}
+        with (
+            httpx.stream("GET", f"{url}/live/events", timeout=60) as page,
+            httpx.stream("POST", f"{url}/v1/chat/completions", json=endless, timeout=60) as answer,
+        ):
+            snapshots, deltas = page.iter_raw(), answer.iter_raw()
+            next(snapshots)
+            next(deltas)
+            gateway.process.send_signal(signal.SIGTERM)
+            # The page's stream comes to its end while the request goes on; one that was cut off would raise.
+            for _ in snapshots:
+                pass
+            assert gateway.process.poll() is None
+            assert b"".join(deltas).endswith(b"data: [DONE]\n\n")
+        assert gateway.process.wait(60) in (0, -signal.SIGTERM)
+        # What uvicorn would say of a stream that it had to cut off.
+        assert not any("Cancel" in line or "without completing" in line for line in gateway.log)
+    finally:
+        gateway.kill()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -98,6 +126,7 @@ def test_where_callers_need_certificates_it_is_not_served_and_the_start_says_so(
         why = "not served: it cannot ask for certificates, as --tls-client-ca wants"
         server.wait_for(f"OpenAI's API is {why}")
         server.wait_for(f"OpenAI +{why}")
+        server.wait_for("metrics +not served without the HTTP port")
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/health")
 

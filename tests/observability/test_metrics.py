@@ -1,14 +1,23 @@
-"""Metrics as any exporter reads them: what moves them, and that the page in docs/ tells of each."""
+"""Metrics as any exporter reads them: what moves them; a collector gets what Prometheus reads; the page in docs/ tells
+of each."""
 
 import asyncio
+import itertools
+import math
 import re
+import urllib.request
 from pathlib import Path
 
 import pytest
 from engine_bench import PROMPT
-from nanoserve_client import NanoserveError
+from nanoserve_client import Client, NanoserveError
+from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_CUMULATIVE
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from otlp_collector import attributes, collecting
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.utils import floatToGoString
+from serve_process import free_port, serving
 from watched_server import miss_deadline, until, watched
 
 from nanoserve.observability import conventions as names
@@ -165,6 +174,99 @@ async def test_the_page_tells_of_every_metric():
             metric.name: (metric.unit, {label for p in metric.data.data_points for label in p.attributes})
             for metric in read.all().values()
         }
+    assert on_the_page() == kept
+
+
+def on_the_page():
+    """Unit and labels of each metric."""
     rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \|([^|]+)\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
-    told = {name: (unit.strip(), set(re.findall(r"`([a-z_.]+)`", labels))) for name, unit, labels in rows}
-    assert told == kept
+    return {name: (unit.strip(), set(re.findall(r"`([a-z_.]+)`", labels))) for name, unit, labels in rows}
+
+
+# ---------------------------------------------------------------------------------------------- over OTLP
+
+
+def test_a_collector_is_pushed_what_prometheus_reads_and_the_callers_saw():
+    port = free_port()
+    with collecting() as collector:
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_METRIC_EXPORT_INTERVAL": "200"}
+        with serving("--http-port", f"{port}", variables=variables) as server, Client(server.address) as client:
+            results = [client.chat("Hello!", n=n, max_tokens=5 * n, ignore_eos=True).result() for n in (1, 1, 2)]
+            stream = client.generate("Once", max_tokens=1000, ignore_eos=True)
+            next(stream)
+            stream.cancel()
+            with pytest.raises(NanoserveError):
+                client.chat("Hello!", temperature=-1).result()
+
+            def exposed():
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+                    families = text_string_to_metric_families(answer.read().decode())
+                    samples = [sample for family in families for sample in family.samples]
+                # To Prometheus an empty label is none.
+                return {
+                    (s.name, frozenset((name, value) for name, value in s.labels.items() if value)): s.value
+                    for s in samples
+                    if s.name != "target_info"
+                }
+
+            # The cancelled call is counted last, and perhaps only after a while.
+            pushed = collector.metrics(lambda pushed: count_of_calls(pushed) == 5 and as_samples(pushed) == exposed())
+    assert collector.resource["service.name"] == "nanoserve"
+    units = {name: unit for name, (unit, _) in on_the_page().items()}
+    assert {name: metric.unit for name, metric in pushed.items()}.items() <= units.items()
+    assert all(metric.description for metric in pushed.values())
+    by_code = {labels["rpc.response.status_code"]: p.count for labels, p in points(pushed, "rpc.server.call.duration")}
+    assert by_code == {"OK": 3, "CANCELLED": 1, "INVALID_ARGUMENT": 1}
+    good = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "nanoserve"}
+    good["gen_ai.request.model"] = "nanoserve-builtin"
+    [(labels, point)] = points(pushed, "gen_ai.server.time_to_first_token")
+    assert (labels, point.count) == (good, 3)
+    # From the begin of the call, which is a moment before the request's.
+    assert point.sum > sum(result.timing.queue_s + result.timing.prefill_s for result in results) - 1e-6
+    [(_, point)] = points(pushed, "nanoserve.sequences.finished")
+    assert point.as_int == 4
+    [(_, point)] = points(pushed, "nanoserve.completion.tokens")
+    assert point.as_int >= sum(result.usage.completion_tokens for result in results) == 30
+    assert points(pushed, "nanoserve.calls.rejected")[0][0] == {"nanoserve.error.reason": "INVALID_REQUEST"}
+
+
+def count_of_calls(pushed):
+    return sum(point.count for _, point in points(pushed, "rpc.server.call.duration"))
+
+
+def points(pushed, name):
+    """(attributes, point) of each series."""
+    if name not in pushed:
+        return []
+    metric = pushed[name]
+    return [(attributes(point), point) for point in getattr(metric, metric.WhichOneof("data")).data_points]
+
+
+def as_samples(pushed):
+    """What Prometheus must read of a push: {(name, labels): value}."""
+    return {
+        (name, frozenset(labels.items())): value
+        for metric in pushed.values()
+        for name, labels, value in _samples(metric, {"s": "_seconds"}.get(metric.unit, ""))
+    }
+
+
+def _samples(metric, unit):
+    name = metric.name.replace(".", "_") + unit
+    kind = metric.WhichOneof("data")
+    data = getattr(metric, kind)
+    for point in data.data_points:
+        labels = {key.replace(".", "_"): value for key, value in attributes(point).items()}
+        if kind == "gauge":
+            yield name, labels, getattr(point, point.WhichOneof("value"))
+            continue
+        assert data.aggregation_temporality == AGGREGATION_TEMPORALITY_CUMULATIVE
+        if kind == "sum":
+            assert data.is_monotonic
+            yield f"{name}_total", labels, getattr(point, point.WhichOneof("value"))
+        else:
+            yield f"{name}_count", labels, point.count
+            yield f"{name}_sum", labels, point.sum
+            bounds, counts = [*point.explicit_bounds, math.inf], itertools.accumulate(point.bucket_counts)
+            for bound, count in zip(bounds, counts, strict=True):
+                yield f"{name}_bucket", labels | {"le": floatToGoString(bound)}, count

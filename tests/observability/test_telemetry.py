@@ -1,13 +1,14 @@
 """Which of OpenTelemetry's variables turn what on, and what is refused at the start."""
 
 import signal
+import socket
 
 import pytest
 from nanoserve_client import Client
-from serve_process import free_port, serving, starting
+from serve_process import serving, starting
 
 from nanoserve.config import ConfigError, ObservabilityOptions
-from nanoserve.observability.telemetry import Telemetry, _is_exported
+from nanoserve.observability.telemetry import Telemetry, _endpoint
 
 URL = "http://127.0.0.1:4317"
 
@@ -15,20 +16,21 @@ URL = "http://127.0.0.1:4317"
 @pytest.mark.parametrize(
     ("variables", "traces", "metrics"),
     [
-        ({}, False, False),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": URL}, True, True),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, False, False),
-        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": URL}, True, False),
-        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": URL}, False, True),
-        ({"OTEL_TRACES_EXPORTER": "otlp"}, True, False),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": URL, "OTEL_METRICS_EXPORTER": "none"}, True, False),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": URL, "OTEL_SDK_DISABLED": "true"}, False, False),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": URL, "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, True, True),
-        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, False, False),
+        ({}, None, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": URL}, URL, URL),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, None, None),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": URL}, URL, None),
+        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": URL}, None, URL),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://else", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": URL}, URL, "http://else"),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, "http://localhost:4317", None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": URL, "OTEL_METRICS_EXPORTER": "none"}, URL, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": URL, "OTEL_SDK_DISABLED": "true"}, None, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": URL, "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, URL, URL),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, None, None),
     ],
 )
-def test_what_is_sent(variables, traces, metrics):
-    assert (_is_exported("TRACES", variables), _is_exported("METRICS", variables)) == (traces, metrics)
+def test_where_it_is_sent(variables, traces, metrics):
+    assert (_endpoint("TRACES", variables), _endpoint("METRICS", variables)) == (traces, metrics)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_what_is_sent(variables, traces, metrics):
 )
 def test_what_is_refused(variables, message):
     with pytest.raises(ConfigError, match=message):
-        _is_exported("TRACES", variables)
+        _endpoint("TRACES", variables)
 
 
 def test_content_without_traces_is_refused():
@@ -57,9 +59,26 @@ def test_a_refusal_is_one_line_and_the_server_does_not_start():
     assert "it must be otlp or none" in server.log[-1]
 
 
-def test_a_collector_that_is_gone_holds_nobody_up():
-    with serving(variables={"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}) as server:
-        with Client(server.address) as client:
-            for _ in range(3):
-                assert client.chat("Hello!", max_tokens=4).result().usage.completion_tokens
-        assert server.end(signal.SIGTERM) == 0
+def test_the_start_says_where_metrics_are():
+    """A server without an HTTP port has no /metrics: tests/gateway has those with one."""
+    with serving("--no-compile") as server:
+        why = "not served without the HTTP port; a collector gets them if OTEL_EXPORTER_OTLP_ENDPOINT names one"
+        server.wait_for(f"  metrics +{why}")
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_collector_that_is_gone_or_hangs_holds_nobody_up(hangs):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if hangs:
+            # Connections are made, and nothing is ever said.
+            listener.listen()
+        collector = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with serving("--no-compile", variables={"OTEL_EXPORTER_OTLP_ENDPOINT": collector}) as server:
+            server.wait_for(f"  metrics +not served without the HTTP port, and sent to {collector}")
+            server.wait_for(f"  traces +sent to {collector}")
+            with Client(server.address) as client:
+                for _ in range(3):
+                    assert client.chat("Hello!", max_tokens=4).result().usage.completion_tokens
+            assert server.end(signal.SIGTERM) == 0
+    assert not any("Traceback" in line for line in server.log)

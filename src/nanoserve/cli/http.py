@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from nanoserve.config import ConfigError, ServerConfig
+from nanoserve.request import Fact
 
 if TYPE_CHECKING:
     from starlette.routing import Route
@@ -22,21 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
-async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemetry") -> AsyncIterator[str | None]:
-    """Listens while the block runs; gives the base URL, or why it is not served; None if nobody wants it. Raises
-    ConfigError.
-
-    /metrics is there too.
+async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemetry") -> AsyncIterator[list[Fact]]:
+    """Listens while the block runs, if it is wanted; /metrics is there too. Gives where they are, or why they are not.
+    Raises ConfigError.
 
     server: not started yet. It answers while it drains, so it is stopped before the block ends.
     """
     if config.http_port == 0:
-        yield None
+        yield _telemetry_facts(telemetry, None)
         return
     if config.tls_client_ca is not None:
         why = "not served: it cannot ask for certificates, as --tls-client-ca wants"
         logger.warning("OpenAI's API is %s", why)
-        yield why
+        yield [Fact("OpenAI", why), *_telemetry_facts(telemetry, None)]
         return
     # Imported here, because openai's types take a moment.
     from nanoserve_gateway.app import GatewayConfig
@@ -61,11 +60,26 @@ async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemet
             routes=[_metrics_route(telemetry)] if telemetry.has_metrics else [],
         )
         serving = asyncio.create_task(gateway.serve([listener]))
+        url = f"http://{config.http_host}:{config.http_port}"
         try:
-            yield f"http://{config.http_host}:{config.http_port}/v1"
+            yield [Fact("OpenAI", f"{url}/v1"), Fact("live view", f"{url}/"), *_telemetry_facts(telemetry, url)]
         finally:
             gateway.stop()
             await serving
+
+
+def _telemetry_facts(telemetry: "Telemetry", url: str | None) -> list[Fact]:
+    """url: of the HTTP port; None = there is none."""
+    facts = []
+    if telemetry.has_metrics:
+        pulled = "not served without the HTTP port" if url is None else f"{url}/metrics"
+        pushed = telemetry.metrics_endpoint
+        if url is None and pushed is None:
+            pulled += "; a collector gets them if OTEL_EXPORTER_OTLP_ENDPOINT names one"
+        facts.append(Fact("metrics", pulled if pushed is None else f"{pulled}, and sent to {pushed}"))
+    if telemetry.traces_endpoint is not None:
+        facts.append(Fact("traces", f"sent to {telemetry.traces_endpoint}"))
+    return facts
 
 
 def _metrics_route(telemetry: "Telemetry") -> "Route":

@@ -62,13 +62,15 @@ async def serve(options: Options, loading: Loading) -> int:
     observers = Observers(recorder, *telemetry.observers)
     server = Server(options.server, observers=observers, recorder=recorder)
     try:
-        async with openai_api(options.server, server, telemetry) as openai:
-            return await _serve(options, loading, server, observers, openai)
+        async with openai_api(options.server, server, telemetry) as http_facts:
+            return await _serve(options, loading, server, observers, http_facts)
     finally:
         await telemetry.close()
 
 
-async def _serve(options: Options, loading: Loading, server: "Server", observers: Observers, openai: str | None) -> int:
+async def _serve(
+    options: Options, loading: Loading, server: "Server", observers: Observers, http_facts: list[Fact]
+) -> int:
     started_s = time.monotonic()
     try:
         address = _address(options.server, await server.start())
@@ -83,9 +85,8 @@ async def _serve(options: Options, loading: Loading, server: "Server", observers
     engine.start()
     server.set_engine(engine)
     loading.report(Fact("gRPC", f"{address}, {_protection(options.server)}"))
-    if openai is not None:
-        loading.report(Fact("OpenAI", openai))
-        loading.report(Fact("live view", openai.removesuffix("v1")))
+    for fact in http_facts:
+        loading.report(fact)
     ready_after_s = time.monotonic() - started_s
     observers.server_ready(engine.model.name, ready_after_s)
     logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())

@@ -29,7 +29,9 @@ from nanoserve.observer import Observer
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
-# How long the last spans and metrics may take to leave at the end, each.
+# The SDK's own.
+DEFAULT_ENDPOINT = "http://localhost:4317"
+# How long the last spans and metrics may take to leave at the end.
 FLUSH_TIMEOUT_S = 3
 
 
@@ -44,7 +46,10 @@ class Telemetry:
         self._tracer_provider: TracerProvider | None = None
         self._meter_provider: MeterProvider | None = None
         self._registry = CollectorRegistry()
-        if _is_exported("TRACES", variables):
+        # Of the collector that gets them; None = none does.
+        self.traces_endpoint = _endpoint("TRACES", variables)
+        self.metrics_endpoint = _endpoint("METRICS", variables) if options.metrics else None
+        if self.traces_endpoint is not None:
             self._tracer_provider = TracerProvider(resource=resource)
             self._span_exporter = OTLPSpanExporter()
             self._tracer_provider.add_span_processor(BatchSpanProcessor(self._span_exporter))
@@ -55,7 +60,7 @@ class Telemetry:
             raise ConfigError(f"--trace-content is for traces, and there are none: set {ENDPOINT}")
         if options.metrics:
             readers: list[MetricReader] = [PrometheusMetricReader(scope_info_enabled=False, registry=self._registry)]
-            if _is_exported("METRICS", variables):
+            if self.metrics_endpoint is not None:
                 readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
             self._meter_provider = MeterProvider(readers, resource=resource)
             self.observers.append(Metrics(self._meter_provider))
@@ -73,29 +78,33 @@ class Telemetry:
 
     async def close(self) -> None:
         """Send what is left, if the collector takes it in time."""
-        await asyncio.to_thread(self._close)
+        await asyncio.gather(asyncio.to_thread(self._close_traces), asyncio.to_thread(self._close_metrics))
 
-    def _close(self) -> None:
+    def _close_traces(self) -> None:
         if self._tracer_provider is not None:
             # The provider would wait for as long as the exporter tries.
             patience = threading.Timer(FLUSH_TIMEOUT_S, self._span_exporter.shutdown)
             patience.start()
             self._tracer_provider.shutdown()
             patience.cancel()
+
+    def _close_metrics(self) -> None:
         if self._meter_provider is not None:
             self._meter_provider.shutdown(FLUSH_TIMEOUT_S * 1000)
 
 
-def _is_exported(signal: str, variables: Mapping[str, str]) -> bool:
-    """Whether a signal, "TRACES" or "METRICS", goes to a collector. Raises ConfigError."""
+def _endpoint(signal: str, variables: Mapping[str, str]) -> str | None:
+    """Where a signal, "TRACES" or "METRICS", is sent; None = to no collector. Raises ConfigError."""
     chooser = f"OTEL_{signal}_EXPORTER"
     chosen = variables.get(chooser, "").strip()
     if chosen not in ("", "otlp", "none"):
         raise ConfigError(f"{chooser} is {chosen!r}; it must be otlp or none")
     if variables.get("OTEL_SDK_DISABLED", "").lower() == "true" or chosen == "none":
-        return False
-    is_wanted = bool(chosen or variables.get(ENDPOINT) or variables.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"))
+        return None
+    endpoint = variables.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT") or variables.get(ENDPOINT)
+    if not (chosen or endpoint):
+        return None
     protocol = variables.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL") or variables.get(PROTOCOL) or "grpc"
-    if is_wanted and protocol != "grpc":
+    if protocol != "grpc":
         raise ConfigError(f"{PROTOCOL} is {protocol!r}; it must be grpc")
-    return is_wanted
+    return endpoint or DEFAULT_ENDPOINT

@@ -72,7 +72,11 @@ class GatewayConfig:
 
 
 def build_app(config: GatewayConfig, routes: Sequence[BaseRoute] = ()) -> Starlette:
-    """The application; it connects when it starts. routes: further ones, beside the API's."""
+    """The application; it connects when it starts. routes: further ones, beside the API's.
+
+    Who runs it sets `state.is_stopping`, an event, when it takes no more requests: streams without an end of their own
+    then end.
+    """
     gateway = Gateway(config)
     origins = list(config.cors_origins)
     cors = Middleware(
@@ -82,12 +86,14 @@ def build_app(config: GatewayConfig, routes: Sequence[BaseRoute] = ()) -> Starle
         allow_headers=["*"],
         expose_headers=["x-request-id", "retry-after", "retry-after-ms"],
     )
-    return Starlette(
+    app = Starlette(
         routes=[*gateway.routes(), *live.routes(gateway.client), *routes],
         lifespan=gateway.lifespan,
         middleware=[Middleware(tracing.Tracing), *([cors] if origins else [])],
         exception_handlers={HTTPException: _on_http_error, Exception: _on_error},
     )
+    app.state.is_stopping = asyncio.Event()
+    return app
 
 
 class Gateway:

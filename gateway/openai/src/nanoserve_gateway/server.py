@@ -89,8 +89,9 @@ class GatewayServer(uvicorn.Server):
     def __init__(self, config: GatewayConfig, *, takes_signals: bool, routes: Sequence[BaseRoute] = ()) -> None:
         """takes_signals: whether SIGTERM and SIGINT end it, rather than stop(). routes: more than the API's."""
         self._takes_signals = takes_signals
+        self._app = build_app(config, routes)
         settings = uvicorn.Config(
-            build_app(config, routes),
+            self._app,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -113,6 +114,11 @@ class GatewayServer(uvicorn.Server):
     def stop(self) -> None:
         """Take no more requests, and end when the running ones have."""
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """After stop() or a signal; uvicorn calls it."""
+        self._app.state.is_stopping.set()
+        await super().shutdown(sockets)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -106,9 +106,14 @@ class EventStream(Response):
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T | None:
     """What the work returns; None, and the work is cancelled, if the caller goes away before. The request's body has
     been read."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_disconnect(receive))
-    async with _cancelled_at_end([working, leaving]):
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+    return await unless(_disconnect(receive), work)
+
+
+async def unless(end: Coroutine[Any, Any, Any], work: Coroutine[Any, Any, _T]) -> _T | None:
+    """What the work returns; None, and the work is cancelled, if `end` returns before."""
+    working, ending = asyncio.create_task(work), asyncio.create_task(end)
+    async with _cancelled_at_end([working, ending]):
+        await asyncio.wait([working, ending], return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
 
 

@@ -8,6 +8,7 @@ admin key, and sends it as any caller does. Neither prompts nor completions are 
 whatever origins may call the API.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from importlib import resources
@@ -51,7 +52,7 @@ def routes(client: Callable[[], AsyncClient]) -> list[Route]:
         watch = client().watch_engine(interval=INTERVAL_S, metadata=_authorization(request))
         # A refusal is the answer's status.
         first = await anext(watch)
-        return _Events(watch, first)
+        return _Events(watch, first, request.app.state.is_stopping)
 
     async def explain(request: Request) -> Response:
         if not (id := request.query_params.get("id")):
@@ -114,12 +115,12 @@ def _refusal(problem: Problem) -> Response:
 
 
 class _Events(Response):
-    """Snapshots as server-sent events, until the reader goes away or the server does."""
+    """Snapshots as server-sent events, until the reader goes away, the server does, or the gateway stops."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, watch: AsyncEngineWatch, first: EngineSnapshot) -> None:
-        self._watch, self._first = watch, first
+    def __init__(self, watch: AsyncEngineWatch, first: EngineSnapshot, is_stopping: asyncio.Event) -> None:
+        self._watch, self._first, self._is_stopping = watch, first, is_stopping
         self.status_code = 200
         self.background = None
         self.init_headers(streaming.HEADERS)
@@ -131,9 +132,12 @@ class _Events(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await streaming.unless(self._is_stopping.wait(), self._send_frames(send))
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send_frames(self, send: Send) -> None:
         async for frame in self._frames():
             await send({"type": "http.response.body", "body": frame, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
 
     async def _frames(self) -> AsyncIterator[bytes]:
         """Pulls a snapshot when the one before has been sent, so that a slow reader gets fewer."""
