@@ -108,10 +108,25 @@ def test_counts_are_what_the_callers_saw(server, tmp_path):
         expect("sum(nanoserve_sequences_running + nanoserve_queue_length)", {(): 0})
         expect('sum(nanoserve_kv_blocks{nanoserve_kv_block_state="owned"})', {(): 0})
         assert not prometheus.query("ALERTS{alertstate='firing'}")
+        # And the dashboard has something to draw, but for what did not happen.
+        empty = [expression for expression in asked_by_the_dashboard() if not prometheus.query(expression)]
+        assert [re.findall(r"\w+_total", expression) for expression in empty] == [["nanoserve_preemptions_total"]]
     # The log says the same.
     lines = [json.loads(line) for line in served.log if '"rpc": "Generate"' in line]
     assert Counter(line["code"] for line in lines) == tally.codes
     assert len({line["request_id"] for line in lines}) == sum(tally.codes.values())
+
+
+def asked_by_the_dashboard():
+    """The queries of all panels and variables, as Grafana sends them."""
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            yield target["expr"].replace("$instance", ".*").replace("$__rate_interval", "5m")
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]).groups()
+            yield f"count by ({label}) ({metric})"
 
 
 def test_every_series_keeps_to_labels_that_no_caller_chooses(server):
@@ -198,20 +213,19 @@ def test_dashboard_and_alerts_ask_for_metrics_that_there_are(server):
     # These have no series before they first happen.
     exposed |= {"nanoserve_preemptions_total", "nanoserve_calls_rejected_total"}
     exposed |= {"nanoserve_requests_cancelled_total", "nanoserve_requests_deadline_missed_total"}
-    dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
-    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    asked.append((DEPLOY / "alerts.yml").read_text())
+    asked = [*asked_by_the_dashboard(), (DEPLOY / "alerts.yml").read_text()]
     # Not those of labels, which stand in lists and braces.
     plain = [re.sub(r"by \([^)]*\)|{{[^}]*}}|{[^}]*}|action:.*", "", each) for each in asked]
     names = {name for each in plain for name in re.findall(r"\b(?:nanoserve|gen_ai|rpc)_[a-z_]+\b", each)}
     assert len(names) > 12
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in names} <= exposed
     # Written by hand, so at least no two panels share a place.
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
 
 
-def test_the_compose_file_names_files_that_there_are():
+def test_compose_file_and_dockerfile_name_files_that_there_are():
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     assert services.keys() == {"nanoserve", "envoy", "jaeger", "prometheus", "grafana"}
     for service in services.values():
@@ -220,3 +234,7 @@ def test_the_compose_file_names_files_that_there_are():
     [script] = services["envoy"]["command"]
     before = re.search(r"s/(.*?)/", script)[1]
     assert before in (DEPLOY.parent / "gateway" / "envoy" / "envoy.yaml").read_text()
+    copied = re.findall(r"^COPY (.*) \S+$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert copied
+    for path in " ".join(copied).split():
+        assert (DEPLOY.parent / path).exists(), path
