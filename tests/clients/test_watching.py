@@ -7,6 +7,7 @@ from nanoserve_client import (
     Cancelled,
     FinishReason,
     NotFound,
+    QueueWait,
     SequencePhase,
     StepPart,
     StepPreemption,
@@ -46,7 +47,9 @@ def snapshot(number):
         duration=Duration(nanos=5_000_000),
         parts=[admin_pb2.StepPart(request_number=4, index=1, start=11, tokens=1, sampled=True)],
         preemptions=[admin_pb2.StepPreemption(request_number=5, index=0, for_request_number=4)],
-        wait=admin_pb2.QueueWait(request_number=5, reason=admin_pb2.WAIT_REASON_BLOCKS, behind_request_number=4),
+        wait=admin_pb2.QueueWait(
+            request_number=5, reason=admin_pb2.WAIT_REASON_BLOCKS, behind_request_number=4, text="blocks behind x"
+        ),
         running=1,
         waiting=1,
         taken_blocks=2,
@@ -81,7 +84,7 @@ async def test_snapshots_come_until_the_watch_is_cancelled(face, server):
     [step] = first.steps
     assert step.parts == (StepPart(4, 1, 11, 1, 0, True),)
     assert step.preemptions == (StepPreemption(5, 0, 4),)
-    assert (step.wait.reason, step.wait.behind_request_number) == (WaitReason.BLOCKS, 4)
+    assert step.wait == QueueWait(5, 0, WaitReason.BLOCKS, 4, "blocks behind x")
     assert (step.duration_s, step.taken_blocks, step.freed_blocks, step.failed) == (0.005, 2, 3, False)
     assert (first.cached_block_ids, first.lost_steps) == ((1, 2), 6)
     assert second.steps[0].number == 2

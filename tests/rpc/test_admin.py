@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
+import math
+import re
 import time
 
 import grpc
@@ -15,6 +17,7 @@ from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc
 from nanoserve.config import ServerConfig
 from nanoserve.observability.flight_recorder import FlightRecorder
 from nanoserve.observer import Observers
+from nanoserve.rpc import admin
 from nanoserve.rpc.server import Server
 
 PROMPT = list(range(20))
@@ -37,9 +40,11 @@ async def watched(*, keys=None, **options):
         config = ServerConfig(grpc_port=0, drain_timeout_s=0, **(keys or {}))
         server = Server(config, bench.engine, observers=observers, recorder=recorder)
         target = f"127.0.0.1:{await server.start()}"
-        async with AsyncClient(target, retries=False) as client:
-            yield Watched(bench, recorder, client, target)
-        await server.stop()
+        try:
+            async with AsyncClient(target, retries=False) as client:
+                yield Watched(bench, recorder, client, target)
+        finally:
+            await server.stop()
 
 
 async def until(holds):
@@ -166,6 +171,8 @@ async def test_a_watcher_who_does_not_read_gets_no_more_and_misses_no_step(monke
     made = []
     snapshot = FlightRecorder.snapshot
     monkeypatch.setattr(FlightRecorder, "snapshot", lambda *args: made.append(snapshot(*args)) or made[-1])
+    # As often as it asked for, however long the making takes.
+    monkeypatch.setattr(admin, "WATCHERS_SHARE", math.inf)
     async with watched(max_waiting=1000) as served:
         # Large snapshots, so that what lies between server and reader is soon full.
         served.bench.executor.gate.clear()
@@ -197,10 +204,40 @@ async def test_a_watcher_who_does_not_read_gets_no_more_and_misses_no_step(monke
         watch.cancel()
 
 
-async def test_a_watcher_who_leaves_is_forgotten():
+async def test_what_the_queue_waits_for_is_told_in_words():
+    async with watched(max_num_seqs=1) as served, served.client.watch_engine(interval=0.05) as watch:
+        served.bench.executor.gate.clear()
+        ask = served.client.generate
+        tasks = [asyncio.create_task(ask(PROMPT, max_tokens=20, request_id=name).result()) for name in ("one", "two")]
+        await until(lambda: len(served.bench.engine._streams) == 2)
+        served.bench.executor.gate.set()
+        async for snapshot in watch:
+            waits = [step.wait for step in snapshot.steps if step.wait]
+            if waits:
+                break
+        await asyncio.gather(*tasks)
+        assert re.fullmatch("one of the running sequences to end behind request (one|two)", waits[0].text)
+
+
+def test_where_many_watch_or_a_snapshot_takes_long_they_come_less_often():
+    assert admin._pause_s(interval_s=0.05, took_s=0.002, num_watchers=1) == 0.05
+    assert admin._pause_s(interval_s=0.05, took_s=0.002, num_watchers=50) == pytest.approx(50 * 0.002 / 0.1)
+    assert admin._pause_s(interval_s=60, took_s=0.002, num_watchers=50) == 60
+
+
+async def test_fifty_watchers_are_served_and_forgotten_when_they_leave(monkeypatch):
+    counted = []
+    pause_s = admin._pause_s
+    monkeypatch.setattr(admin, "_pause_s", lambda *args: counted.append(args[-1]) or pause_s(*args))
     async with watched() as served:
-        for _ in range(20):
-            async with served.client.watch_engine(interval=0.05) as watch:
-                await anext(watch)
-        # Their handlers have ended: nobody makes a snapshot any more.
-        await until(lambda: not [t for t in asyncio.all_tasks() if "WatchEngine" in repr(t.get_coro())])
+        async with contextlib.AsyncExitStack() as watches:
+            for _ in range(50):
+                watch = await watches.enter_async_context(served.client.watch_engine(interval=0.05))
+                assert (await anext(watch)).stats.running == 0
+            # The last one is counted when it pauses, a moment after its first snapshot.
+            await until(lambda: max(counted) == 50)
+            result = await served.client.generate(PROMPT, max_tokens=6).result()
+            assert result.usage.completion_tokens == 6
+        # They have left, and are forgotten.
+        async with served.client.watch_engine(interval=0.05):
+            await until(lambda: counted[-1] == 1)

@@ -23,7 +23,6 @@ from nanoserve_client import (
     NanoserveError,
     SequencePhase,
     SequenceSnapshot,
-    WaitReason,
 )
 
 from nanoserve.cli.connection import needed_server, remote_client, served_by
@@ -44,13 +43,6 @@ MAP_ROWS = 4
 LABEL_WIDTH = 24
 BAR_WIDTH = 30
 
-WAITS_FOR = {
-    WaitReason.BLOCKS: "KV blocks",
-    WaitReason.ROWS: "a running sequence to end",
-    WaitReason.TOKENS: "a step with room for its tokens",
-    WaitReason.BATCH: "the batch to end",
-    WaitReason.UNKNOWN: "something that this version does not know",
-}
 COLOURS = {"prompt": "34", "cached": "33", "token": "32", "preempted": "31", "soft": "2", "bold": "1"}
 PHASE_COLOURS = {
     SequencePhase.PREFILL: "prompt",
@@ -159,8 +151,8 @@ def screen(snapshot: EngineSnapshot, title: str, width: int, height: int, *, is_
     paint = _Paint(is_coloured)
     uptime_s = int(snapshot.stats.uptime_s)
     up = f"up {uptime_s // 3600}:{uptime_s // 60 % 60:02}:{uptime_s % 60:02}"
-    head = f"nanoserve: {title}"[: width - len(up) - 2]
-    lines = [paint("bold", head) + up.rjust(width - len(head)), figures(snapshot)[:width], ""]
+    head = f"nanoserve: {title}"[: max(0, width - len(up) - 2)]
+    lines = [paint("bold", head) + up.rjust(width - len(head))[:width], figures(snapshot)[:width], ""]
     lines += kv_map(snapshot, width, paint)
     lines += [_queue(snapshot)[:width], ""]
     live = [each for each in snapshot.sequences if each.phase is not SequencePhase.ENDED]
@@ -217,14 +209,10 @@ def _painted(cells: Sequence[str], paint: _Paint) -> Iterator[str]:
 
 
 def _queue(snapshot: EngineSnapshot) -> str:
-    wait = snapshot.steps[-1].wait if snapshot.steps else None
     if not snapshot.stats.waiting:
         return "Queue: nobody waits"
-    if wait is None:
-        return f"Queue: {snapshot.stats.waiting} wait"
-    labels = {each.request_number: each.request_id for each in snapshot.sequences}
-    behind = f" behind {labels[wait.behind_request_number]}" if wait.behind_request_number in labels else ""
-    return f"Queue: {snapshot.stats.waiting} wait, the first for {WAITS_FOR[wait.reason]}{behind}"
+    wait = snapshot.steps[-1].wait if snapshot.steps else None
+    return f"Queue: {snapshot.stats.waiting} wait" + (f", the first for {wait.text}" if wait else "")
 
 
 _HEADING = f"{'REQUEST':{LABEL_WIDTH}}  {'PHASE':9}  {'PROGRESS':{BAR_WIDTH}}  PROMPT  CACHED  TOKENS  BLOCKS     AGE"

@@ -221,11 +221,13 @@ class FlightRecorder(Observer):
         """The timelines of all requests that bear the label, newest first; empty = none is known."""
         now = time.monotonic()
         known = [*self._ended, *self._ending, *self._live]
-        calls = [call for call in self._refused if call.request_id == label]
         labels = {request.id: request.label for request in known}
         memory = Memory(list(self._queue_spans), list(self._absences), labels)
-        timelines = [timeline_of(request, memory, now) for request in known if request.label == label]
-        timelines += map(timeline_of_refusal, calls)
+        # A caller may give all its requests one label: no more of them are looked into than are told.
+        asked = sorted((request for request in known if request.label == label), key=lambda request: request.arrival_s)
+        refused = [call for call in self._refused if call.request_id == label]
+        timelines = [timeline_of(request, memory, now) for request in asked[-MAX_TIMELINES:]]
+        timelines += map(timeline_of_refusal, refused[-MAX_TIMELINES:])
         return sorted(timelines, key=lambda timeline: timeline.arrival_s, reverse=True)[:MAX_TIMELINES]
 
 

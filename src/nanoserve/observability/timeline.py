@@ -158,7 +158,7 @@ class Timeline:
                     longest[event.reason], behind[event.reason] = entry, event.behind
         for reason, share_s in sorted(shares.items(), key=lambda share: -share[1]):
             whom = f" behind request {behind[reason]}" if behind.get(reason) else ""
-            yield f"waited {_time(share_s)} for {_WANTED[reason]}{whom}"
+            yield f"waited {_time(share_s)} for {WANTED[reason]}{whom}"
         if not shares:
             yield from (entry.text for entry, _ in waits)
 
@@ -257,14 +257,15 @@ def _wait_entry(
     what = []
     for reason, share_s in shares.items():
         took = f"{_time(share_s)} " if len(shares) > 1 else ""
-        what.append(f"{took}for {_WANTED[reason]}{_behind(last[reason], request, memory)}")
+        what.append(f"{took}for {WANTED[reason]}{_behind(last[reason], request, memory)}")
     who = f"sequence {index} " if index else ""
     whom = _name(before[0], request, memory) if len(before) == 1 else f"{len(before)} requests"
     after = f"after {whom}, which waited " if before else ""
     return Entry(begin_s, until_s, f"{who}waited {_time(until_s - begin_s)} {after}{' and '.join(what)}", event)
 
 
-_WANTED = {
+# After "waited for".
+WANTED = {
     WaitReason.BLOCKS: "KV blocks",
     WaitReason.ROWS: "one of the running sequences to end",
     WaitReason.TOKENS: "a step with room for more tokens",

@@ -1,6 +1,7 @@
 """AdminService: the operator's surface. auth.py asks for an admin key before a call gets here."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from nanoserve_client.v1 import admin_pb2
@@ -11,14 +12,18 @@ from nanoserve.rpc import messages, validate, watching
 from nanoserve.rpc.call import Call
 from nanoserve.rpc.errors import NotRecorded, RequestNotFound
 
+# Making snapshots may take this part of the event loop's time, for all watchers together: the rest is for requests.
+WATCHERS_SHARE = 0.1
+
 
 class AdminService:
-    """Event loop thread; keeps nothing between calls."""
+    """Event loop thread; keeps nothing between calls but the number of those who watch."""
 
     def __init__(self, engine: Callable[[], Engine], recorder: FlightRecorder | None) -> None:
         """`engine` raises NotReady until there is one. recorder: None = nothing is recorded."""
         self._engine = engine
         self._recorder = recorder
+        self._num_watchers = 0
 
     async def Cancel(self, request: admin_pb2.CancelRequest, _call: Call) -> admin_pb2.CancelResponse:
         request_id = validate.cancellation(request)
@@ -36,13 +41,19 @@ class AdminService:
         interval_s = validate.watch(request)
         recorder = self._needed_recorder()
         position = None
-        while True:
-            stats = self._engine().stats()
-            snapshot = recorder.snapshot(position)
-            position = snapshot.position
-            # While the reader is slow this waits, and the next snapshot is made when it is over.
-            await call.context.write(watching.snapshot(snapshot, messages.stats(stats)))
-            await asyncio.sleep(interval_s)
+        self._num_watchers += 1
+        try:
+            while True:
+                begin_s = time.thread_time()
+                snapshot = recorder.snapshot(position)
+                position = snapshot.position
+                message = watching.snapshot(snapshot, messages.stats(self._engine().stats()))
+                took_s = time.thread_time() - begin_s
+                # While the reader is slow this waits, and the next snapshot is made when it is over.
+                await call.context.write(message)
+                await asyncio.sleep(_pause_s(interval_s, took_s, self._num_watchers))
+        finally:
+            self._num_watchers -= 1
 
     async def ExplainRequest(
         self, request: admin_pb2.ExplainRequestRequest, _call: Call
@@ -57,3 +68,8 @@ class AdminService:
         if self._recorder is None:
             raise NotRecorded
         return self._recorder
+
+
+def _pause_s(interval_s: float, took_s: float, num_watchers: int) -> float:
+    """Until the next snapshot, when the last one took so much time of the event loop's thread."""
+    return max(interval_s, num_watchers * took_s / WATCHERS_SHARE)

@@ -11,6 +11,7 @@ from nanoserve_client.v1.generation_pb2 import FINISH_REASON_UNSPECIFIED
 
 from nanoserve.observability.flight_recorder import SequencePhase, SequenceState, Snapshot
 from nanoserve.observability.timeline import (
+    WANTED,
     CacheHit,
     Decoded,
     Ended,
@@ -41,11 +42,12 @@ _WAIT_REASONS: Mapping[WaitReason | None, "admin_pb2.WaitReason.ValueType"] = {
 
 
 def snapshot(taken: Snapshot, stats: admin_pb2.GetStatsResponse) -> admin_pb2.WatchEngineResponse:
+    labels = {state.request.id: state.request.label for state in taken.sequences}
     return admin_pb2.WatchEngineResponse(
         stats=stats,
         sequences=[_sequence(state, taken.time_s) for state in taken.sequences],
         cached_block_ids=taken.cached_block_ids,
-        steps=map(_step, taken.steps),
+        steps=[_step(step, labels) for step in taken.steps],
         lost_steps=taken.num_lost_steps,
     )
 
@@ -68,7 +70,8 @@ def _sequence(state: SequenceState, now_s: float) -> admin_pb2.SequenceSnapshot:
     )
 
 
-def _step(step: StepRecord) -> admin_pb2.StepSnapshot:
+def _step(step: StepRecord, labels: Mapping[str, str]) -> admin_pb2.StepSnapshot:
+    """labels: the callers' ids, by the engine's."""
     releases = (*step.early_releases, *step.late_releases)
     message = admin_pb2.StepSnapshot(
         number=step.number,
@@ -99,12 +102,14 @@ def _step(step: StepRecord) -> admin_pb2.StepSnapshot:
         failed=step.has_failed,
     )
     if (wait := step.wait) is not None:
+        behind = labels.get(wait.behind_request_id)
         message.wait.CopyFrom(
             admin_pb2.QueueWait(
                 request_number=_number(wait.request_id),
                 index=wait.index,
                 reason=_WAIT_REASONS[wait.reason],
                 behind_request_number=_number(wait.behind_request_id),
+                text=WANTED[wait.reason] + (f" behind request {behind}" if behind else ""),
             )
         )
     return message

@@ -136,11 +136,13 @@ class QueueWait:
     reason: WaitReason
     # The running request that has most of what it waits for. 0 = none runs.
     behind_request_number: int
+    # What it waits for and behind whom, in plain English, such as "KV blocks behind request order-17".
+    text: str
 
     @classmethod
     def of(cls, message: pb.QueueWait) -> Self:
         reason = _WAIT_REASONS.get(message.reason, WaitReason.UNKNOWN)
-        return cls(message.request_number, message.index, reason, message.behind_request_number)
+        return cls(message.request_number, message.index, reason, message.behind_request_number, message.text)
 
 
 @dataclass(frozen=True, slots=True)

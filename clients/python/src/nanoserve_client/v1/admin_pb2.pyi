@@ -544,6 +544,7 @@ class QueueWait(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     BEHIND_REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     request_number: _builtins.int
     """As SequenceSnapshot.request_number."""
     index: _builtins.int
@@ -554,6 +555,8 @@ class QueueWait(_message.Message):
     """The running request that has most of it: of KV blocks, or of the step's tokens; for a row or the batch, the one
     that is served first. 0 = none runs.
     """
+    text: _builtins.str
+    """What is waited for and behind whom, in plain English, such as "KV blocks behind request order-17"."""
     def __init__(
         self,
         *,
@@ -561,10 +564,11 @@ class QueueWait(_message.Message):
         index: _builtins.int = ...,
         reason: Global___WaitReason.ValueType = ...,
         behind_request_number: _builtins.int = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind_request_number", b"behind_request_number", "index", b"index", "reason", b"reason", "request_number", b"request_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind_request_number", b"behind_request_number", "index", b"index", "reason", b"reason", "request_number", b"request_number", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

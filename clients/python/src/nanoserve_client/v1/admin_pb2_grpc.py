@@ -90,7 +90,8 @@ class AdminServiceServicer:
     def WatchEngine(self, request, context):
         """Snapshots of the engine, one at once and then one an interval, until the caller cancels. No prompt and no
         completion is in them. A reader that is slower than its interval gets fewer snapshots, never old ones: the steps of
-        those that it missed are in the next. Errors: NOT_RECORDED if the server keeps no records.
+        those that it missed are in the next. So do all when so many watch that snapshots would take more than a tenth of
+        the server's time. Errors: NOT_RECORDED if the server keeps no records.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,8 @@ class AdminServiceStub:
     WatchEngine: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchEngineRequest, _admin_pb2.WatchEngineResponse]
     """Snapshots of the engine, one at once and then one an interval, until the caller cancels. No prompt and no
     completion is in them. A reader that is slower than its interval gets fewer snapshots, never old ones: the steps of
-    those that it missed are in the next. Errors: NOT_RECORDED if the server keeps no records.
+    those that it missed are in the next. So do all when so many watch that snapshots would take more than a tenth of
+    the server's time. Errors: NOT_RECORDED if the server keeps no records.
     """
     ExplainRequest: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]
     """What happened to a request, from its arrival until now or its end, and why it waited. For requests that run, and
@@ -64,7 +65,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     WatchEngine: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchEngineRequest, _admin_pb2.WatchEngineResponse]  # type: ignore[assignment]
     """Snapshots of the engine, one at once and then one an interval, until the caller cancels. No prompt and no
     completion is in them. A reader that is slower than its interval gets fewer snapshots, never old ones: the steps of
-    those that it missed are in the next. Errors: NOT_RECORDED if the server keeps no records.
+    those that it missed are in the next. So do all when so many watch that snapshots would take more than a tenth of
+    the server's time. Errors: NOT_RECORDED if the server keeps no records.
     """
     ExplainRequest: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]  # type: ignore[assignment]
     """What happened to a request, from its arrival until now or its end, and why it waited. For requests that run, and
@@ -107,7 +109,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchEngineResponse], _abc.AsyncIterator[_admin_pb2.WatchEngineResponse]]:
         """Snapshots of the engine, one at once and then one an interval, until the caller cancels. No prompt and no
         completion is in them. A reader that is slower than its interval gets fewer snapshots, never old ones: the steps of
-        those that it missed are in the next. Errors: NOT_RECORDED if the server keeps no records.
+        those that it missed are in the next. So do all when so many watch that snapshots would take more than a tenth of
+        the server's time. Errors: NOT_RECORDED if the server keeps no records.
         """
 
     @_abc_1.abstractmethod

@@ -192,20 +192,14 @@ def _sequence(sequence: SequenceSnapshot) -> dict[str, Any]:
 
 
 def _step(step: StepSnapshot) -> dict[str, Any]:
-    wait = step.wait
     return {
         "number": step.number,
         "ms": round(step.duration_s * 1000, 2),
         # Many, so without names.
         "parts": [[p.request_number, p.index, p.start, p.tokens, p.prompt_tokens] for p in step.parts],
         "preemptions": [[p.request_number, p.index, p.for_request_number] for p in step.preemptions],
-        "wait": wait
-        and {
-            "number": wait.request_number,
-            "index": wait.index,
-            "reason": wait.reason.value,
-            "behind": wait.behind_request_number,
-        },
+        # What the head of the queue waits for, in words.
+        "wait": step.wait and step.wait.text,
         "running": step.running,
         "waiting": step.waiting,
         "failed": step.failed,

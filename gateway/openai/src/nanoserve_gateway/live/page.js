@@ -219,13 +219,6 @@ function showFigures({ stats, steps }) {
   if (times.length) $("step-time").textContent = `${(times.reduce((a, b) => a + b) / times.length).toFixed(1)} ms`;
 }
 
-const WAITS_FOR = {
-  blocks: "KV blocks",
-  rows: "a running sequence to end",
-  tokens: "a step with room for its tokens",
-  batch: "the batch to end",
-};
-
 function showQueue({ sequences, steps, stats }) {
   const waiting = sequences.filter((each) => each.phase === "waiting" || each.phase === "preempted");
   $("queue").replaceChildren(
@@ -236,12 +229,8 @@ function showQueue({ sequences, steps, stats }) {
     }),
   );
   const wait = steps.at(-1)?.wait;
-  const behind = wait && sequences.find((each) => each.number === wait.behind);
-  $("queue-reason").replaceChildren(
-    ...(stats.waiting && wait
-      ? ["The first waits for ", element("b", WAITS_FOR[wait.reason] ?? wait.reason), behind ? ` behind ${behind.id}.` : "."]
-      : [stats.waiting ? "" : "Nobody waits."]),
-  );
+  const reason = wait ? `The first waits for ${wait}.` : "";
+  $("queue-reason").textContent = stats.waiting ? reason : "Nobody waits.";
 }
 
 function element(name, ...children) {
