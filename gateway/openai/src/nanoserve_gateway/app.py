@@ -41,10 +41,11 @@ from nanoserve_gateway.schema import BadRequest, Schema, Violation
 from nanoserve_gateway.store import ResponseStore
 from nanoserve_gateway.streaming import EventStream, Generation, unless_gone
 
-# Larger bodies are parsed on a thread, so that other streams do not wait.
+# Larger bodies are parsed on a thread, so that other streams do not wait; and only for callers whom the service knows.
 LARGE_BODY_BYTES = 64 * 1024
 # Of a header that is passed on: gRPC takes 8 KiB of them all.
 MAX_HEADER_CHARS = 2048
+NOT_KEPT = "no response {id!r} is kept: it has not ended yet, was deleted, or made room for others"
 HEALTH_TIMEOUT_S = 2.0
 HEALTH_SERVICE = "nanoserve.v1.GenerationService"
 
@@ -161,15 +162,14 @@ class Gateway:
         with contextlib.ExitStack() as leaving:
             leaving.enter_context(generation)
             try:
-                if (starts := await unless_gone(request.receive, generation.start())) is None:
-                    raise ClientDisconnect
-                if answer.is_streamed:
-                    leaving.pop_all()
-                    return EventStream(generation, answer, starts, self._config.keep_alive_s)
-                if (results := await unless_gone(request.receive, generation.results())) is None:
-                    raise ClientDisconnect
+                async with unless_gone(request.receive):
+                    starts = await generation.start()
+                    results = [] if answer.is_streamed else await generation.results()
             except NanoserveError as error:
                 return _refusal(problem_of(error, answer.names))
+            if answer.is_streamed:
+                leaving.pop_all()
+                return EventStream(generation, answer, starts, self._config.keep_alive_s)
         return _json(to_json(answer.whole(results)), {"x-request-id": starts[0].request_id})
 
     async def _begin_in_background(self, request: Request, answer: ResponseAnswer) -> Response:
@@ -187,8 +187,8 @@ class Gateway:
         with contextlib.ExitStack() as leaving:
             leaving.enter_context(generation)
             try:
-                if (starts := await unless_gone(request.receive, generation.start())) is None:
-                    raise ClientDisconnect
+                async with unless_gone(request.receive):
+                    starts = await generation.start()
             except NanoserveError as error:
                 return _refusal(problem_of(error, answer.names))
             leaving.pop_all()
@@ -232,7 +232,7 @@ class Gateway:
     def _remembered(self, request: Request) -> Remembered:
         """Raises HTTPException."""
         if (found := self._store.get(_owner(request), id := request.path_params["id"])) is None:
-            raise HTTPException(404, f"there is no response {id!r}, or not any more")
+            raise HTTPException(404, NOT_KEPT.format(id=id))
         return found
 
     def _previous(self, owner: str, fields: Mapping[str, Any]) -> Remembered | None:
@@ -241,7 +241,7 @@ class Gateway:
             return None
         found = self._store.get(owner, id)
         if found is None:
-            raise BadRequest([Violation("previous_response_id", f"there is no response {id!r}, or not any more")])
+            raise BadRequest([Violation("previous_response_id", NOT_KEPT.format(id=id))])
         if found.response.status not in ("completed", "incomplete"):
             raise BadRequest([Violation("previous_response_id", f"{id!r} is {found.response.status}")])
         return found
@@ -311,6 +311,9 @@ class Gateway:
     async def _body(self, request: Request) -> bytes:
         body = bytearray()
         async for piece in request.stream():
+            if len(body) < LARGE_BODY_BYTES <= len(body) + len(piece):
+                # Any call would do: a wrong key is refused before there is more to read.
+                await self._client.list_models(**self._call_options(request))
             body += piece
             if len(body) > (most := self._config.max_body_bytes):
                 raise HTTPException(413, f"the request has more than {most} bytes")

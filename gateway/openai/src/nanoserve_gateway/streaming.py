@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from typing import Any, Self, TypeVar
 
 from nanoserve_client import AsyncGenerateStream, Delta, NanoserveError, Result, Started
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -74,8 +75,9 @@ class EventStream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        with self._generation:
-            await unless_gone(receive, self._send(send))
+        with self._generation, contextlib.suppress(ClientDisconnect):
+            async with unless_gone(receive):
+                await self._send(send)
 
     async def _send(self, send: Send) -> None:
         async def write(pieces: Iterable[bytes]) -> None:
@@ -103,18 +105,21 @@ class EventStream(Response):
                 await write([KEEP_ALIVE])
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T | None:
-    """What the work returns; None, and the work is cancelled, if the caller goes away before. The request's body has
-    been read."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_disconnect(receive))
-    async with _cancelled_at_end([working, leaving]):
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+@contextlib.asynccontextmanager
+async def unless_gone(receive: Receive) -> AsyncIterator[None]:
+    """The block ends with ClientDisconnect, and what it awaits is cancelled, when the caller goes away. The request's
+    body has been read."""
 
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        patience.reschedule(0)  # at once
 
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    try:
+        async with asyncio.timeout(None) as patience, _cancelled_at_end([asyncio.create_task(listen())]):
+            yield
+    except TimeoutError:
+        raise ClientDisconnect from None
 
 
 @contextlib.asynccontextmanager

@@ -8,6 +8,7 @@ admin key, and sends it as any caller does. Neither prompts nor completions are 
 whatever origins may call the API.
 """
 
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from importlib import resources
@@ -23,7 +24,7 @@ from nanoserve_client import (
     StepSnapshot,
     Timeline,
 )
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -126,8 +127,9 @@ class _Events(Response):
         del self.headers["content-length"]
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._watch:
-            await streaming.unless_gone(receive, self._send(send))
+        with contextlib.suppress(ClientDisconnect):
+            async with self._watch, streaming.unless_gone(receive):
+                await self._send(send)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
