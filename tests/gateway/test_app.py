@@ -243,6 +243,13 @@ def test_identity_trace_and_deadline_travel_beside_the_request(scripted, monkeyp
     assert 0 < scripted.script.deadlines[0] <= 7
 
 
+def test_a_deadline_that_passed_is_told_in_words_about_requests(scripted):
+    scripted.script.generate = silent
+    answer = scripted.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-timeout": "0.1"})
+    assert answer.status_code == 504
+    assert answer.json()["error"]["message"] == "the request did not end within its time limit"
+
+
 def test_without_a_header_the_gateways_own_deadline_holds():
     with scripted_gateway(timeout_s=3) as gateway:
         gateway.http.post("/v1/chat/completions", json=CHAT)

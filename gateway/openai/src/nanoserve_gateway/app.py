@@ -37,7 +37,7 @@ from nanoserve_gateway.completions import CompletionAnswer
 from nanoserve_gateway.errors import Problem, bad_request, problem_of
 from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QUERIES, RESPONSES, TOKENIZE
 from nanoserve_gateway.responses import Remembered, ResponseAnswer, page_of
-from nanoserve_gateway.schema import BadRequest, Schema, Violation
+from nanoserve_gateway.schema import BadRequest, Schema, Violation, parse_json
 from nanoserve_gateway.store import ResponseStore
 from nanoserve_gateway.streaming import EventStream, Generation, unless_gone
 
@@ -305,8 +305,8 @@ class Gateway:
         except TimeoutError:
             raise HTTPException(408, f"the request did not come within {self._config.receive_timeout_s:g} s") from None
         if len(body) < LARGE_BODY_BYTES:
-            return schema.parse(_parse_json(body))
-        return await asyncio.to_thread(lambda: schema.parse(_parse_json(body)))
+            return schema.parse(parse_json(body))
+        return await asyncio.to_thread(lambda: schema.parse(parse_json(body)))
 
     async def _body(self, request: Request) -> bytes:
         body = bytearray()
@@ -344,30 +344,6 @@ class Gateway:
         if not 0 < timeout_s < 2**31:
             raise BadRequest([Violation("header x-request-timeout", "must be seconds, above 0")])
         return timeout_s
-
-
-def _parse_json(body: bytes) -> Any:
-    """Raises BadRequest. NaN and halves of characters are no JSON that others could read; of a name that is there twice
-    one value would be ignored."""
-    try:
-        value = json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
-        if b"\\u" in body:
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise BadRequest([Violation("body", f"is not JSON: {error}")]) from None
-    return value
-
-
-def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(members)
-    if len(value) < len(members):
-        names = [name for name, _ in members]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not allowed")
 
 
 def _owner(request: Request) -> str:
