@@ -37,14 +37,15 @@ from nanoserve_gateway.completions import CompletionAnswer
 from nanoserve_gateway.errors import Problem, bad_request, problem_of
 from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QUERIES, RESPONSES, TOKENIZE
 from nanoserve_gateway.responses import Remembered, ResponseAnswer, page_of
-from nanoserve_gateway.schema import BadRequest, Schema, Violation
+from nanoserve_gateway.schema import BadRequest, Schema, Violation, parse_json
 from nanoserve_gateway.store import ResponseStore
 from nanoserve_gateway.streaming import EventStream, Generation, unless_gone
 
-# Larger bodies are parsed on a thread, so that other streams do not wait.
+# Larger bodies are parsed on a thread, so that other streams do not wait; and only for callers whom the service knows.
 LARGE_BODY_BYTES = 64 * 1024
 # Of a header that is passed on: gRPC takes 8 KiB of them all.
 MAX_HEADER_CHARS = 2048
+NOT_KEPT = "no response {id!r} is kept: it has not ended yet, was deleted, or made room for others"
 HEALTH_TIMEOUT_S = 2.0
 HEALTH_SERVICE = "nanoserve.v1.GenerationService"
 
@@ -167,15 +168,14 @@ class Gateway:
         with contextlib.ExitStack() as leaving:
             leaving.enter_context(generation)
             try:
-                if (starts := await unless_gone(request.receive, generation.start())) is None:
-                    raise ClientDisconnect
-                if answer.is_streamed:
-                    leaving.pop_all()
-                    return EventStream(generation, answer, starts, self._config.keep_alive_s)
-                if (results := await unless_gone(request.receive, generation.results())) is None:
-                    raise ClientDisconnect
+                async with unless_gone(request.receive):
+                    starts = await generation.start()
+                    results = [] if answer.is_streamed else await generation.results()
             except NanoserveError as error:
                 return _refusal(problem_of(error, answer.names))
+            if answer.is_streamed:
+                leaving.pop_all()
+                return EventStream(generation, answer, starts, self._config.keep_alive_s)
         return _json(to_json(answer.whole(results)), {"x-request-id": starts[0].request_id})
 
     async def _begin_in_background(self, request: Request, answer: ResponseAnswer) -> Response:
@@ -193,8 +193,8 @@ class Gateway:
         with contextlib.ExitStack() as leaving:
             leaving.enter_context(generation)
             try:
-                if (starts := await unless_gone(request.receive, generation.start())) is None:
-                    raise ClientDisconnect
+                async with unless_gone(request.receive):
+                    starts = await generation.start()
             except NanoserveError as error:
                 return _refusal(problem_of(error, answer.names))
             leaving.pop_all()
@@ -238,7 +238,7 @@ class Gateway:
     def _remembered(self, request: Request) -> Remembered:
         """Raises HTTPException."""
         if (found := self._store.get(_owner(request), id := request.path_params["id"])) is None:
-            raise HTTPException(404, f"there is no response {id!r}, or not any more")
+            raise HTTPException(404, NOT_KEPT.format(id=id))
         return found
 
     def _previous(self, owner: str, fields: Mapping[str, Any]) -> Remembered | None:
@@ -247,7 +247,7 @@ class Gateway:
             return None
         found = self._store.get(owner, id)
         if found is None:
-            raise BadRequest([Violation("previous_response_id", f"there is no response {id!r}, or not any more")])
+            raise BadRequest([Violation("previous_response_id", NOT_KEPT.format(id=id))])
         if found.response.status not in ("completed", "incomplete"):
             raise BadRequest([Violation("previous_response_id", f"{id!r} is {found.response.status}")])
         return found
@@ -311,12 +311,15 @@ class Gateway:
         except TimeoutError:
             raise HTTPException(408, f"the request did not come within {self._config.receive_timeout_s:g} s") from None
         if len(body) < LARGE_BODY_BYTES:
-            return schema.parse(_parse_json(body))
-        return await asyncio.to_thread(lambda: schema.parse(_parse_json(body)))
+            return schema.parse(parse_json(body))
+        return await asyncio.to_thread(lambda: schema.parse(parse_json(body)))
 
     async def _body(self, request: Request) -> bytes:
         body = bytearray()
         async for piece in request.stream():
+            if len(body) < LARGE_BODY_BYTES <= len(body) + len(piece):
+                # Any call would do: a wrong key is refused before there is more to read.
+                await self._client.list_models(**self._call_options(request))
             body += piece
             if len(body) > (most := self._config.max_body_bytes):
                 raise HTTPException(413, f"the request has more than {most} bytes")
@@ -347,30 +350,6 @@ class Gateway:
         if not 0 < timeout_s < 2**31:
             raise BadRequest([Violation("header x-request-timeout", "must be seconds, above 0")])
         return timeout_s
-
-
-def _parse_json(body: bytes) -> Any:
-    """Raises BadRequest. NaN and halves of characters are no JSON that others could read; of a name that is there twice
-    one value would be ignored."""
-    try:
-        value = json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
-        if b"\\u" in body:
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise BadRequest([Violation("body", f"is not JSON: {error}")]) from None
-    return value
-
-
-def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(members)
-    if len(value) < len(members):
-        names = [name for name, _ in members]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not allowed")
 
 
 def _owner(request: Request) -> str:

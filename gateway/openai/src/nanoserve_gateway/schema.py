@@ -1,6 +1,6 @@
 """What a request may hold: the openai package's own parameter types, cut down to what is served.
 
-    JSON ─▶ Schema.parse ─▶ the fields that are set, checked; or BadRequest with every violation
+    JSON ─▶ parse_json ─▶ Schema.parse ─▶ the fields that are set, checked; or BadRequest with every violation
 
 A schema is made of a table with a line for each field. Nothing is ignored: a field is served, or a label that changes
 no token, or refused with its reason; one that no line has is refused as unknown. The types become pydantic models that
@@ -9,6 +9,7 @@ forbid what they do not name. The same table makes the reference page and the Op
 
 import collections.abc
 import functools
+import json
 import operator
 import types
 import typing
@@ -20,6 +21,9 @@ import pydantic
 from openai._types import SequenceNotStr
 from pydantic import ConfigDict, Discriminator
 from typing_extensions import is_typeddict
+
+# Of one JSON object; the largest that is served has 1,024. What is wrong with each is found before it is counted.
+MAX_NAMES = 4096
 
 Status = Literal["served", "label", "refused"]
 
@@ -55,6 +59,33 @@ class Field:
     type: Any = None
 
 
+def parse_json(body: bytes) -> Any:
+    """Raises BadRequest. NaN and halves of characters are no JSON that others could read; of a name that is there twice
+    one value would be ignored."""
+    try:
+        value = json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
+        if b"\\u" in body:
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise BadRequest([Violation("body", f"is not JSON: {error}")]) from None
+    return value
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(members) > MAX_NAMES:
+        raise ValueError(f"an object has {len(members)} names; at most {MAX_NAMES}")
+    value: dict[str, Any] = {}
+    for name, member in members:
+        if name in value:
+            raise ValueError(f"{name!r} is there twice")
+        value[name] = member
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
 def served(name: str, note: str, type: Any = None) -> Field:
     return Field(name, "served", note, type=type)
 
@@ -88,7 +119,7 @@ class Schema:
         self.model = self._model(name, taken)
 
     def parse(self, body: Any) -> dict[str, Any]:
-        """The fields that are set; null is not set. Raises BadRequest."""
+        """The fields that are set; null is not set. Raises BadRequest, with the first wrong item of each list."""
         if not isinstance(body, dict):
             raise BadRequest([Violation("body", "must be a JSON object")])
         given = {name: value for name, value in body.items() if value is not None}
@@ -150,7 +181,8 @@ class Schema:
         if origin in (typing.Union, types.UnionType):
             return self._choice(arguments)
         if origin in (list, collections.abc.Iterable, collections.abc.Sequence, SequenceNotStr):
-            return types.GenericAlias(list, (self._convert(arguments[0]),))
+            # Of a list the first wrong item alone is told: errors of millions would take gigabytes.
+            return Annotated[types.GenericAlias(list, (self._convert(arguments[0]),)), pydantic.Field(fail_fast=True)]
         return hint
 
     def _choice(self, options: Iterable[Any]) -> Any:
@@ -192,8 +224,8 @@ def _violations(error: pydantic.ValidationError, body: Any) -> list[Violation]:
         messages = found.setdefault(path, [])
         if (message := entry["msg"].removeprefix("Value error, ")) not in messages:
             messages.append(message)
-    deepest = {p: m for p, m in found.items() if not any(q[: len(p)] == p and q != p for q in found)}
-    return [Violation(_text(path), ", or: ".join(messages)) for path, messages in deepest.items()]
+    above = {path[:depth] for path in found for depth in range(len(path))}
+    return [Violation(_text(path), ", or: ".join(messages)) for path, messages in found.items() if path not in above]
 
 
 def _path(location: tuple[int | str, ...], body: Any, *, is_missing: bool) -> tuple[int | str, ...]:

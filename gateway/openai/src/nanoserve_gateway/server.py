@@ -40,13 +40,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Connection(HttpToolsProtocol):
-    """A caller's connection, as uvicorn has it, on which the head of a request must end: in size and in time."""
+    """A caller's connection, as uvicorn has it, on which the head of a request must end, in size and in time; and so
+    must a body that was answered before it came, which uvicorn would skip for ever. All other bodies the application
+    reads."""
 
     def __init__(self, *arguments: Any, receive_timeout_s: float, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._receive_timeout_s = receive_timeout_s
-        self._head_bytes = 0
-        # While a head is awaited.
+        # None while no head is awaited.
+        self._head_bytes: int | None = None
+        # While the connection waits for one of the two.
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -58,12 +61,22 @@ class _Connection(HttpToolsProtocol):
         self._await_head()
 
     def on_headers_complete(self) -> None:
+        self._head_bytes = None
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle is not None and self.cycle.more_body:
+            self._start_timer()
+
+    def on_message_complete(self) -> None:
+        self._stop_timer()
+        super().on_message_complete()
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._timer is not None:
+        if self._head_bytes is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self.send_400_response(f"The head of the request has more than {MAX_HEAD_BYTES} bytes.")
@@ -73,8 +86,11 @@ class _Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
-        self._stop_timer()
         self._head_bytes = 0
+        self._start_timer()
+
+    def _start_timer(self) -> None:
+        self._stop_timer()
         self._timer = self.loop.call_later(self._receive_timeout_s, self.transport.close)
 
     def _stop_timer(self) -> None:

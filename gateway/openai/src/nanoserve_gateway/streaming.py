@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from typing import Any, Self, TypeVar
 
 from nanoserve_client import AsyncGenerateStream, Delta, NanoserveError, Result, Started
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -74,8 +75,9 @@ class EventStream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        with self._generation:
-            await unless_gone(receive, self._send(send))
+        with self._generation, contextlib.suppress(ClientDisconnect):
+            async with unless_gone(receive):
+                await self._send(send)
 
     async def _send(self, send: Send) -> None:
         async def write(pieces: Iterable[bytes]) -> None:
@@ -103,23 +105,35 @@ class EventStream(Response):
                 await write([KEEP_ALIVE])
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T | None:
-    """What the work returns; None, and the work is cancelled, if the caller goes away before. The request's body has
-    been read."""
-    return await unless(_disconnect(receive), work)
+@contextlib.asynccontextmanager
+async def unless_gone(receive: Receive) -> AsyncIterator[None]:
+    """The block ends with ClientDisconnect, and what it awaits is cancelled, when the caller goes away. The request's
+    body has been read."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async with until(gone()):
+        yield
+        return
+    raise ClientDisconnect
 
 
-async def unless(end: Coroutine[Any, Any, Any], work: Coroutine[Any, Any, _T]) -> _T | None:
-    """What the work returns; None, and the work is cancelled, if `end` returns before."""
-    working, ending = asyncio.create_task(work), asyncio.create_task(end)
-    async with _cancelled_at_end([working, ending]):
-        await asyncio.wait([working, ending], return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+@contextlib.asynccontextmanager
+async def until(end: Coroutine[Any, Any, Any]) -> AsyncIterator[None]:
+    """The block ends at the latest when `end` returns; what it awaits then is cancelled."""
 
+    async def watch() -> None:
+        await end
+        patience.reschedule(0)  # at once
 
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    try:
+        async with asyncio.timeout(None) as patience, _cancelled_at_end([asyncio.create_task(watch())]):
+            yield
+    except TimeoutError:
+        if not patience.expired():
+            raise
 
 
 @contextlib.asynccontextmanager

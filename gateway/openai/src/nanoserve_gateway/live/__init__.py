@@ -9,6 +9,7 @@ whatever origins may call the API.
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from importlib import resources
@@ -24,7 +25,7 @@ from nanoserve_client import (
     StepSnapshot,
     Timeline,
 )
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -127,17 +128,16 @@ class _Events(Response):
         del self.headers["content-length"]
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._watch:
-            await streaming.unless_gone(receive, self._send(send))
+        with contextlib.suppress(ClientDisconnect):
+            async with self._watch, streaming.unless_gone(receive):
+                await self._send(send)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await streaming.unless(self._is_stopping.wait(), self._send_frames(send))
+        async with streaming.until(self._is_stopping.wait()):
+            async for frame in self._frames():
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-
-    async def _send_frames(self, send: Send) -> None:
-        async for frame in self._frames():
-            await send({"type": "http.response.body", "body": frame, "more_body": True})
 
     async def _frames(self) -> AsyncIterator[bytes]:
         """Pulls a snapshot when the one before has been sent, so that a slow reader gets fewer."""
