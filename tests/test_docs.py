@@ -50,6 +50,7 @@ NOT_RUN = {
     "docker run --rm -p 127.0.0.1:16686:16686 -p 127.0.0.1:4317:4317 jaegertracing/jaeger:2.5.0": (
         "a container; tests/observability/test_tracing.py has a collector of its own"
     ),
+    "python3 -m venv phoenix && phoenix/bin/pip install arize-phoenix": "a hundred packages, and serves",
     "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317 OTEL_METRICS_EXPORTER=none make serve": "serves",
     ".venv/bin/nanoserve serve --grpc-port 50052 --http-port 8001": "the same",
     "make check": "runs all tests, this one too",
