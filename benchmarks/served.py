@@ -22,12 +22,15 @@ def serving(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stderr is not None
-            found = (re.search(r"ready after .* on (\S+)", line) for line in process.stderr)
-            address = next(match[1] for match in found if match)
+            for line in process.stderr:
+                if ready := re.search(r"ready after .* on (\S+)", line):
+                    break
+            else:
+                sys.exit(f"the server has ended: {line}")
             # It logs a line a request, and would stand still once they fill the pipe.
             drain = threading.Thread(target=process.stderr.read)
             drain.start()
-            yield process, address
+            yield process, ready[1]
         finally:
             process.terminate()
     drain.join()
