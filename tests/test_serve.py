@@ -115,6 +115,11 @@ def test_a_reader_that_stops_reading_does_not_hold_up_others(served):
     wait_until_free(served.address)
 
 
+def test_without_an_http_port_the_start_says_where_metrics_are(tiny):
+    why = "not served without the HTTP port; a collector gets them if OTEL_EXPORTER_OTLP_ENDPOINT names one"
+    tiny.wait_for(f"  metrics +{why}")
+
+
 async def test_many_prompts_in_a_tiny_cache_all_finish(tiny):
     async with AsyncClient(tiny.address) as client:
         streams = [client.chat(f"Hello {i}!", max_tokens=80, ignore_eos=True) for i in range(40)]

@@ -333,9 +333,9 @@ async def test_a_reader_who_skips_many_steps_is_told_how_many():
 
 
 async def test_what_is_kept_is_bounded():
-    """Ten thousand requests, many of them abandoned, leave no more behind than the rings hold."""
+    """Three thousand requests, many of them abandoned, leave no more behind than the rings hold."""
     async with recorded(max_waiting=10_000) as (bench, recorder):
-        for batch in range(10):
+        for batch in range(3):
             bench.executor.gate.clear()
             num_steps = bench.executor.num_begun
             tasks = [asyncio.create_task(bench.collect(prompt(i, 5), max_tokens=1 + i % 3)) for i in range(1000)]

@@ -59,14 +59,7 @@ def test_a_refusal_is_one_line_and_the_server_does_not_start():
     assert "it must be otlp or none" in server.log[-1]
 
 
-def test_the_start_says_where_metrics_are():
-    """A server without an HTTP port has no /metrics: tests/gateway has those with one."""
-    with serving("--no-compile") as server:
-        why = "not served without the HTTP port; a collector gets them if OTEL_EXPORTER_OTLP_ENDPOINT names one"
-        server.wait_for(f"  metrics +{why}")
-
-
-@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("hangs", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_a_collector_that_is_gone_or_hangs_holds_nobody_up(hangs):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
