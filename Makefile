@@ -28,7 +28,8 @@ lint: .venv/installed-dev ## style, types, and the contract: lint, format, compa
 check: lint test ## what CI runs, and what one runs before a commit
 
 soak: .venv/installed-dev ## long runs: memory over 10,000 requests, wide fuzzing
-	$(BIN)/python -m pytest -q -m soak $(ARGS)
+	-$(BIN)/pip install --quiet --only-binary :all: atheris # the fuzzer, where it has a wheel: Linux on x86
+	$(BIN)/python -m pytest -q -rs -m soak $(ARGS)
 
 bench: .venv/installed-dev benchmarks/checkpoints/qwen3-0.6b ## time nanoserve and installed peers; table and plot in benchmarks/results/
 	$(BIN)/python benchmarks/offline.py benchmarks/checkpoints/qwen3-0.6b $(ARGS)
