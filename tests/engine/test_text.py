@@ -726,6 +726,20 @@ def unpickled(codec: TextCodec, modules: Path) -> str:
     ).stdout.decode()
 
 
+@pytest.mark.parametrize("name", CODECS)
+def test_every_kind_of_codec_travels(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    codec = CODECS[name]
+    arrived = pickle.loads(pickle.dumps(codec))
+    for text in CORPUS:
+        assert arrived.encode(text) == codec.encode(text)
+    ids = list(range(codec.vocab_size))
+    assert arrived.decode(ids) == codec.decode(ids)
+    assert arrived.special_token_ids == codec.special_token_ids
+    assert texts(ids, arrived) == texts(ids, codec)
+
+
 def test_a_codec_travels_to_a_process_without_torch(tmp_path: Path) -> None:
     codec = TextCodec.load(BUILTIN_MODEL)
     assert unpickled(codec, tmp_path) == f"{codec.encode('HELLO')}\n"
