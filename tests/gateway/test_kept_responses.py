@@ -132,7 +132,8 @@ def test_room_for_responses_is_bounded_and_the_least_used_goes():
         assert [status(id) for id in (first, second, third)] == [200, 404, 200]
 
 
-def test_a_response_in_the_background_answers_at_once_and_is_there_when_it_ended(scripted):
+def hold_after_start(scripted):
+    """The server's answers go on after their start when the event is set."""
     go_on = threading.Event()
 
     def generate(request, context):
@@ -141,6 +142,11 @@ def test_a_response_in_the_background_answers_at_once_and_is_there_when_it_ended
         yield from itertools.islice(hello(request, context), 1, None)
 
     scripted.script.generate = generate
+    return go_on
+
+
+def test_a_response_in_the_background_answers_at_once_and_is_there_when_it_ended(scripted):
+    go_on = hold_after_start(scripted)
     body = {"model": "tiny", "input": "hi", "background": True}
     made = scripted.http.post("/v1/responses", json=body).json()
     assert (made["status"], made["output"]) == ("in_progress", [])
@@ -279,14 +285,7 @@ def test_what_runs_is_never_put_out():
 
 
 def test_a_streamed_response_is_there_when_it_has_ended_and_not_before(scripted):
-    go_on = threading.Event()
-
-    def generate(request, context):
-        yield started()
-        assert go_on.wait(WAIT_S)
-        yield from itertools.islice(hello(request, context), 1, None)
-
-    scripted.script.generate = generate
+    go_on = hold_after_start(scripted)
     body = {"model": "tiny", "input": "hi", "stream": True}
     with scripted.http.stream("POST", "/v1/responses", json=body) as answer:
         lines = answer.iter_lines()
