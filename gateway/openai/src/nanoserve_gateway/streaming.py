@@ -114,18 +114,18 @@ async def unless_gone(receive: Receive) -> AsyncIterator[None]:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    async with until(gone()):
+    async with until(gone):
         yield
         return
     raise ClientDisconnect
 
 
 @contextlib.asynccontextmanager
-async def until(end: Coroutine[Any, Any, Any]) -> AsyncIterator[None]:
+async def until(end: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
     """The block ends at the latest when `end` returns; what it awaits then is cancelled."""
 
     async def watch() -> None:
-        await end
+        await end()
         patience.reschedule(0)  # at once
 
     try:

@@ -134,7 +134,7 @@ class _Events(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with streaming.until(self._is_stopping.wait()):
+        async with streaming.until(self._is_stopping.wait):
             async for frame in self._frames():
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
