@@ -267,7 +267,7 @@ async def test_timeout_reaches_the_server_and_fails_the_call(face, server):
     with pytest.raises(DeadlineExceeded) as failure:
         await face.deltas(stream)
     # The transport made this status: there are no details, and the id is the caller's own.
-    assert failure.value.reason is None
+    assert failure.value.reason == "DEADLINE"
     assert failure.value.request_id == "mine"
     assert await asyncio.to_thread(server.script.ended.wait, 30)
     assert 0 < server.script.deadlines[0] < 5

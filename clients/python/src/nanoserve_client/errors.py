@@ -1,7 +1,8 @@
 """What a call raises: one exception type, with a subclass for each status that callers treat differently.
 
 `from_status` is pure and serves both clients. The server dresses its errors with google.rpc details; a status that the
-transport makes by itself (a deadline, a lost connection) has none, and every field then has its empty value.
+transport makes by itself (a lost connection, a proxy's refusal) has none, and every field then has its empty value. A
+deadline is noticed by both ends at the same time, so its reason is the same whichever of them was first.
 """
 
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ class NanoserveError(Exception):
         code: The gRPC status code.
         message: What happened, for a person.
         reason: The server's own name of the condition, such as "OVERLOADED" or "CONTEXT_LENGTH_EXCEEDED"; None if the
-            transport made the error.
+            transport made the error, a deadline's apart.
         request_id: The request's id as the server knows it, else the one the caller gave; None if there is neither.
         violations: (field, description) of each thing wrong with the request, the field by its path in the contract,
             such as "sampling.top_p". The server names at most 16.
@@ -111,7 +112,8 @@ def from_status(
     request_id: str | None,
 ) -> NanoserveError:
     """The exception for a status that is not OK. `request_id` stands in where the details name none."""
-    error = _BY_CODE.get(code, NanoserveError)(code, message or "", request_id=request_id)
+    reason = "DEADLINE" if code is grpc.StatusCode.DEADLINE_EXCEEDED else None
+    error = _BY_CODE.get(code, NanoserveError)(code, message or "", reason=reason, request_id=request_id)
     for detail in _details(trailers or ()):
         _dress(error, detail)
     return error
