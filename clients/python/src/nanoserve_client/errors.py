@@ -2,7 +2,7 @@
 
 `from_status` is pure and serves both clients. The server dresses its errors with google.rpc details; a status that the
 transport makes by itself (a lost connection, a proxy's refusal) has none, and every field then has its empty value. A
-deadline is noticed by both ends at the same time, so its reason is the same whichever of them was first.
+deadline is noticed by both ends at the same time, so it has its reason and words whichever of them was first.
 """
 
 from collections.abc import Iterable
@@ -112,9 +112,12 @@ def from_status(
     request_id: str | None,
 ) -> NanoserveError:
     """The exception for a status that is not OK. `request_id` stands in where the details name none."""
-    reason = "DEADLINE" if code is grpc.StatusCode.DEADLINE_EXCEEDED else None
+    details = _details(trailers or ())
+    reason = None
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and not details:
+        reason, message = "DEADLINE", "the request did not end within its time limit"
     error = _BY_CODE.get(code, NanoserveError)(code, message or "", reason=reason, request_id=request_id)
-    for detail in _details(trailers or ()):
+    for detail in details:
         _dress(error, detail)
     return error
 

@@ -44,8 +44,6 @@ class _Row:
     code: str | None = None
     # Seconds after which another attempt makes sense, if the server does not say. None = it makes none.
     retry_after_s: float | None = None
-    # Instead of what gRPC's client says when the status is its own.
-    message: str | None = None
 
 
 # OpenAI's clients repeat 408, 409, 429 and whatever is 500 or above, unless told otherwise.
@@ -58,9 +56,7 @@ _TABLE = {
     grpc.StatusCode.UNAVAILABLE: _Row(503, "server_error", retry_after_s=1),
     # A server that stops ends so what came in its last moment.
     grpc.StatusCode.CANCELLED: _Row(503, "server_error", "unavailable", retry_after_s=1),
-    grpc.StatusCode.DEADLINE_EXCEEDED: _Row(
-        504, "timeout_error", message="the request did not end within its time limit"
-    ),
+    grpc.StatusCode.DEADLINE_EXCEEDED: _Row(504, "timeout_error"),
     grpc.StatusCode.ABORTED: _Row(409, "cancelled_error"),
     grpc.StatusCode.INTERNAL: _Row(500, "server_error"),
 }
@@ -88,8 +84,7 @@ def problem_of(error: Exception, names: Mapping[str, str] | None = None) -> Prob
         return _bad_request([(_rest_name(f, names or {}), d) for f, d in error.violations], count)
     row = _TABLE.get(error.code, _Row(500, "server_error"))
     code = row.code or (error.reason or error.code.name).lower()
-    message = row.message if row.message and not error.reason else error.message or error.code.name.lower()
-    return Problem(row.status, row.type, code, message, headers=_headers(error, row))
+    return Problem(row.status, row.type, code, error.message or error.code.name.lower(), headers=_headers(error, row))
 
 
 def bad_request(param: str | None, message: str, *, status: int = 400, code: str = "invalid_request") -> Problem:
