@@ -147,6 +147,25 @@ def test_twenty_requests_share_the_batch(served, open_page, tmp_path):
     assert not page.complaints
 
 
+def test_a_request_that_ended_before_its_steps_are_drawn_has_its_name(served, open_page):
+    with Client(served.address) as client:
+        for i in range(8):
+            client.generate("Once", max_tokens=10, ignore_eos=True, request_id=f"before-{i}").result()
+    page = open_page(served.url)
+    page.locator("#state.live").wait_for()
+
+    def names():
+        box, tips = page.locator("#lanes").bounding_box(), []
+        for y in range(72, int(box["height"]), 21):
+            page.mouse.move(box["x"] + 40, box["y"] + y)
+            tips.append(page.locator("#tip").inner_text())
+        return {tip.partition(":")[0] for tip in tips if ":" in tip}
+
+    until(page, lambda: "before-7" in names())
+    assert all(name.startswith("before-") for name in names())
+    assert not page.complaints
+
+
 def test_a_prompt_joins_the_batch_and_its_answer_comes(served, open_page):
     page = open_page(served.url)
     page.locator("#state.live").wait_for()

@@ -113,7 +113,7 @@ function drawHead(pen, place, steps, firstX) {
 function drawLabel(pen, lane, y) {
   box(pen, hueOf(lane.number), 0, y + 6, 4, ROW - 12);
   pen.font = FONT;
-  const name = lane.index ? `${lane.id} · ${lane.index}` : lane.id;
+  const name = (lane.id || "…") + (lane.index ? ` · ${lane.index}` : "");
   const fill = lane.phase === "preempted" ? color.preempted : lane.isMine ? color.token : color.text;
   write(pen, shorten(pen, name, LABEL - 22), 10, y + ROW / 2, fill, FONT);
 }

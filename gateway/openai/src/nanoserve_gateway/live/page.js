@@ -138,6 +138,8 @@ function readStep(step) {
     ...step,
     tokens: sum(3),
     promptTokens: sum(4),
+    // Of its own snapshot: one that has ended may be missing from the next, which may be here before the step is drawn.
+    sequences: view.byKey,
     // [start, tokens, promptTokens] of each sequence.
     parts: new Map(step.parts.map(([number, index, ...part]) => [keyOf(number, index), part])),
     preempted: new Set(step.preemptions.map(([number, index]) => keyOf(number, index))),
@@ -155,7 +157,7 @@ function showStep(step) {
     if (lane) Object.assign(lane, { computed: 0, phase: "preempted", chunks: [] });
   }
   for (const [laneKey, [start, tokens, promptTokens]] of step.parts) {
-    const lane = view.lanes.find((each) => each?.key === laneKey) ?? join(laneKey, step.number);
+    const lane = view.lanes.find((each) => each?.key === laneKey) ?? join(laneKey, step);
     // What precedes its first part since it got its blocks, it has from the cache.
     if (lane.computed === 0) lane.cached = start;
     lane.lastStep = step.number;
@@ -166,14 +168,15 @@ function showStep(step) {
   }
 }
 
-function join(laneKey, stepNumber) {
-  const sequence = view.byKey.get(laneKey) ?? { id: "?", prompt: 0 };
+function join(laneKey, step) {
+  // The server leaves out some of very many.
+  const sequence = step.sequences.get(laneKey) ?? { id: "", prompt: 0 };
   const [number, index] = laneKey.split("/").map(Number);
   const lane = {
     key: laneKey, number, index, id: sequence.id, prompt: sequence.prompt, cached: 0, isMine: mine.has(sequence.id),
-    firstStep: stepNumber, lastStep: stepNumber, computed: 0, completion: 0, chunks: [], blocks: [], isOver: false, phase: "running",
+    firstStep: step.number, lastStep: step.number, computed: 0, completion: 0, chunks: [], blocks: [], isOver: false, phase: "running",
   };
-  const free = view.lanes.findIndex((each) => each === null || (each.isOver && stepNumber - each.lastStep > LINGER_STEPS));
+  const free = view.lanes.findIndex((each) => each === null || (each.isOver && step.number - each.lastStep > LINGER_STEPS));
   view.lanes[free < 0 ? view.lanes.length : free] = lane;
   return lane;
 }
@@ -282,13 +285,13 @@ const pointed = (event) => under(view, $("lanes").clientWidth, event.offsetX, ev
 
 $("lanes").addEventListener("click", (event) => {
   const { lane } = pointed(event);
-  if (lane) explain(lane.id);
+  if (lane?.id) explain(lane.id);
 });
 $("lanes").addEventListener("mousemove", (event) => {
   const { lane, step } = pointed(event);
   const lines = [];
   if (lane) {
-    lines.push(`${lane.id}: ${lane.prompt} prompt tokens, ${lane.cached} tokens from the cache, ${lane.completion} generated`);
+    lines.push(`${lane.id || "…"}: ${lane.prompt} prompt tokens, ${lane.cached} tokens from the cache, ${lane.completion} generated`);
     if (step) lines.push(partText(step.parts.get(lane.key), step.preempted.has(lane.key)));
   }
   if (step) lines.push(`step ${step.number}: ${step.tokens} tokens in ${step.ms} ms`);
