@@ -4,6 +4,8 @@ BIN := .venv/bin
 MODEL ?=
 ARGS ?=
 SERVERS ?= one-server.yaml
+# Tests start a hundred processes, each of which would compile our sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: serve envoy test lint check soak bench bench-peers stubs reference clean
 
