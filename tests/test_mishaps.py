@@ -78,8 +78,8 @@ FULL_DISK = """
 import os, resource, signal
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 os.environ["CXX"] = "ls"  # any program: it does not come to compiling
-from nanoserve.model import compiled
-compiled.MIN_PARAMETERS = 0
+from nanoserve.model import cpu
+cpu.MIN_COMPILED = 0
 signal.signal(signal.SIGUSR1, lambda *_: os.dup2(os.open("/dev/full", os.O_WRONLY), 2))
 """
 

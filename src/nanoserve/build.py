@@ -22,7 +22,8 @@ from nanoserve.engine.scheduler import Scheduler
 from nanoserve.engine.text import TextCodec
 from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.kv_cache.paged_kv_cache import KVPlan, PagedKVCache, available_memory, plan_kv
-from nanoserve.model.compiled import BackgroundCompiler, can_compile
+from nanoserve.model.compiled import BackgroundCompiler
+from nanoserve.model.cpu import release_threads
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
@@ -137,7 +138,7 @@ def assemble(
     sampler = Sampler(options.scheduler.max_num_seqs, model.vocab_size, model.device)
     runner = ModelRunner(model, cache, sampler, options.scheduler.max_num_seqs, plan.max_context_tokens)
     runner.warm_up()
-    if options.model.compile and can_compile(model):
+    if model.is_compiled:
         compiler = BackgroundCompiler(
             model,
             runner.compiled_attention,
@@ -147,6 +148,8 @@ def assemble(
         compiler.start()
         if wait_until_compiled:
             compiler.wait()
+    if model.device.type == "cpu":
+        release_threads()
 
     scheduler = Scheduler(
         options.scheduler,

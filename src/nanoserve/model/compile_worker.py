@@ -20,12 +20,15 @@ from nanoserve.model.attend import attend_singles
 from nanoserve.model.attention import AttentionForm
 from nanoserve.model.compiled import NUM_TOKENS, Job, LayerJob
 from nanoserve.model.loader import load_skeleton
+from nanoserve.model.narrow import TILE, NarrowLinear, multiply_blocks
 from nanoserve.model.packing import pack_linears
 
-# Of the trial call of attend_singles: sizes that stand for any. Blocks and keys are tied by the block size.
+# Of trial calls: sizes that stand for any. Blocks and keys are tied by the block size.
 NUM_SEQUENCES = 7
 NUM_BLOCKS = 11
 CACHE_BLOCKS = 23
+NUM_TILES = 5
+WIDTH = 160
 
 
 def main(folder: Path) -> None:
@@ -33,6 +36,8 @@ def main(folder: Path) -> None:
     os.nice(10)
     job: Job = torch.load(folder / "job", weights_only=False)
     with torch.inference_mode():
+        for name, product in job.products.items():
+            _make(folder, name, lambda product=product: compile_product(*product))  # type: ignore[misc]
         for name, form in job.attention.items():
             _make(folder, name, lambda form=form: compile_attention(form, job))  # type: ignore[misc]
         model = load_skeleton(job.folder, job.dtype, trust_remote_code=job.trust_remote_code)
@@ -54,8 +59,12 @@ def _make(folder: Path, name: str, compile: Callable[[], Any]) -> None:
 
 
 def _compile(function: Callable[..., Any], *args: Any) -> Any:
-    # Without guards: compiled.py makes sure of what they would.
-    options: Any = {"guard_filter_fn": lambda guards: [False for _ in guards]}
+    options: Any = {
+        # Without guards: compiled.py makes sure of what they would.
+        "guard_filter_fn": lambda guards: [False for _ in guards],
+        # Multiply and add in one instruction, which rounds once.
+        "cpp.enable_floating_point_contract_flag": "fast",
+    }
     compiled: Any = torch.compile(function, fullgraph=True, options=options)
     return compiled.aot_compile((args, {}))
 
@@ -65,6 +74,9 @@ def compile_layer(model: nn.Module, job: LayerJob, whole: Job) -> Any:
     layer = model.get_submodule(job.name).to_empty(device="cpu")
     for name in job.attention_names:
         layer.get_submodule(name).paged_index = torch.tensor(0)
+    for name in job.narrow_names:
+        linear: Any = layer.get_submodule(name)
+        layer.set_submodule(name, NarrowLinear(linear, linear.weight.detach().to(whole.narrow_dtype)))
     if whole.is_packed:
         pack_linears(layer)
     for leaf in _pytree.tree_leaves((job.args, job.kwargs)):
@@ -77,6 +89,16 @@ def compile_layer(model: nn.Module, job: LayerJob, whole: Job) -> Any:
 
 def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return layer(*args, **kwargs)
+
+
+def compile_product(dtype: torch.dtype, size: int) -> Any:
+    """For any number of blocks of `size` tokens, of tiles, and any width."""
+    x = torch.zeros(NUM_SEQUENCES, size, WIDTH)
+    weight = torch.zeros(NUM_TILES, TILE, WIDTH, dtype=dtype)
+    for tensor in (x, weight):
+        torch._dynamo.mark_dynamic(tensor, 0)
+        torch._dynamo.mark_dynamic(tensor, 2)
+    return _compile(multiply_blocks, x, weight)
 
 
 def compile_attention(form: AttentionForm, job: Job) -> Any:

@@ -1,4 +1,4 @@
-"""Parts of a step, compiled for a CPU: decoder layers, and attention of single tokens.
+"""Parts of a step, compiled for a CPU: decoder layers, attention of single tokens, and products of narrow weights.
 
     serving starts ──────▶ plain PyTorch ─────────────────────────────────▶ compiled parts
           └▶ in the cache folder? ─no─▶ child process (compile_worker.py) ─▶ load ─▶ try ─▶ use
@@ -13,7 +13,6 @@ served as it is.
 import hashlib
 import logging
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,12 +28,11 @@ import transformers
 from torch import Tensor, nn
 
 from nanoserve.config import environment
-from nanoserve.model import attend
+from nanoserve.model import attend, narrow
 from nanoserve.model.attention import AttentionForm, attending
 from nanoserve.model.loader import LoadedModel
+from nanoserve.model.narrow import NarrowLinear, multiply_blocks
 
-# Below it, a step takes so little that compiling is not worth its minute of CPU time.
-MIN_PARAMETERS = 50_000_000
 # Of a trial call. Unlike any width in a model, so that a dimension of this size is known to count tokens.
 NUM_TOKENS = 37
 # How far the compiled and the plain layer may be apart: of what the layer adds to its input, or, where rounding of the
@@ -53,6 +51,8 @@ class LayerJob:
     name: str
     # Of its submodules that are attention.
     attention_names: list[str]
+    # And those that are NarrowLinear.
+    narrow_names: list[str]
     # Of a call that was watched.
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -65,10 +65,17 @@ class Job:
     folder: Path
     trust_remote_code: bool
     dtype: torch.dtype
+    narrow_dtype: torch.dtype | None
     is_packed: bool
     block_size: int
-    layers: dict[str, LayerJob]
+    # Products of narrow weights: the weight's type, and the tokens in a block.
+    products: dict[str, tuple[torch.dtype, int]]
     attention: dict[str, AttentionForm]
+    layers: dict[str, LayerJob]
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.products, *self.attention, *self.layers]
 
 
 @dataclass(slots=True)
@@ -115,10 +122,12 @@ class BackgroundCompiler:
             folder=model.folder,
             trust_remote_code=trust_remote_code,
             dtype=model.dtype,
+            narrow_dtype=model.narrow_dtype,
             is_packed=model.is_packed,
             block_size=block_size,
-            layers={f"layer-{call.make}": _layer_job(call) for call in self._calls},
+            products={f"product-{n}": (model.narrow_dtype, n) for n in narrow.BLOCK_SIZES if model.narrow_dtype},
             attention={f"attention-{i}": form for i, form in enumerate(sorted(forms, key=repr))},
+            layers={f"layer-{call.make}": _layer_job(call) for call in self._calls},
         )
         self._thread = threading.Thread(target=self._run, name="nanoserve-compile", daemon=True)
 
@@ -134,23 +143,35 @@ class BackgroundCompiler:
         started_s = time.monotonic()
         try:
             folder = cache_folder(self._job)
-            if not all(_is_made(folder, name) for name in (*self._job.layers, *self._job.attention)):
+            if not all(_is_made(folder, name) for name in self._job.names):
                 logger.info("compiling for speed in the background; requests are served meanwhile")
                 make(self._job, folder)
             with torch.inference_mode():
+                num_products = self._use_products(folder)
                 num_layers = self._use_layers(folder)
                 num_forms = self._use_attention(folder)
         except Exception:
             logger.exception("compiling failed; serving goes on without")
             return
         logger.info(
-            "compiled parts are in use after %.1f s: %d of %d layers, %d of %d forms of attention",
+            "compiled parts are in use after %.1f s: %d of %d products, %d of %d layers, %d of %d forms of attention",
             time.monotonic() - started_s,
+            num_products,
+            len(self._job.products),
             num_layers,
             len(self._calls),
             num_forms,
             len(self._job.attention),
         )
+
+    def _use_products(self, folder: Path) -> int:
+        num_used = 0
+        for name, (dtype, size) in self._job.products.items():
+            multiply = _load(folder, name)
+            if multiply is not None and _multiplies(multiply, dtype, size):
+                narrow.kernels[dtype, size] = multiply
+                num_used += 1
+        return num_used
 
     def _use_layers(self, folder: Path) -> int:
         run_layers = {name: _load(folder, name) for name in self._job.layers}
@@ -170,19 +191,6 @@ class BackgroundCompiler:
                 self._compiled_attention[form] = attend_singles
                 num_used += 1
         return num_used
-
-
-def can_compile(model: LoadedModel) -> bool:
-    """Whether compiling is worth while here, and possible."""
-    if model.device.type != "cpu" or model.num_parameters < MIN_PARAMETERS:
-        return False
-    compiler = environment().get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        logger.warning(
-            "there is no C++ compiler (%s): serving works, but would be up to twice as fast with one", compiler
-        )
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------- watching the model
@@ -239,8 +247,10 @@ def _stand_in(
 
 
 def _layer_job(call: _Call) -> LayerJob:
-    names = [name for name, module in call.layer.named_modules() if hasattr(module, "paged_index")]
-    return LayerJob(call.name, names, call.args, call.kwargs)
+    modules = dict(call.layer.named_modules())
+    attention_names = [name for name, module in modules.items() if hasattr(module, "paged_index")]
+    narrow_names = [name for name, module in modules.items() if isinstance(module, NarrowLinear)]
+    return LayerJob(call.name, attention_names, narrow_names, call.args, call.kwargs)
 
 
 # -------------------------------------------------------------------------------------------- making and loading
@@ -251,7 +261,7 @@ def cache_folder(job: Job) -> Path:
     root = Path(environment().get("XDG_CACHE_HOME") or Path.home() / ".cache")
     sources = sorted(Path(__file__).parent.glob("*.py"))
     facts: list[Any] = [platform.machine(), sorted(torch.cpu.get_capabilities().items()), sys.version]
-    facts += [torch.__version__, transformers.__version__, job.dtype, job.is_packed, job.block_size]
+    facts += [torch.__version__, transformers.__version__, job.dtype, job.narrow_dtype, job.is_packed, job.block_size]
     facts += [(job.folder / "config.json").read_bytes(), *(source.read_bytes() for source in sources)]
     return root / "nanoserve" / "compiled" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
@@ -314,6 +324,14 @@ def _computes_the_same(call: _Call, run_layer: Callable[..., Any]) -> bool:
     added = (want - hidden.float()).norm()
     rounding = TOLERATED_STEPS * torch.finfo(hidden.dtype).eps * hidden.float().norm()
     return bool((got - want).norm() <= TOLERANCE * added + rounding)
+
+
+def _multiplies(multiply: Callable[..., Tensor], dtype: torch.dtype, size: int) -> bool:
+    """Whether a compiled product gives what its formula gives."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, size, NUM_TOKENS, generator=generator)
+    weight = torch.randn(3, narrow.TILE, NUM_TOKENS, generator=generator).to(dtype)
+    return torch.allclose(multiply(x, weight), multiply_blocks(x, weight), atol=1e-4)
 
 
 def _first(out: Any) -> Tensor:

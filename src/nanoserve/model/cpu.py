@@ -4,7 +4,9 @@ Called by the loader. Whoever runs the process may choose otherwise by the same 
 """
 
 import ctypes
+import logging
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,6 +19,10 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # describes it a kernel takes up to a megabyte, whatever the model's size, and by default 1024 of each kind are kept. A
 # step needs about twelve, so that these do for ten sizes of steps in turn; any other costs a few milliseconds more.
 NUM_KERNELS = 128
+# Parameters of a model below which a step takes so little that compiling is not worth its minute of CPU time.
+MIN_COMPILED = 50_000_000
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_cpu() -> None:
@@ -51,3 +57,38 @@ def keep_freed_memory() -> None:
     m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
     mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc takes
     mallopt(m_trim_threshold, 1 << 30)
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what is free now: before serving, when what was needed to load has been released."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def release_threads() -> None:
+    """End the threads that have helped this one to compute, when from now on another thread does.
+
+    A step has hundreds of parallel parts. Between them GNU's OpenMP lets helpers wait awake, but only while all that
+    were ever made are no more than CPUs; otherwise each part begins with waking a thread, and a step takes up to twice
+    as long.
+    """
+    try:
+        openmp = ctypes.CDLL("libgomp.so.1")  # the one that torch has loaded
+    except OSError:
+        return
+    omp_pause_soft = 1  # omp.h: settings stay
+    openmp.omp_pause_resource_all(omp_pause_soft)
+
+
+def can_compile(num_parameters: int) -> bool:
+    """Whether compiling a model of this size is worth while here, and possible."""
+    if num_parameters < MIN_COMPILED:
+        return False
+    compiler = environment().get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        logger.warning(
+            "there is no C++ compiler (%s): serving works, but would be up to twice as fast with one", compiler
+        )
+        return False
+    return True

@@ -36,7 +36,8 @@ from nanoserve.config import ModelOptions, format_size
 from nanoserve.kv_cache.paged_kv_cache import KVSpec, available_memory
 from nanoserve.model import attention
 from nanoserve.model.attention import AttentionLayer
-from nanoserve.model.cpu import prepare_cpu
+from nanoserve.model.cpu import can_compile, prepare_cpu, release_freed_memory
+from nanoserve.model.narrow import can_narrow, narrow_weights
 from nanoserve.model.packing import can_pack, pack_linears
 from nanoserve.model.probe import NotServable, learn_layers
 from nanoserve.request import SamplingParams
@@ -75,7 +76,11 @@ class LoadedModel:
     attention_layers: tuple[AttentionLayer, ...]
     kv_specs: tuple[KVSpec, ...]
     num_parameters: int
-    # Linear layers are PackedLinear.
+    # Parts of it are to be compiled while it is served.
+    is_compiled: bool
+    # Linear layers are NarrowLinear, with weights of this type, where they can be. None = none is.
+    narrow_dtype: torch.dtype | None
+    # Other linear layers are PackedLinear.
     is_packed: bool
     # Equal for equal weights, on every machine: part of every prefix hash.
     fingerprint: str
@@ -100,6 +105,12 @@ def load_model(options: ModelOptions) -> LoadedModel:
     max_position = _max_position(config)
     vocab_size = model.get_output_embeddings().weight.shape[0]
     num_parameters = sum(p.numel() for p in model.parameters())
+    is_compiled = options.compile and device.type == "cpu" and can_compile(num_parameters)
+    # The type that narrow weights have, if any.
+    narrow_dtype = _half_dtype(config, folder) if is_compiled and can_narrow(device, dtype) else None
+    if narrow_dtype is not None:
+        narrow_weights(model, narrow_dtype)
+        release_freed_memory()
     is_packed = can_pack(device, dtype)
     if is_packed:
         pack_linears(model)
@@ -130,6 +141,8 @@ def load_model(options: ModelOptions) -> LoadedModel:
         attention_layers=tuple(attention_layers),
         kv_specs=tuple(kv_specs),
         num_parameters=num_parameters,
+        is_compiled=is_compiled,
+        narrow_dtype=narrow_dtype,
         is_packed=is_packed,
         fingerprint=checkpoint.fingerprint(folder),
     )
@@ -197,7 +210,7 @@ def _resolve_dtype(options: ModelOptions, config: PreTrainedConfig, folder: Path
     if options.dtype != "auto":
         chosen: torch.dtype = getattr(torch, options.dtype)
         return chosen
-    dtype = config.get_text_config().dtype or _stored_dtype(folder)
+    dtype = _checkpoint_dtype(config, folder)
     if device.type != "cpu" or dtype == torch.float32:
         return dtype
     return torch.bfloat16 if _has_fast_bfloat16() else torch.float32
@@ -206,6 +219,17 @@ def _resolve_dtype(options: ModelOptions, config: PreTrainedConfig, folder: Path
 def _has_fast_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def _half_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype | None:
+    """The checkpoint's type if it has 16 bits."""
+    dtype = _checkpoint_dtype(config, folder)
+    return dtype if dtype.itemsize == 2 else None
+
+
+def _checkpoint_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype:
+    dtype: torch.dtype = config.get_text_config().dtype or _stored_dtype(folder)
+    return dtype
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
