@@ -95,7 +95,7 @@ def test_what_is_written_lies_in_its_slot_until_it_is_cleared() -> None:
     cache = PagedKVCache([KVSpec(2, 3, 5, torch.float32)] * 2, num_blocks=4, block_size=8, device=CPU)
     slots = torch.tensor([3 * 8 + 7, 1 * 8 + 0])
     keys, values = torch.randn(2, 2, 3), torch.randn(2, 2, 5)
-    cache.write(1, slots, keys, values)
+    cache.write(1, cache.lines(slots, 2), keys, values)
     assert torch.equal(cache.layers[1].keys[3, :, 7], keys[:, 0])
     assert torch.equal(cache.layers[1].values[1, :, 0], values[:, 1])
     assert not cache.layers[0].keys.any()

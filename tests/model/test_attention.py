@@ -67,7 +67,7 @@ def make_call(
         torch.randn(heads, len(positions), width, generator=generator).to(dtype)
         for heads, width in ((NUM_HEADS, 8), (num_kv_heads, 8), (num_kv_heads, value_width))
     )
-    cache.write(0, slots, k, v)
+    cache.write(0, cache.lines(slots, num_kv_heads), k, v)
     return AttentionCall(batch, layer, cache.layers[0], q, k, v, 0.4, softcap, sinks)
 
 
@@ -83,7 +83,7 @@ def test_both_implementations_agree(step: str, layer: str, form: str) -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_formula_for_single_tokens_agrees(layer: str, form: str) -> None:
     call = make_call(STEPS["single"], LAYERS[layer], **FORMS[form])
-    call.batch.compiled[call.form] = lambda *tensors: attend_singles(*tensors, call.softcap)
+    call.batch.compiled[call.form] = lambda *tensors: attend_singles(*tensors, call.scaling, call.softcap)
     torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
 
 
@@ -114,7 +114,8 @@ def test_nan_of_one_sequence_stays_in_it(implementation: Any, layer: str) -> Non
         tokens = slice(first, first + count)
         keys, values = call.keys.clone(), call.values.clone()
         keys[:, tokens], values[:, tokens] = torch.nan, torch.nan
-        call.batch.cache.write(0, call.batch.slots, keys, values)
+        cache = call.batch.cache
+        cache.write(0, cache.lines(call.batch.slots, len(keys)), keys, values)
         out = implementation(replace(call, keys=keys, values=values))
         others = torch.ones(len(out), dtype=torch.bool)
         others[tokens] = False

@@ -12,10 +12,11 @@ import torch
 from families import FAMILIES, LONGEST, VOCAB_SIZE, save_tiny_model
 from feeder import BLOCK_SIZE, Feeder
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from nanoserve.config import ModelOptions
-from nanoserve.model import compiled
-from nanoserve.model.compiled import BackgroundCompiler, can_compile, watch_calls
+from nanoserve.model import compiled, cpu, narrow
+from nanoserve.model.compiled import BackgroundCompiler, watch_calls
 from nanoserve.model.loader import LoadedModel, load_model
 
 # Of the largest logit.
@@ -27,11 +28,15 @@ PROMPTS = [[RNG.randrange(3, VOCAB_SIZE) for _ in range(LONGEST)] for _ in range
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(narrow, "kernels", {})
 
 
-def tiny(family: str, folder: Path, dtype: str = "float32") -> tuple[LoadedModel, Tensor]:
+def tiny(family: str, folder: Path, dtype: str = "float32", stored: str = "float32") -> tuple[LoadedModel, Tensor]:
     """A model as we load it, and transformers' logits in float32: [3, LONGEST, vocab_size]."""
     theirs = save_tiny_model(family, folder)
+    if stored != "float32":
+        theirs.to(getattr(torch, stored)).save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     ours = load_model(ModelOptions(path=str(folder), dtype=dtype, device="cpu"))  # type: ignore[arg-type]
     with torch.inference_mode():
         return ours, theirs(torch.tensor(PROMPTS)).logits
@@ -61,8 +66,10 @@ def largest_error(feeder: Feeder, want: Tensor) -> float:
     return float(max(errors) / want.abs().max())
 
 
-def check(family: str, folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
-    model, want = tiny(family, folder, dtype)
+def check(
+    family: str, folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, stored: str = "float32"
+) -> LoadedModel:
+    model, want = tiny(family, folder, dtype, stored)
     feeder = Feeder(model, LONGEST, monkeypatch)
     compile_and_wait(model, feeder)
     assert largest_error(feeder, want) < TOLERANCES[dtype]
@@ -71,17 +78,22 @@ def check(family: str, folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    ("family", "dtype", "stored"),
     [
-        ("qwen3", "float32"),
-        pytest.param("qwen3", "bfloat16", marks=pytest.mark.soak),
-        pytest.param("gemma2", "float32", marks=pytest.mark.soak),
+        ("qwen3", "float32", "bfloat16"),
+        pytest.param("qwen3", "float32", "float16", marks=pytest.mark.soak),
+        pytest.param("qwen3", "float32", "float32", marks=pytest.mark.soak),
+        pytest.param("qwen3", "bfloat16", "bfloat16", marks=pytest.mark.soak),
+        pytest.param("gemma2", "float32", "float32", marks=pytest.mark.soak),
     ],
 )
-def test_all_layers_are_compiled_and_compute_the_same(
-    family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_all_parts_are_compiled_and_compute_the_same(
+    family: str, dtype: str, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = check(family, tmp_path, dtype, monkeypatch)
+    monkeypatch.setattr(cpu, "MIN_COMPILED", 0)
+    model = check(family, tmp_path, dtype, monkeypatch, stored)
+    if dtype == "float32" and stored != dtype:
+        assert {size for _, size in narrow.kernels} == set(narrow.BLOCK_SIZES)
     assert num_compiled(model) == len(list(compiled.decoder_layers(model.model)))
 
     # The next start finds them made.
@@ -108,13 +120,13 @@ def made_by(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
 
 def broken_file(job: compiled.Job, folder: Path) -> None:
     folder.mkdir(parents=True)
-    for name in (*job.layers, *job.attention):
+    for name in job.names:
         (folder / f"{name}.compiled").write_bytes(b"no pickle")
 
 
 def error_file(job: compiled.Job, folder: Path) -> None:
     folder.mkdir(parents=True)
-    for name in (*job.layers, *job.attention):
+    for name in job.names:
         (folder / f"{name}.error").write_text("a reason")
 
 
@@ -181,17 +193,18 @@ def test_layers_that_differ_in_a_constant_are_not_of_one_make(tmp_path: Path) ->
     assert first.make != second.make
 
 
-def test_small_models_and_machines_without_a_compiler_are_served_plain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, _ = tiny("qwen3", tmp_path)
-    assert not can_compile(model)
-    monkeypatch.setattr(compiled, "MIN_PARAMETERS", 1)
-    monkeypatch.setenv("CXX", sys.executable)
-    assert can_compile(model)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not can_compile(model)
-    assert "no-such-compiler" in caplog.text
+def test_a_product_that_computes_otherwise_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_folder: Path, name: str) -> Any:
+        return (lambda x, w: narrow.multiply_blocks(x, w) * 1.01) if name == "product-4" else None
+
+    monkeypatch.setattr(cpu, "MIN_COMPILED", 0)
+    monkeypatch.setattr(compiled, "_load", load)
+    monkeypatch.setattr(compiled, "make", nothing)
+    model, want = tiny("qwen3", tmp_path, stored="bfloat16")
+    feeder = Feeder(model, LONGEST, monkeypatch)
+    compile_and_wait(model, feeder)
+    assert not narrow.kernels
+    assert largest_error(feeder, want) < TOLERANCES["float32"]
 
 
 def test_the_worker_ends_with_its_parent(tmp_path: Path) -> None:

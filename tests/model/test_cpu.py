@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanoserve.model import cpu
-from nanoserve.model.cpu import usable_cpus
+from nanoserve.model.cpu import can_compile, usable_cpus
 from nanoserve.model.packing import can_pack
 
 # Multiplies by a packed weight with 600 numbers of rows, and prints by how many bytes the process grew.
@@ -32,6 +32,22 @@ with torch.inference_mode():
     for num_rows in range(1, 600):
         linear(torch.zeros(num_rows, 256, dtype=dtype))
 print(resident_bytes() - before)
+"""
+
+# Prints how many threads the process has before it computes on two of them, after that, and after they are released.
+THREADS = """
+import os, torch
+from nanoserve.model.cpu import release_threads
+
+def num_threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+before = num_threads()
+torch.zeros(1 << 20).exp()
+helped = num_threads()
+release_threads()
+print(before, helped, num_threads())
 """
 
 
@@ -63,3 +79,21 @@ def test_steps_of_many_sizes_do_not_fill_memory_with_kernels(dtype: str) -> None
     growth, growth_without = (int(process.communicate()[0]) for process in (limited, without))
     # How large a kernel is depends on the CPU: 100 of 370 MiB on one.
     assert growth < 0.65 * growth_without
+
+
+def test_helping_threads_end_when_they_are_released() -> None:
+    process = subprocess.run([sys.executable, "-c", THREADS], stdout=subprocess.PIPE, text=True, check=True)
+    before, helped, after = map(int, process.stdout.split())
+    assert helped == before + 1
+    assert after == before
+
+
+def test_small_models_and_machines_without_a_compiler_are_not_compiled_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not can_compile(cpu.MIN_COMPILED - 1)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert can_compile(cpu.MIN_COMPILED)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not can_compile(cpu.MIN_COMPILED)
+    assert "no-such-compiler" in caplog.text

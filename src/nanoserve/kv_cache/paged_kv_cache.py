@@ -192,15 +192,21 @@ class PagedKVCache:
             for s in self.specs
         ]
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store the keys and values of tokens.
+    def lines(self, slots: Tensor, num_kv_heads: int) -> Tensor:
+        """Where the keys of tokens lie in a layer of so many heads: the same for all such layers, and for values.
 
-        slots: [num_tokens], block id x block_size + offset. keys, values: [num_kv_heads, num_tokens, width].
+        slots: [num_tokens], block id x block_size + offset. Returns [num_tokens * num_kv_heads], of the layer's
+        tensor seen as lines of one head's key.
         """
+        blocks, offsets = slots[:, None] // self.block_size, slots[:, None] % self.block_size
+        heads = torch.arange(num_kv_heads, device=slots.device)
+        return ((blocks * num_kv_heads + heads) * self.block_size + offsets).flatten()
+
+    def write(self, layer: int, lines: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store the keys and values of tokens: [num_kv_heads, num_tokens, width]."""
         kv = self.layers[layer]
-        blocks, offsets = slots // self.block_size, slots % self.block_size  # [num_tokens], [num_tokens]
-        kv.keys[blocks, :, offsets] = keys.transpose(0, 1)
-        kv.values[blocks, :, offsets] = values.transpose(0, 1)
+        for pool, new in ((kv.keys, keys), (kv.values, values)):
+            pool.view(-1, pool.shape[3]).index_copy_(0, lines, new.transpose(0, 1).reshape(len(lines), -1))
 
     def clear(self, slots: Tensor) -> None:
         """Zero slots in every layer, as if they had never been written. slots: [num_tokens]"""

@@ -37,6 +37,8 @@ class _Group:
     # [n, num_blocks * block_size]: 0 or -inf.
     bias: Tensor
     num_kv_heads: int
+    # These are all tokens of the step.
+    is_step: bool
 
     @cached_property
     def runs(self) -> Tensor:
@@ -58,10 +60,16 @@ def attend(call: AttentionCall) -> Tensor:
         compiled = batch.compiled.get(call.form)
         for group in _groups(call, must_copy=compiled is None):
             if compiled is None:
-                out[group.tokens] = _attend_copies(call, group)
+                part = _attend_copies(call, group)
             else:
-                queries = call.queries[:, group.tokens].transpose(0, 1).contiguous().float() * call.scaling
-                out[group.tokens] = compiled(queries, kv.keys, kv.values, group.blocks, group.bias, call.sinks)
+                queries = call.queries.transpose(0, 1)
+                if not group.is_step:
+                    queries = queries[group.tokens]
+                queries = queries.contiguous().float()  # [n, num_heads, key_width]
+                part = compiled(queries, kv.keys, kv.values, group.blocks, group.bias, call.sinks)
+            if group.is_step:
+                return part
+            out[group.tokens] = part
     for sequence, token in batch.chunks():
         end = token + batch.counts[sequence]
         _attend_chunk(call, sequence, token, out[token:end])
@@ -69,12 +77,13 @@ def attend(call: AttentionCall) -> Tensor:
 
 
 def attend_singles(
-    queries: Tensor,  # [n, num_heads, key_width]: float32, scaled
+    queries: Tensor,  # [n, num_heads, key_width]: float32
     keys: Tensor,  # [num_blocks_of_cache, num_kv_heads, block_size, key_width]
     values: Tensor,  # [num_blocks_of_cache, num_kv_heads, block_size, value_width]
     blocks: Tensor,  # [n, num_blocks]
     bias: Tensor,  # [n, num_blocks * block_size]
     sinks: Tensor | None,  # [num_heads]
+    scaling: float,
     softcap: float | None,
 ) -> Tensor:
     """One query a sequence, by the formula, in float32. Returns [n, num_heads, value_width].
@@ -85,6 +94,7 @@ def attend_singles(
     _, num_kv_heads, block_size, _ = keys.shape
     q = queries.view(n, 1, num_kv_heads, -1, 1, queries.shape[2])
     scores = (q * keys[blocks].float()[:, :, :, None]).sum(-1)  # [n, num_blocks, num_kv_heads, group, block_size]
+    scores = scores * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + bias.view(n, num_blocks, 1, 1, block_size)
@@ -152,7 +162,7 @@ def _make_group(
     blocks = batch.block_tables[sequences].gather(1, columns)  # [n, num_blocks]
     keys = first * block_size + torch.arange(len(step) * block_size, device=device)  # [n, num_keys]
     hidden = layer.hides(batch.positions[sequences, None], keys)  # [n, num_keys]
-    return _Group(sequences, blocks, _bias(hidden, dtype), num_kv_heads)
+    return _Group(sequences, blocks, _bias(hidden, dtype), num_kv_heads, len(members) == len(batch.positions))
 
 
 def _attend_copies(call: AttentionCall, group: _Group) -> Tensor:

@@ -80,6 +80,7 @@ class AttentionForm:
     num_kv_heads: int
     key_width: int
     value_width: int
+    scaling: float
     softcap: float | None
     has_sinks: bool
 
@@ -105,7 +106,7 @@ class AttentionBatch:
     positions: Tensor
     # [num_sequences, max_num_blocks]: only what covers start + count is valid.
     block_tables: Tensor
-    # What layers of one kind share in this step: groups and masks, made by the first of them.
+    # What layers of one kind share in this step: lines, groups and masks, made by the first of them.
     shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -136,9 +137,16 @@ class AttentionBatch:
             floor, strength = layer.temperature
             scale = 1 + strength * torch.log1p(((self.positions + 1) / floor).floor())  # [num_tokens]
             queries = (queries * scale[:, None]).to(queries.dtype)
-        self.cache.write(index, self.slots, keys, values)
+        self.cache.write(index, self._lines(len(keys)), keys, values)
         kv = self.cache.layers[index]
         return self.attend(AttentionCall(self, layer, kv, queries, keys, values, scaling, softcap, sinks))
+
+    def _lines(self, num_kv_heads: int) -> Tensor:
+        key = ("lines", num_kv_heads)
+        if key not in self.shared:
+            self.shared[key] = self.cache.lines(self.slots, num_kv_heads)
+        lines: Tensor = self.shared[key]
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +176,7 @@ class AttentionCall:
             self.keys.shape[0],
             self.keys.shape[2],
             self.values.shape[2],
+            self.scaling,
             self.softcap,
             self.sinks is not None,
         )

@@ -23,8 +23,9 @@ from nanoserve.model.loader import load_skeleton
 from nanoserve.model.narrow import TILE, NarrowLinear, multiply_blocks
 from nanoserve.model.packing import pack_linears
 
-# Of trial calls: sizes that stand for any. Blocks and keys are tied by the block size.
-NUM_SEQUENCES = 7
+# Of trial calls: sizes that stand for any. Blocks and keys are tied by the block size. With few sequences, loops over
+# their blocks and heads are spread over threads too.
+NUM_SEQUENCES = 3
 NUM_BLOCKS = 11
 CACHE_BLOCKS = 23
 NUM_TILES = 5
@@ -113,7 +114,9 @@ def compile_attention(form: AttentionForm, job: Job) -> Any:
     for tensor, dimensions in ((queries, 1), (keys, 1), (values, 1), (blocks, 2), (bias, 2)):
         for dimension in range(dimensions):
             torch._dynamo.mark_dynamic(tensor, dimension)
-    return _compile(partial(attend_singles, softcap=form.softcap), queries, keys, values, blocks, bias, sinks)
+    return _compile(
+        partial(attend_singles, scaling=form.scaling, softcap=form.softcap), queries, keys, values, blocks, bias, sinks
+    )
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def watch_calls(model: LoadedModel) -> tuple[list[_Call], set[AttentionForm]]:
         return call.layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def run_layer(_: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, sinks: Any) -> Tensor:
-        forms.add(AttentionForm(q.shape[0], k.shape[0], k.shape[2], v.shape[2], softcap, sinks is not None))
+        forms.add(AttentionForm(q.shape[0], k.shape[0], k.shape[2], v.shape[2], scaling, softcap, sinks is not None))
         return _stand_in(0, q, k, v, scaling, softcap, sinks)
 
     hooks = [watch(call) for call in calls]

@@ -106,10 +106,10 @@ def load_model(options: ModelOptions) -> LoadedModel:
     vocab_size = model.get_output_embeddings().weight.shape[0]
     num_parameters = sum(p.numel() for p in model.parameters())
     is_compiled = options.compile and device.type == "cpu" and can_compile(num_parameters)
-    # The type that narrow weights have, if any.
-    narrow_dtype = _half_dtype(config, folder) if is_compiled and can_narrow(device, dtype) else None
-    if narrow_dtype is not None:
-        narrow_weights(model, narrow_dtype)
+    narrow_dtype = None
+    if is_compiled and can_narrow(device, dtype, stored := _stored_dtype(folder)):
+        narrow_dtype = stored
+        narrow_weights(model, stored)
         release_freed_memory()
     is_packed = can_pack(device, dtype)
     if is_packed:
@@ -210,7 +210,7 @@ def _resolve_dtype(options: ModelOptions, config: PreTrainedConfig, folder: Path
     if options.dtype != "auto":
         chosen: torch.dtype = getattr(torch, options.dtype)
         return chosen
-    dtype = _checkpoint_dtype(config, folder)
+    dtype = config.get_text_config().dtype or _stored_dtype(folder)
     if device.type != "cpu" or dtype == torch.float32:
         return dtype
     return torch.bfloat16 if _has_fast_bfloat16() else torch.float32
@@ -219,17 +219,6 @@ def _resolve_dtype(options: ModelOptions, config: PreTrainedConfig, folder: Path
 def _has_fast_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-
-
-def _half_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype | None:
-    """The checkpoint's type if it has 16 bits."""
-    dtype = _checkpoint_dtype(config, folder)
-    return dtype if dtype.itemsize == 2 else None
-
-
-def _checkpoint_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype:
-    dtype: torch.dtype = config.get_text_config().dtype or _stored_dtype(folder)
-    return dtype
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

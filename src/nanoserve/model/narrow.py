@@ -68,15 +68,16 @@ _library.define("narrow_linear(Tensor x, Tensor weight) -> Tensor")  # type: ign
 
 @torch.library.impl(_library, "narrow_linear", "CPU")
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_tokens, width = rows.shape
     size = _block_size(num_tokens)
     kernel = kernels.get((weight.dtype, size))
     if kernel is None or num_tokens > MAX_TOKENS:
         out = _multiply_widened(rows, weight)
     else:
-        padded = functional.pad(rows, (0, 0, 0, -num_tokens % size))
-        out = kernel(padded.view(-1, size, width), weight.view(-1, TILE, width)).view(len(padded), -1)[:num_tokens]
+        if num_tokens % size:
+            rows = functional.pad(rows, (0, 0, 0, -num_tokens % size))
+        out = kernel(rows.view(-1, size, width), weight.view(-1, TILE, width)).view(len(rows), -1)[:num_tokens]
     return out.view(*x.shape[:-1], len(weight))
 
 
@@ -113,9 +114,10 @@ def _multiply_widened(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def can_narrow(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a model that is computed in `dtype` there may keep its weights in 16 bits."""
-    return device.type == "cpu" and dtype == torch.float32 and platform.machine() in ("x86_64", "AMD64")
+def can_narrow(device: torch.device, dtype: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether a model that is computed in `dtype` there may keep the weights of its checkpoint in their type."""
+    is_x86 = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    return is_x86 and dtype == torch.float32 and stored.itemsize == 2
 
 
 def narrow_weights(model: nn.Module, dtype: torch.dtype) -> None:
