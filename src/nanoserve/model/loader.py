@@ -99,17 +99,16 @@ def load_model(options: ModelOptions) -> LoadedModel:
     if device.type == "cpu":
         prepare_cpu()
     dtype = _resolve_dtype(options, config, folder, device)
-    _refuse_what_does_not_fit(folder, dtype, device)
-    model = _load_weights(folder, config, dtype, options).to(device).eval()
+    is_compiled = options.compile and device.type == "cpu" and can_compile(_num_stored(folder))
+    stored = _stored_dtype(folder)
+    narrow_dtype = stored if is_compiled and can_narrow(device, dtype, stored) else None
+    model = _load_weights(folder, config, dtype, narrow_dtype, device, options).to(device).eval()
     architecture = type(model).__name__
     max_position = _max_position(config)
     vocab_size = model.get_output_embeddings().weight.shape[0]
     num_parameters = sum(p.numel() for p in model.parameters())
-    is_compiled = options.compile and device.type == "cpu" and can_compile(num_parameters)
-    narrow_dtype = None
-    if is_compiled and can_narrow(device, dtype, stored := _stored_dtype(folder)):
-        narrow_dtype = stored
-        narrow_weights(model, stored)
+    if narrow_dtype is not None:
+        narrow_weights(model, narrow_dtype)
         release_freed_memory()
     is_packed = can_pack(device, dtype)
     if is_packed:
@@ -196,7 +195,7 @@ def _device_name(name: str) -> str:
 
 def _refuse_what_does_not_fit(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Main memory is given out before it is there; without this the system would end the process, later."""
-    num_bytes = sum(math.prod(shape) for _, shape in checkpoint.stored_tensors(folder)) * dtype.itemsize
+    num_bytes = _num_stored(folder) * dtype.itemsize
     free = available_memory()
     if device.type == "cpu" and num_bytes > free:
         name = str(dtype).removeprefix("torch.")
@@ -227,7 +226,32 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return next(known, torch.float32)
 
 
-def _load_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, options: ModelOptions) -> PreTrainedModel:
+def _num_stored(folder: Path) -> int:
+    """Numbers in the checkpoint."""
+    return sum(math.prod(shape) for _, shape in checkpoint.stored_tensors(folder))
+
+
+def _load_weights(
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    narrow_dtype: torch.dtype | None,
+    device: torch.device,
+    options: ModelOptions,
+) -> PreTrainedModel:
+    """In `narrow_dtype`, if there is one and nothing is lost by it; else in `dtype`, which takes twice the memory."""
+    if narrow_dtype is not None and len({name for name, _ in checkpoint.stored_tensors(folder)}) == 1:
+        model = _load_as(narrow_dtype, folder, config, device, options)
+        # A buffer of 16 bits was computed in them, such as Gemma 3's scale of embeddings.
+        if not any(buffer.dtype == narrow_dtype for buffer in model.buffers()):
+            return model
+    return _load_as(dtype, folder, config, device, options)
+
+
+def _load_as(
+    dtype: torch.dtype, folder: Path, config: PreTrainedConfig, device: torch.device, options: ModelOptions
+) -> PreTrainedModel:
+    _refuse_what_does_not_fit(folder, dtype, device)
     try:
         with _quiet():
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -123,7 +123,7 @@ def can_narrow(device: torch.device, dtype: torch.dtype, stored: torch.dtype) ->
 def narrow_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace plain linear layers and embeddings whose weights are all numbers of `dtype`, which has 16 bits.
 
-    Originals are released one by one. What is tied stays tied.
+    All else becomes float32. Originals are released one by one. What is tied stays tied.
     """
     places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
@@ -133,10 +133,19 @@ def narrow_weights(model: nn.Module, dtype: torch.dtype) -> None:
     while places:
         weight, uses = places.popitem()
         narrow = weight.detach().to(dtype)
-        if torch.equal(narrow.float(), weight):
+        if narrow.data_ptr() == weight.data_ptr() or _is_equal(narrow, weight):
             for parent, name in uses:
-                setattr(parent, name, narrowed(parent.get_submodule(name), narrow))
+                setattr(parent, name, _narrowed(parent.get_submodule(name), narrow))
+    model.float()
 
 
-def narrowed(module: nn.Module, weight: Tensor) -> nn.Module:
+def _is_equal(narrow: Tensor, wide: Tensor) -> bool:
+    """Both [rows, width]."""
+    size = max(1, WIDENED_AT_ONCE // wide.shape[1])
+    return all(
+        torch.equal(a.float(), b) for a, b in zip(torch.split(narrow, size), torch.split(wide, size), strict=True)
+    )
+
+
+def _narrowed(module: nn.Module, weight: Tensor) -> nn.Module:
     return NarrowLinear(module, weight) if isinstance(module, nn.Linear) else NarrowEmbedding(weight)
