@@ -57,8 +57,9 @@ def num_compiled(model: LoadedModel) -> int:
 
 
 def largest_error(feeder: Feeder, want: Tensor) -> float:
-    """After feeding one prompt at once, and two side by side in a chunk and then token by token."""
-    feeder.step(PROMPTS, {0: LONGEST})
+    """After feeding one prompt and two of its tokens alone, and two prompts in a chunk and then token by token."""
+    for count in (LONGEST - 2, 1, 1):
+        feeder.step(PROMPTS, {0: count})
     feeder.step(PROMPTS, {1: 5, 2: 17})
     while feeder.num_fed[2] < LONGEST:
         feeder.step(PROMPTS, {1: 1, 2: 1})
@@ -91,9 +92,19 @@ def test_all_parts_are_compiled_and_compute_the_same(
     family: str, dtype: str, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "MIN_COMPILED", 0)
+    monkeypatch.setattr(narrow, "BLOCK_SIZES", (1, 6))  # others would take time, and are no different
+    with_own_one_token = []
+
+    def forward(run_layer: Any, run_one_token: Any, layer: Any) -> Any:
+        with_own_one_token.append(run_one_token is not run_layer)
+        return made_forward(run_layer, run_one_token, layer)
+
+    made_forward = compiled._forward
+    monkeypatch.setattr(compiled, "_forward", forward)
     model = check(family, tmp_path, dtype, monkeypatch, stored)
-    if dtype == "float32" and stored != dtype:
-        assert {size for _, size in narrow.kernels} == set(narrow.BLOCK_SIZES)
+    is_narrow = dtype == "float32" and stored != dtype
+    assert all(with_own_one_token) == is_narrow
+    assert set(narrow.kernels) == ({(getattr(torch, stored), size) for size in (1, 6)} if is_narrow else set())
     assert num_compiled(model) == len(list(compiled.decoder_layers(model.model)))
 
     # The next start finds them made.
@@ -180,7 +191,7 @@ def test_a_compiled_layer_that_fails_is_replaced_by_the_plain_one_within_the_ste
         raise RuntimeError("unexpected stride")
 
     for _, layer in compiled.decoder_layers(model.model):
-        layer.forward = compiled._forward(fails, layer)
+        layer.forward = compiled._forward(fails, fails, layer)
     assert largest_error(feeder, want) < TOLERANCES["float32"]
     assert len(calls) == len(list(compiled.decoder_layers(model.model)))
 

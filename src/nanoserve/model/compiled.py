@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from nanoserve.config import environment
 from nanoserve.model import attend, narrow
@@ -88,6 +89,23 @@ class _Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def with_one_token(self) -> "_Call":
+        """The same for the first token alone."""
+
+        def first(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                for dimension, size in enumerate(leaf.shape):
+                    leaf = leaf.narrow(dimension, 0, 1) if size == NUM_TOKENS else leaf
+            return leaf
+
+        args, kwargs = _pytree.tree_map(first, (self.args, self.kwargs))
+        return _Call(self.name, self.layer, args, kwargs)
+
+    @property
+    def narrow_names(self) -> list[str]:
+        return [name for name, module in self.layer.named_modules() if isinstance(module, NarrowLinear)]
+
+    @property
     def make(self) -> str:
         """Equal for layers whose forward does the same: their classes, shapes and constants."""
         facts: list[Any] = [sorted(self.kwargs)]
@@ -127,7 +145,7 @@ class BackgroundCompiler:
             block_size=block_size,
             products={f"product-{n}": (model.narrow_dtype, n) for n in narrow.BLOCK_SIZES if model.narrow_dtype},
             attention={f"attention-{i}": form for i, form in enumerate(sorted(forms, key=repr))},
-            layers={f"layer-{call.make}": _layer_job(call) for call in self._calls},
+            layers={name: job for call in self._calls for name, job in _layer_jobs(call).items()},
         )
         self._thread = threading.Thread(target=self._run, name="nanoserve-compile", daemon=True)
 
@@ -178,9 +196,13 @@ class BackgroundCompiler:
         num_used = 0
         for call in self._calls:
             run_layer = run_layers[f"layer-{call.make}"]
-            if run_layer is not None and _computes_the_same(call, run_layer):
-                call.layer.forward = _forward(run_layer, call.layer)
-                num_used += 1
+            if run_layer is None or not _computes_the_same(call, run_layer):
+                continue
+            run_one_token = run_layers.get(f"layer-{call.make}-1")
+            if run_one_token is None or not _computes_the_same(call.with_one_token, run_one_token):
+                run_one_token = run_layer
+            call.layer.forward = _forward(run_layer, run_one_token, call.layer)
+            num_used += 1
         return num_used
 
     def _use_attention(self, folder: Path) -> int:
@@ -246,11 +268,16 @@ def _stand_in(
     return out.transpose(0, 1).to(v.dtype).contiguous()
 
 
-def _layer_job(call: _Call) -> LayerJob:
-    modules = dict(call.layer.named_modules())
-    attention_names = [name for name, module in modules.items() if hasattr(module, "paged_index")]
-    narrow_names = [name for name, module in modules.items() if isinstance(module, NarrowLinear)]
-    return LayerJob(call.name, attention_names, narrow_names, call.args, call.kwargs)
+def _layer_jobs(call: _Call) -> dict[str, LayerJob]:
+    """For any number of tokens, and, where products with narrow weights can become a part of it, for one token."""
+    attention_names = [name for name, module in call.layer.named_modules() if hasattr(module, "paged_index")]
+    calls = {f"layer-{call.make}": call}
+    if call.narrow_names:
+        calls[f"layer-{call.make}-1"] = call.with_one_token
+    return {
+        name: LayerJob(each.name, attention_names, each.narrow_names, each.args, each.kwargs)
+        for name, each in calls.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------- making and loading
@@ -300,13 +327,14 @@ def _load(folder: Path, name: str) -> Callable[..., Any] | None:
     return function  # type: ignore[no-any-return]
 
 
-def _forward(run_layer: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
+def _forward(run_layer: Callable[..., Any], run_one_token: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
     """The layer's forward, compiled; and plain for good if that fails."""
     plain = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        num_tokens = args[0].shape[1]
         try:
-            return run_layer(layer, args, kwargs)
+            return (run_one_token if num_tokens == 1 else run_layer)(layer, args, kwargs)
         except Exception:
             logger.exception("a compiled layer failed; it is served uncompiled from now on")
             layer.forward = plain

@@ -47,7 +47,11 @@ class NarrowLinear(nn.Module):
         self.weight = weight  # no parameter: it must not change its type with those
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.nanoserve.narrow_linear(x, self.weight)
+        out: Tensor
+        if torch.compiler.is_compiling() and x.shape[:-1].numel() == 1:
+            out = (x.flatten() * self.weight.float()).sum(-1).view(*x.shape[:-1], -1)  # a part of the compiled layer
+        else:
+            out = torch.ops.nanoserve.narrow_linear(x, self.weight)
         return out if self.bias is None else out + self.bias
 
 
