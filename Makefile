@@ -15,8 +15,8 @@ serve: .venv/installed ## serve MODEL (default: the built-in one) on 127.0.0.1:5
 envoy: .venv/installed-dev ## Envoy on 127.0.0.1:10000, before the servers of a file in gateway/envoy/
 	cd gateway/envoy && ../../$(BIN)/envoy -c envoy.yaml --config-yaml "$$(cat $(SERVERS))"
 
-test: .venv/installed-dev ## all tests but the soaks, with their coverage
-	$(BIN)/python -m pytest -q -rs -m "not soak" -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
+test: .venv/installed-dev ## all tests but the soaks
+	$(BIN)/python -m pytest -q -rs -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder $(COVERAGE)
 
 lint: .venv/installed-dev ## style, types, and the contract: lint, format, compatibility, stubs in step
 	$(BIN)/ruff format --check
@@ -27,7 +27,8 @@ lint: .venv/installed-dev ## style, types, and the contract: lint, format, compa
 	$(BIN)/python tools/generate_descriptor_set.py --check
 	$(BIN)/python tools/generate_reference.py --check
 
-check: lint test ## what CI runs, and what one runs before a commit
+check: COVERAGE = --cov --cov-report=term:skip-covered --cov-fail-under=90
+check: lint test ## what CI runs, and what one runs before a commit: style, types, contract, tests and their coverage
 
 soak: .venv/installed-dev ## long runs: memory over 10,000 requests, wide fuzzing
 	-$(BIN)/pip install --quiet --only-binary :all: atheris # the fuzzer, where it has a wheel: Linux on x86

@@ -11,9 +11,9 @@ torch has no such product. `multiply_blocks` is its formula in a form that torch
         for each of the 32
           for k: widen weight[k] once, multiply it with each token's x[k], add to that token's sum in a register
 
-On AVX2, of a layer 1024 x 3072, against the packed float32 of packing.py: 1.6 times as fast at 1 token, 1.8 at 4, 1.4
-at 8, 0.85 at 32. From 128 tokens on arithmetic is what takes time; then the weight is widened as a whole, part by part,
-and multiplied by torch, which costs a tenth at 128 tokens and nothing at 512.
+On AVX2, of a layer 1024 x 3072, against the packed float32 of packing.py: 1.5 times as fast at 1 token, 1.8 at 4, 1.3
+at 8, 0.85 at 32. From some fifty tokens on it is faster to widen the weight as a whole, part by part, and let torch
+multiply: as fast as packed float32 at 512 tokens.
 """
 
 import platform
@@ -27,9 +27,9 @@ from torch.nn import functional
 TILE = 32
 # Tokens in a block, one compilation for each: their sums must fit in 16 registers.
 BLOCK_SIZES = (1, 2, 4, 6)
-MAX_TOKENS = 128
+MAX_TOKENS = 56
 # Numbers that are widened at a time.
-WIDENED_AT_ONCE = 1 << 22
+WIDENED_AT_ONCE = 1 << 20
 
 # (type of the weight, tokens in a block) -> multiply_blocks, compiled. Filled while the server runs, by compiled.py.
 kernels: dict[tuple[torch.dtype, int], Callable[[Tensor, Tensor], Tensor]] = {}
