@@ -98,7 +98,7 @@ class Results:
         """A run's JSON lines, one for each workload."""
         speeds = self.speeds.setdefault(engine, {w: [] for w in workloads})
         for workload, line in zip(workloads, lines, strict=True):
-            speeds[workload].append(line["out_tok_s"])
+            speeds[workload].append(line["n"] * line["out"] / line["seconds"])
         self.ready_s.setdefault(engine, []).append(line["ready_s"])
         self.peak_bytes.setdefault(engine, []).append(peak_bytes)
 
@@ -145,7 +145,7 @@ class Results:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
 def compare(folder: str, engines: Sequence[Engine], workloads: Sequence[str], num_rounds: int) -> Results:

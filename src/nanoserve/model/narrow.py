@@ -136,8 +136,8 @@ def narrow_weights(model: nn.Module, dtype: torch.dtype) -> None:
                 places.setdefault(child.weight, []).append((parent, name))
     while places:
         weight, uses = places.popitem()
-        narrow = weight.detach().to(dtype)
-        if narrow.data_ptr() == weight.data_ptr() or _is_equal(narrow, weight):
+        narrow = weight.detach().to(dtype).contiguous()
+        if weight.dtype == dtype or _is_equal(narrow, weight):
             for parent, name in uses:
                 setattr(parent, name, _narrowed(parent.get_submodule(name), narrow))
     model.float()
