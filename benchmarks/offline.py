@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -165,9 +166,13 @@ def measured(engine: Engine, folder: str, workloads: Sequence[str]) -> tuple[lis
         command = engine.command(folder, workloads)
         process = subprocess.Popen(command, stdout=output, env=engine.environment(), start_new_session=True)
         peak_bytes = 0
-        while process.poll() is None:
-            peak_bytes = max(peak_bytes, session_bytes(process.pid))
-            time.sleep(0.2)
+        try:
+            while process.poll() is None:
+                peak_bytes = max(peak_bytes, session_bytes(process.pid))
+                time.sleep(0.2)
+        finally:  # of an interrupted run nothing goes on
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
         if process.returncode != 0:
             sys.exit(f"{engine.text} failed: exit code {process.returncode}")
         output.seek(0)
@@ -226,6 +231,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     workloads = [w.text for w in arguments.workloads or []] or list(WORKLOADS)
     engines = arguments.engines or [e for e in map(Engine.parse, DEFAULT_ENGINES) if e.is_installed]
     for engine in engines:

@@ -1,9 +1,10 @@
 """Compiled parts compute what the plain ones do, and nothing that goes wrong with them is seen by a request."""
 
-import os
+import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +94,20 @@ def test_all_parts_are_compiled_and_compute_the_same(
 ) -> None:
     monkeypatch.setattr(cpu, "MIN_COMPILED", 0)
     monkeypatch.setattr(narrow, "BLOCK_SIZES", (1, 6))  # others would take time, and are no different
-    with_own_one_token = []
+    for_one_token = []
 
-    def forward(run_layer: Any, run_one_token: Any, layer: Any) -> Any:
-        with_own_one_token.append(run_one_token is not run_layer)
-        return made_forward(run_layer, run_one_token, layer)
+    def forward(run_layer: Any, layer: Any, *, only_one_token: bool) -> Any:
+        for_one_token.append(only_one_token)
+        return made_forward(run_layer, layer, only_one_token=only_one_token)
 
     made_forward = compiled._forward
     monkeypatch.setattr(compiled, "_forward", forward)
     model = check(family, tmp_path, dtype, monkeypatch, stored)
     is_narrow = dtype == "float32" and stored != dtype
-    assert all(with_own_one_token) == is_narrow
+    num_layers = len(list(compiled.decoder_layers(model.model)))
+    assert (for_one_token.count(False), for_one_token.count(True)) == (num_layers, num_layers if is_narrow else 0)
     assert set(narrow.kernels) == ({(getattr(torch, stored), size) for size in (1, 6)} if is_narrow else set())
-    assert num_compiled(model) == len(list(compiled.decoder_layers(model.model)))
+    assert num_compiled(model) == num_layers
 
     # The next start finds them made.
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("the worker was started again"))
@@ -120,49 +122,51 @@ def test_every_family_computes_the_same_compiled(family: str, tmp_path: Path, mo
     check(family, tmp_path, "float32", monkeypatch)
 
 
-def made_by(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LoadedModel, Feeder, Tensor]:
-    """A model whose compiled parts are made by `make`, which gets the job and the folder."""
-    monkeypatch.setattr(compiled, "make", make)
+def made_by(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LoadedModel, Feeder, Tensor]:
+    """A model whose compiled parts are made by `made`, which gets the job and the folder."""
+    monkeypatch.setattr(compiled, "made", made)
     model, want = tiny("qwen3", tmp_path)
     feeder = Feeder(model, LONGEST, monkeypatch)
     compile_and_wait(model, feeder)
     return model, feeder, want
 
 
-def broken_file(job: compiled.Job, folder: Path) -> None:
+def broken_files(job: compiled.Job, folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True)
     for name in job.names:
         (folder / f"{name}.compiled").write_bytes(b"no pickle")
+        yield name
 
 
-def error_file(job: compiled.Job, folder: Path) -> None:
+def error_files(job: compiled.Job, folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True)
     for name in job.names:
         (folder / f"{name}.error").write_text("a reason")
+        yield name
 
 
-def nothing(job: compiled.Job, folder: Path) -> None:
-    pass
+def no_files(job: compiled.Job, _: Path) -> Iterator[str]:
+    yield from job.names
 
 
-def disk_full(*_: object) -> None:
+def disk_full(*_: object) -> Iterator[str]:
     raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("made", "message"),
     [
-        (broken_file, "cannot be loaded"),
-        (error_file, "a reason"),
-        (nothing, "cannot be loaded"),
+        (broken_files, "cannot be loaded"),
+        (error_files, "a reason"),
+        (no_files, "cannot be loaded"),
         (disk_full, "No space left"),
     ],
 )
 def test_what_cannot_be_compiled_or_loaded_is_served_plain(
-    make: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    made: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    model, feeder, want = made_by(make, tmp_path, monkeypatch)
+    model, feeder, want = made_by(made, tmp_path, monkeypatch)
     assert num_compiled(model) == 0
     assert largest_error(feeder, want) < TOLERANCES["float32"]
     assert message in caplog.text
@@ -175,7 +179,7 @@ def test_a_layer_whose_compiled_form_computes_otherwise_is_served_plain(
         return None if name.startswith("attention") else lambda _, args, __: args[0] * 1.01
 
     monkeypatch.setattr(compiled, "_load", load)
-    model, _, _ = made_by(nothing, tmp_path, monkeypatch)
+    model, _, _ = made_by(no_files, tmp_path, monkeypatch)
     assert num_compiled(model) == 0
 
 
@@ -191,7 +195,7 @@ def test_a_compiled_layer_that_fails_is_replaced_by_the_plain_one_within_the_ste
         raise RuntimeError("unexpected stride")
 
     for _, layer in compiled.decoder_layers(model.model):
-        layer.forward = compiled._forward(fails, fails, layer)
+        layer.forward = compiled._forward(fails, layer, only_one_token=False)
     assert largest_error(feeder, want) < TOLERANCES["float32"]
     assert len(calls) == len(list(compiled.decoder_layers(model.model)))
 
@@ -210,7 +214,7 @@ def test_a_product_that_computes_otherwise_is_not_used(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(cpu, "MIN_COMPILED", 0)
     monkeypatch.setattr(compiled, "_load", load)
-    monkeypatch.setattr(compiled, "make", nothing)
+    monkeypatch.setattr(compiled, "made", no_files)
     model, want = tiny("qwen3", tmp_path, stored="bfloat16")
     feeder = Feeder(model, LONGEST, monkeypatch)
     compile_and_wait(model, feeder)
@@ -218,7 +222,43 @@ def test_a_product_that_computes_otherwise_is_not_used(tmp_path: Path, monkeypat
     assert largest_error(feeder, want) < TOLERANCES["float32"]
 
 
+def product_job(folder: Path) -> compiled.Job:
+    """The quickest to make."""
+    return compiled.Job(
+        folder=folder,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        narrow_dtype=torch.bfloat16,
+        is_packed=False,
+        block_size=BLOCK_SIZE,
+        products={"product-1": (torch.bfloat16, 1)},
+        attention={},
+        layers={},
+    )
+
+
+def test_a_failing_compiler_is_said_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert list(compiled.made(product_job(tmp_path), tmp_path / "made")) == ["product-1"]
+    assert "product-1: " in (tmp_path / "made/product-1.error").read_text()
+
+
+def test_a_process_that_fails_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nhead -c 100 > /dev/null\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert list(compiled.made(product_job(tmp_path), tmp_path / "made")) == []
+    assert "exit code 1" in caplog.text
+
+
 def test_the_worker_ends_with_its_parent(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "job")  # it waits for what is written here, that is, for ever
     command = [sys.executable, "-m", "nanoserve.model.compile_worker", str(tmp_path)]
-    assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60, check=False).returncode == 1
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as worker:
+        assert worker.stdin is not None
+        pickle.dump((product_job(tmp_path), ["product-1"]), worker.stdin)
+        worker.stdin.close()
+        assert worker.wait(60) == 1
+    assert not list(tmp_path.glob("*.compiled"))

@@ -1,10 +1,13 @@
-"""The process that compiles: python -m nanoserve.model.compile_worker FOLDER, with a Job in FOLDER/job.
+"""The process that compiles: python -m nanoserve.model.compile_worker FOLDER, and from standard input a Job and the
+names of its parts to make, pickled.
 
-Started by compiled.py, which reads what this leaves in the folder. It builds the model without its weights, gives
-memory only to the layers that it compiles, and ends when its standard input does, that is, with its parent.
+Started by compiled.py, which reads from standard output the name of each part that the folder now has. It builds the
+model without its weights, gives memory only to the layers that it compiles, and ends when its standard input does, that
+is, with its parent.
 """
 
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -33,30 +36,40 @@ WIDTH = 160
 
 
 def main(folder: Path) -> None:
+    job, missing = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.nice(10)
-    job: Job = torch.load(folder / "job", weights_only=False)
     with torch.inference_mode():
-        for name, product in job.products.items():
-            _make(folder, name, lambda product=product: compile_product(*product))  # type: ignore[misc]
-        for name, form in job.attention.items():
-            _make(folder, name, lambda form=form: compile_attention(form, job))  # type: ignore[misc]
-        model = load_skeleton(job.folder, job.dtype, trust_remote_code=job.trust_remote_code)
-        for name, layer in job.layers.items():
-            _make(folder, name, lambda layer=layer: compile_layer(model, layer, job))  # type: ignore[misc]
+        for name in missing:
+            _make(folder, name, partial(compile_part, job, name))
+            sys.stdout.write(f"{name}\n")
+            sys.stdout.flush()
 
 
 def _die_with_parent() -> None:
-    sys.stdin.read()
+    while os.read(sys.stdin.fileno(), 1):  # not by sys.stdin, which would be locked when this process ends
+        pass
     os._exit(1)
 
 
 def _make(folder: Path, name: str, compile: Callable[[], Any]) -> None:
+    unfinished = folder / f"{name}.{os.getpid()}"
     try:
-        compile().save_compiled_function(str(folder / f"{name}.compiled"))
+        compile().save_compiled_function(str(unfinished))
+        unfinished.replace(folder / f"{name}.compiled")
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
-        (folder / f"{name}.error").write_text(f"{name}: {type(error).__name__}: {reason[0]}")
+        unfinished.write_text(f"{name}: {type(error).__name__}: {reason[0]}")
+        unfinished.replace(folder / f"{name}.error")
+
+
+def compile_part(job: Job, name: str) -> Any:
+    """Raises whatever the compiler does."""
+    if name in job.products:
+        return compile_product(*job.products[name])
+    if name in job.attention:
+        return compile_attention(job.attention[name], job)
+    return compile_layer(job.layers[name], job)
 
 
 def _compile(function: Callable[..., Any], *args: Any) -> Any:
@@ -70,8 +83,9 @@ def _compile(function: Callable[..., Any], *args: Any) -> Any:
     return compiled.aot_compile((args, {}))
 
 
-def compile_layer(model: nn.Module, job: LayerJob, whole: Job) -> Any:
-    """For any number of tokens."""
+def compile_layer(job: LayerJob, whole: Job) -> Any:
+    """For any number of tokens, or for one if it was called with one."""
+    model = load_skeleton(whole.folder, whole.dtype, trust_remote_code=whole.trust_remote_code)
     layer = model.get_submodule(job.name).to_empty(device="cpu")
     for name in job.attention_names:
         layer.get_submodule(name).paged_index = torch.tensor(0)

@@ -1,10 +1,11 @@
 """Parts of a step, compiled for a CPU: decoder layers, attention of single tokens, and products of narrow weights.
 
-    serving starts ──────▶ plain PyTorch ─────────────────────────────────▶ compiled parts
+    serving starts ──────▶ plain PyTorch ───────────────────────────────────▶ compiled, part by part
           └▶ in the cache folder? ─no─▶ child process (compile_worker.py) ─▶ load ─▶ try ─▶ use
 
 Compiling takes a process of its own, because in this one it would hold the interpreter lock against the engine for
-seconds. What it makes is kept in the user's cache folder for the next start. torch.compile's guards are left out, which
+seconds. A part is used as soon as it is made, and kept in the user's cache folder for the next start. torch.compile's
+guards are left out, which
 would cost more than a small layer; instead a compiled layer is used only for layers of the same make, and only if, on a
 trial call, it computes what the layer itself computes. Nothing here can fail a request: what cannot be compiled is
 served as it is.
@@ -12,10 +13,10 @@ served as it is.
 
 import hashlib
 import logging
+import pickle
 import platform
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -89,19 +90,6 @@ class _Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def with_one_token(self) -> "_Call":
-        """The same for the first token alone."""
-
-        def first(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                for dimension, size in enumerate(leaf.shape):
-                    leaf = leaf.narrow(dimension, 0, 1) if size == NUM_TOKENS else leaf
-            return leaf
-
-        args, kwargs = _pytree.tree_map(first, (self.args, self.kwargs))
-        return _Call(self.name, self.layer, args, kwargs)
-
-    @property
     def narrow_names(self) -> list[str]:
         return [name for name, module in self.layer.named_modules() if isinstance(module, NarrowLinear)]
 
@@ -115,6 +103,29 @@ class _Call:
             facts.append((name, type(module).__name__, sorted(constants.items(), key=repr)))
         facts += [(name, tuple(p.shape)) for name, p in self.layer.named_parameters()]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    @property
+    def with_one_token(self) -> "_Call":
+        """The same for the first token alone."""
+
+        def first(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                for dimension, size in enumerate(leaf.shape):
+                    leaf = leaf.narrow(dimension, 0, 1) if size == NUM_TOKENS else leaf
+            return leaf
+
+        args, kwargs = _pytree.tree_map(first, (self.args, self.kwargs))
+        return _Call(self.name, self.layer, args, kwargs)
+
+    @property
+    def parts(self) -> dict[str, "_Call"]:
+        """What is compiled of it, and as what call: for any number of tokens, and, where products with narrow weights
+        can become a part of it, for one token.
+        """
+        parts = {f"layer-{self.make}": self}
+        if self.narrow_names:
+            parts[f"layer-{self.make}-1"] = self.with_one_token
+        return parts
 
 
 class BackgroundCompiler:
@@ -159,60 +170,43 @@ class BackgroundCompiler:
 
     def _run(self) -> None:
         started_s = time.monotonic()
+        num_used = 0
         try:
             folder = cache_folder(self._job)
-            if not all(_is_made(folder, name) for name in self._job.names):
-                logger.info("compiling for speed in the background; requests are served meanwhile")
-                make(self._job, folder)
             with torch.inference_mode():
-                num_products = self._use_products(folder)
-                num_layers = self._use_layers(folder)
-                num_forms = self._use_attention(folder)
+                for name in made(self._job, folder):
+                    part = _load(folder, name)
+                    if part is not None and self._use(name, part):
+                        num_used += 1
         except Exception:
             logger.exception("compiling failed; serving goes on without")
             return
-        logger.info(
-            "compiled parts are in use after %.1f s: %d of %d products, %d of %d layers, %d of %d forms of attention",
-            time.monotonic() - started_s,
-            num_products,
-            len(self._job.products),
-            num_layers,
-            len(self._calls),
-            num_forms,
-            len(self._job.attention),
-        )
+        seconds, num_parts = time.monotonic() - started_s, len(self._job.names)
+        logger.info("compiled parts are in use after %.1f s: %d of %d", seconds, num_used, num_parts)
 
-    def _use_products(self, folder: Path) -> int:
-        num_used = 0
-        for name, (dtype, size) in self._job.products.items():
-            multiply = _load(folder, name)
-            if multiply is not None and _multiplies(multiply, dtype, size):
-                narrow.kernels[dtype, size] = multiply
-                num_used += 1
-        return num_used
+    def _use(self, name: str, part: Callable[..., Any]) -> bool:
+        """False if it computes something else, or is for nothing."""
+        if name in self._job.products:
+            return self._use_product(self._job.products[name], part)
+        if name in self._job.attention:
+            self._compiled_attention[self._job.attention[name]] = part
+            return True
+        return self._use_layer(name, part)
 
-    def _use_layers(self, folder: Path) -> int:
-        run_layers = {name: _load(folder, name) for name in self._job.layers}
+    def _use_product(self, key: tuple[torch.dtype, int], multiply: Callable[..., Tensor]) -> bool:
+        if not _multiplies(multiply, *key):
+            return False
+        narrow.kernels[key] = multiply
+        return True
+
+    def _use_layer(self, name: str, run_layer: Callable[..., Any]) -> bool:
         num_used = 0
         for call in self._calls:
-            run_layer = run_layers[f"layer-{call.make}"]
-            if run_layer is None or not _computes_the_same(call, run_layer):
-                continue
-            run_one_token = run_layers.get(f"layer-{call.make}-1")
-            if run_one_token is None or not _computes_the_same(call.with_one_token, run_one_token):
-                run_one_token = run_layer
-            call.layer.forward = _forward(run_layer, run_one_token, call.layer)
-            num_used += 1
-        return num_used
-
-    def _use_attention(self, folder: Path) -> int:
-        num_used = 0
-        for name, form in self._job.attention.items():
-            attend_singles = _load(folder, name)
-            if attend_singles is not None:
-                self._compiled_attention[form] = attend_singles
+            trial = call.parts.get(name)
+            if trial is not None and _computes_the_same(trial, run_layer):
+                call.layer.forward = _forward(run_layer, call.layer, only_one_token=trial is not call)
                 num_used += 1
-        return num_used
+        return num_used > 0
 
 
 # ------------------------------------------------------------------------------------------- watching the model
@@ -269,14 +263,10 @@ def _stand_in(
 
 
 def _layer_jobs(call: _Call) -> dict[str, LayerJob]:
-    """For any number of tokens, and, where products with narrow weights can become a part of it, for one token."""
     attention_names = [name for name, module in call.layer.named_modules() if hasattr(module, "paged_index")]
-    calls = {f"layer-{call.make}": call}
-    if call.narrow_names:
-        calls[f"layer-{call.make}-1"] = call.with_one_token
     return {
         name: LayerJob(each.name, attention_names, each.narrow_names, each.args, each.kwargs)
-        for name, each in calls.items()
+        for name, each in call.parts.items()
     }
 
 
@@ -293,18 +283,29 @@ def cache_folder(job: Job) -> Path:
     return root / "nanoserve" / "compiled" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def make(job: Job, folder: Path) -> None:
-    """Run the worker, and move what it made to `folder`. If this process dies, so does the worker."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
-        torch.save(job, Path(new) / "job")
-        command = [sys.executable, "-m", "nanoserve.model.compile_worker", new]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as worker:
-            worker.wait()
-        folder.mkdir(exist_ok=True)
-        for path in Path(new).iterdir():
-            if path.suffix in (".compiled", ".error"):
-                path.replace(folder / path.name)
+def made(job: Job, folder: Path) -> Iterator[str]:
+    """The names of the parts in `folder`, each as soon as it is there. The worker makes what is missing.
+
+    If this process dies, so does the worker.
+    """
+    missing = [name for name in job.names if not _is_made(folder, name)]
+    yield from (name for name in job.names if name not in missing)
+    if not missing:
+        return
+    logger.info("compiling for speed in the background; requests are served meanwhile")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "nanoserve.model.compile_worker", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        pickle.dump((job, missing), worker.stdin)
+        worker.stdin.flush()
+        for line in worker.stdout:
+            name = line.decode().strip()
+            if name in missing:  # a compiler may print too
+                yield name
+        if worker.wait() != 0:
+            logger.warning("the process that compiles has failed: exit code %d", worker.returncode)
 
 
 def _is_made(folder: Path, name: str) -> bool:
@@ -327,18 +328,19 @@ def _load(folder: Path, name: str) -> Callable[..., Any] | None:
     return function  # type: ignore[no-any-return]
 
 
-def _forward(run_layer: Callable[..., Any], run_one_token: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
-    """The layer's forward, compiled; and plain for good if that fails."""
-    plain = layer.forward
+def _forward(run_layer: Callable[..., Any], layer: nn.Module, *, only_one_token: bool) -> Callable[..., Any]:
+    """The layer's forward, compiled, for steps of one token or for all; as it was before, for good, if that fails."""
+    before = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        num_tokens = args[0].shape[1]
+        if only_one_token and args[0].shape[1] != 1:
+            return before(*args, **kwargs)
         try:
-            return (run_one_token if num_tokens == 1 else run_layer)(layer, args, kwargs)
+            return run_layer(layer, args, kwargs)
         except Exception:
             logger.exception("a compiled layer failed; it is served uncompiled from now on")
-            layer.forward = plain
-            return plain(*args, **kwargs)
+            layer.forward = before
+            return before(*args, **kwargs)
 
     return forward
 
