@@ -51,6 +51,7 @@ class WaitReason(enum.Enum):
     BLOCKS = "blocks"  # too few KV blocks are free
     ROWS = "rows"  # max_num_seqs sequences run
     TOKENS = "tokens"  # the step's token budget was spent
+    PREFIX = "prefix"  # another sequence of the step computes what its prompt begins with
     BATCH = "batch"  # static batching: the batch has begun
 
 

@@ -66,6 +66,49 @@ def test_a_second_request_reads_the_prefix_of_the_first():
     bench.expect("b", [*prompt_of(9), 77, 78], 5)
 
 
+def test_a_prompt_that_a_step_computes_is_not_computed_twice():
+    bench = Bench(budget=32)
+    bench.add("a", range(20))
+    bench.add("b", range(20))
+    bench.add("c", [*range(16), 90, 91])
+    bench.add("d", range(100, 104))
+    first, second = bench.step(), bench.step()
+    assert [(s.start, len(s.token_ids)) for s in first.sequences] == [(0, 20), (0, 4)]
+    assert sorted((s.start, len(s.token_ids)) for s in second.sequences if s.admission) == [(16, 2), (16, 4)]
+    bench.run()
+    assert bench.completion("a") == bench.completion("b")
+
+
+def test_a_long_prompt_that_others_share_does_not_hold_up_who_does_not():
+    bench = Bench(budget=16, num_blocks=128)
+    bench.add("a", range(60))
+    bench.add("b", range(60))
+    bench.step()
+    bench.add("c", range(100, 104))
+    rows = [bench.step().num_tokens for _ in range(3)]
+    assert rows == [16, 16, 16]
+    assert bench.outputs("a")
+    assert bench.outputs("c")
+    last = bench.step()
+    assert [(s.start, len(s.token_ids)) for s in last.sequences if s.admission] == [(56, 4)]
+    bench.run()
+
+
+@pytest.mark.parametrize("options", [{"skip_cache_read": True}, {"cache_salt": "own"}, {"prompt_logprobs": 0}])
+def test_who_may_not_read_the_cache_does_not_wait_for_it(options):
+    bench = Bench()
+    bench.add("a", range(12))
+    bench.add("b", range(12), **options)
+    assert len(bench.step().sequences) == 2
+
+
+def test_a_static_batch_takes_equal_prompts_too():
+    bench = Bench(batching="static")
+    bench.add("a", range(12))
+    bench.add("b", range(12))
+    assert len(bench.step().sequences) == 2
+
+
 def test_completions_are_cached_too():
     bench = Bench()
     bench.add("a", prompt_of(6), max_tokens=8)

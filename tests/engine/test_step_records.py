@@ -80,6 +80,17 @@ def test_the_head_of_the_queue_waits_for_a_reason(options, reason, behind):
     assert bench.records()[-1].wait is None
 
 
+def test_who_waits_for_a_prefix_says_so():
+    bench = WatchedBench()
+    bench.add("a", range(20))
+    bench.add("b", range(20))
+    bench.add("c", range(100, 103))
+    bench.step()
+    [record] = bench.records()
+    assert [part.request_id for part in record.parts] == ["a", "c"]
+    assert (record.wait.request_id, record.wait.reason, record.wait.behind_request_id) == ("b", WaitReason.PREFIX, "a")
+
+
 def test_a_preemption_names_both():
     bench = WatchedBench(num_blocks=6)
     bench.add("old", range(8), max_tokens=12)

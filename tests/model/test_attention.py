@@ -79,6 +79,14 @@ def test_both_implementations_agree(step: str, layer: str, form: str) -> None:
     torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("step", STEPS)
+def test_the_fused_attention_of_accelerators_agrees(step: str, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AttentionCall, "is_fused", AttentionCall.is_plain)
+    call = make_call(STEPS[step], LAYERS[layer], **FORMS["plain"])
+    torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_formula_for_single_tokens_agrees(layer: str, form: str) -> None:

@@ -212,28 +212,40 @@ class Scheduler:
         self._budget -= count
 
     def _admit_waiting(self, step: dict[Sequence, int], now: float) -> WaitReason:
-        """Returns why the rest of the queue, if any, waits."""
-        while self._waiting and self._budget:
-            sequence = self._waiting[0]
-            if (obstacle := self._admit(sequence)) is not None:
+        """Returns why the first of the rest of the queue, if any, waits."""
+        # Passed over, because they would compute what this step computes anyway: in the next one they find it cached.
+        num_passed = 0
+        obstacle: WaitReason | None = WaitReason.TOKENS
+        while num_passed < len(self._waiting) and self._budget:
+            sequence = self._waiting[num_passed]
+            if (obstacle := self._admit(sequence, step)) is WaitReason.PREFIX:
+                num_passed += 1
+                if num_passed == self._rows.count(None):
+                    break
+                continue
+            if obstacle is not None:
                 # Only a higher priority, never an earlier arrival, takes a running sequence's place.
                 victim = max(self._running(), key=lambda s: s.rank, default=None)
                 if victim is None or victim.rank[0] <= sequence.rank[0]:
-                    return obstacle
+                    break
                 self._preempt(victim, sequence, step)
                 continue
-            self._waiting.pop(0)
+            self._waiting.pop(num_passed)
             if not sequence.has_started:
                 sequence.has_started = True
                 self._events.append(RequestStarted(sequence.request.id, now, sequence.num_computed_tokens))
             self._schedule_running(sequence, step)
-        return WaitReason.TOKENS
+        return WaitReason.PREFIX if num_passed else obstacle or WaitReason.TOKENS
 
-    def _admit(self, sequence: Sequence) -> WaitReason | None:
+    def _admit(self, sequence: Sequence, step: dict[Sequence, int]) -> WaitReason | None:
         """Give a waiting sequence a row, and the blocks that the cache has of its tokens; or say what it waits for."""
         if None not in self._rows:
             return WaitReason.ROWS
-        prefix = self.pool.match(self._hashes_to_match(sequence))
+        hashes = self._hashes_to_match(sequence)
+        prefix = self.pool.match(hashes)
+        if len(prefix) < len(hashes) and self._is_computed_by(step, hashes[len(prefix)], len(prefix)):
+            self.pool.release(prefix)
+            return WaitReason.PREFIX
         # Admitted only if there is room for all its known tokens: else it would soon preempt, or be preempted.
         if self._num_blocks_for(sequence.num_tokens) - len(prefix) > self.pool.num_available:
             self.pool.release(prefix)
@@ -244,6 +256,15 @@ class Scheduler:
         sequence.is_new_in_row = True
         self._rows[sequence.row] = sequence
         return None
+
+    def _is_computed_by(self, step: dict[Sequence, int], block_hash: bytes, index: int) -> bool:
+        """Whether a sequence of the step fills its block at this index, and the block will have this hash."""
+        end = (index + 1) * self._block_size
+        return self._config.batching != "static" and any(
+            s.num_computed_tokens < end <= s.num_computed_tokens + count
+            and s.block_hashes[index : index + 1] == [block_hash]
+            for s, count in step.items()
+        )
 
     def _hashes_to_match(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the full blocks that may be read from the cache: never the last token, whose logits are needed."""

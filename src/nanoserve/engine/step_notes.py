@@ -65,7 +65,7 @@ class StepNotes:
         match reason:
             case WaitReason.BLOCKS:
                 behind = max(running, key=lambda s: len(s.block_ids), default=None)
-            case WaitReason.TOKENS:
+            case WaitReason.TOKENS | WaitReason.PREFIX:
                 behind = max(step, key=lambda s: step[s], default=None)
             case WaitReason.ROWS | WaitReason.BATCH:
                 behind = min(running, key=lambda s: s.rank, default=None)

@@ -269,6 +269,7 @@ WANTED = {
     WaitReason.BLOCKS: "KV blocks",
     WaitReason.ROWS: "one of the running sequences to end",
     WaitReason.TOKENS: "a step with room for more tokens",
+    WaitReason.PREFIX: "its prefix to be cached",
     WaitReason.BATCH: "the batch to end",
 }
 

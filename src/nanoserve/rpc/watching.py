@@ -38,6 +38,7 @@ _WAIT_REASONS: Mapping[WaitReason | None, "admin_pb2.WaitReason.ValueType"] = {
     WaitReason.ROWS: admin_pb2.WAIT_REASON_ROWS,
     WaitReason.TOKENS: admin_pb2.WAIT_REASON_TOKENS,
     WaitReason.BATCH: admin_pb2.WAIT_REASON_BATCH,
+    WaitReason.PREFIX: admin_pb2.WAIT_REASON_PREFIX,
 }
 
 

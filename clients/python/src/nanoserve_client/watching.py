@@ -45,6 +45,8 @@ class WaitReason(enum.Enum):
     TOKENS = "tokens"
     # Static batching: the batch has begun.
     BATCH = "batch"
+    # Another sequence of the step computes what its prompt begins with; in the next step that is cached.
+    PREFIX = "prefix"
     # One that a newer server knows, and this client does not.
     UNKNOWN = "unknown"
 
@@ -54,6 +56,7 @@ _WAIT_REASONS = {
     pb.WAIT_REASON_ROWS: WaitReason.ROWS,
     pb.WAIT_REASON_TOKENS: WaitReason.TOKENS,
     pb.WAIT_REASON_BATCH: WaitReason.BATCH,
+    pb.WAIT_REASON_PREFIX: WaitReason.PREFIX,
 }
 
 

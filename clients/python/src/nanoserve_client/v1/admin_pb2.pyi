@@ -74,6 +74,8 @@ class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason
     """The step has as many tokens as it may (--max-num-batched-tokens)."""
     WAIT_REASON_BATCH: _WaitReason.ValueType  # 4
     """Static batching: the batch has begun."""
+    WAIT_REASON_PREFIX: _WaitReason.ValueType  # 5
+    """Another sequence of the step computes what its prompt begins with; in the next step that is cached."""
 
 class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
     """Why sequences wait. The head of the queue waits for something, all others for the head."""
@@ -88,6 +90,8 @@ WAIT_REASON_TOKENS: WaitReason.ValueType  # 3
 """The step has as many tokens as it may (--max-num-batched-tokens)."""
 WAIT_REASON_BATCH: WaitReason.ValueType  # 4
 """Static batching: the batch has begun."""
+WAIT_REASON_PREFIX: WaitReason.ValueType  # 5
+"""Another sequence of the step computes what its prompt begins with; in the next step that is cached."""
 Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
 
 @_typing.final
