@@ -4,6 +4,7 @@ Read this to see what the server is made of. It is the only module that knows bo
 """
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,6 +151,7 @@ def assemble(
             compiler.wait()
     if model.device.type == "cpu":
         release_threads()
+        threading.Thread(target=cache.claim_memory, name="nanoserve-memory", daemon=True).start()
 
     scheduler = Scheduler(
         options.scheduler,

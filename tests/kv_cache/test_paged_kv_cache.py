@@ -1,5 +1,10 @@
 """How large the cache is made, and what is written and cleared."""
 
+import os
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -102,3 +107,23 @@ def test_what_is_written_lies_in_its_slot_until_it_is_cleared() -> None:
     cache.clear(slots[:1])
     assert not cache.layers[1].keys[3].any()
     assert torch.equal(cache.layers[1].keys[1, :, 0], keys[:, 1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is given when it is used")
+def test_memory_is_promised_at_first_and_claimed_beside_the_engine() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    size = 128 << 20
+    before = resident()
+    cache = PagedKVCache([KVSpec(8, 64, 64, torch.float32)], size // (16 * 8 * 128 * 4), 16, CPU)
+    assert resident() - before < size / 2
+    keys = torch.randn(8, 1, 64)
+    lines = cache.lines(torch.tensor([100 * 16 + 3]), 8)
+    claiming = threading.Thread(target=cache.claim_memory)
+    claiming.start()
+    cache.write(0, lines, keys, keys)
+    claiming.join()
+    assert resident() - before > size * 0.9
+    assert torch.equal(cache.layers[0].keys[100, :, 3], keys[:, 0])
+    assert cache.layers[0].values.count_nonzero() == keys.numel()

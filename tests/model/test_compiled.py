@@ -4,7 +4,7 @@ import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,39 +122,40 @@ def test_every_family_computes_the_same_compiled(family: str, tmp_path: Path, mo
     check(family, tmp_path, "float32", monkeypatch)
 
 
-def made_by(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LoadedModel, Feeder, Tensor]:
-    """A model whose compiled parts are made by `made`, which gets the job and the folder."""
-    monkeypatch.setattr(compiled, "made", made)
+def made_by(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LoadedModel, Feeder, Tensor]:
+    """A model whose compiled parts are made by `make`, which gets the job, their names and the folder."""
+    monkeypatch.setattr(compiled, "make", make)
     model, want = tiny("qwen3", tmp_path)
     feeder = Feeder(model, LONGEST, monkeypatch)
     compile_and_wait(model, feeder)
     return model, feeder, want
 
 
-def broken_files(job: compiled.Job, folder: Path) -> Iterator[str]:
+def broken_files(_job: compiled.Job, names: Sequence[str], folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True)
-    for name in job.names:
+    for name in names:
         (folder / f"{name}.compiled").write_bytes(b"no pickle")
         yield name
 
 
-def error_files(job: compiled.Job, folder: Path) -> Iterator[str]:
+def error_files(_job: compiled.Job, names: Sequence[str], folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True)
-    for name in job.names:
+    for name in names:
         (folder / f"{name}.error").write_text("a reason")
         yield name
 
 
-def no_files(job: compiled.Job, _: Path) -> Iterator[str]:
-    yield from job.names
+def no_files(_job: compiled.Job, names: Sequence[str], _: Path) -> Iterator[str]:
+    yield from names
 
 
 def disk_full(*_: object) -> Iterator[str]:
+    yield from ()
     raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("make", "message"),
     [
         (broken_files, "cannot be loaded"),
         (error_files, "a reason"),
@@ -163,10 +164,10 @@ def disk_full(*_: object) -> Iterator[str]:
     ],
 )
 def test_what_cannot_be_compiled_or_loaded_is_served_plain(
-    made: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    model, feeder, want = made_by(made, tmp_path, monkeypatch)
+    model, feeder, want = made_by(make, tmp_path, monkeypatch)
     assert num_compiled(model) == 0
     assert largest_error(feeder, want) < TOLERANCES["float32"]
     assert message in caplog.text
@@ -214,7 +215,7 @@ def test_a_product_that_computes_otherwise_is_not_used(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(cpu, "MIN_COMPILED", 0)
     monkeypatch.setattr(compiled, "_load", load)
-    monkeypatch.setattr(compiled, "made", no_files)
+    monkeypatch.setattr(compiled, "make", no_files)
     model, want = tiny("qwen3", tmp_path, stored="bfloat16")
     feeder = Feeder(model, LONGEST, monkeypatch)
     compile_and_wait(model, feeder)
@@ -239,7 +240,7 @@ def product_job(folder: Path) -> compiled.Job:
 
 def test_a_failing_compiler_is_said_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/bin/false")
-    assert list(compiled.made(product_job(tmp_path), tmp_path / "made")) == ["product-1"]
+    assert list(compiled.make(product_job(tmp_path), ["product-1"], tmp_path / "made")) == ["product-1"]
     assert "product-1: " in (tmp_path / "made/product-1.error").read_text()
 
 
@@ -250,7 +251,7 @@ def test_a_process_that_fails_is_said(
     program.write_text("#!/bin/sh\nhead -c 100 > /dev/null\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    assert list(compiled.made(product_job(tmp_path), tmp_path / "made")) == []
+    assert list(compiled.make(product_job(tmp_path), ["product-1"], tmp_path / "made")) == []
     assert "exit code 1" in caplog.text
 
 

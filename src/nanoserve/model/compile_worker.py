@@ -36,11 +36,11 @@ WIDTH = 160
 
 
 def main(folder: Path) -> None:
-    job, missing = pickle.load(sys.stdin.buffer)
+    job, names = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.nice(10)
+    os.nice(5)
     with torch.inference_mode():
-        for name in missing:
+        for name in names:
             _make(folder, name, partial(compile_part, job, name))
             sys.stdout.write(f"{name}\n")
             sys.stdout.flush()

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,9 @@ class _Call:
 class BackgroundCompiler:
     """Compiles what a runner spends its time on, and puts it to use while it serves.
 
-    Make it before the first request: it runs the model once. Then a thread of its own does the rest. Replacing a
-    layer's forward, or adding a form of attention, is one assignment, and both ways compute the same, so it may happen
-    in the middle of a step.
+    Make and start it before the first request: it runs the model once, and takes up what an earlier start has made.
+    Then a thread of its own does the rest. Replacing a layer's forward, or adding a form of attention, is one
+    assignment, and both ways compute the same, so it may happen in the middle of a step.
     """
 
     def __init__(
@@ -158,31 +158,38 @@ class BackgroundCompiler:
             attention={f"attention-{i}": form for i, form in enumerate(sorted(forms, key=repr))},
             layers={name: job for call in self._calls for name, job in _layer_jobs(call).items()},
         )
-        self._thread = threading.Thread(target=self._run, name="nanoserve-compile", daemon=True)
+        self._folder = cache_folder(self._job)
+        self._num_used = 0
+        self._started_s = 0.0
+        self._thread = threading.Thread(target=self._make_missing, name="nanoserve-compile", daemon=True)
 
     def start(self) -> None:
-        """Begin in the background."""
+        """Use what is made, at once: loading it later would hold up requests. The rest begins in the background."""
+        self._started_s = time.monotonic()
+        self._use_parts(name for name in self._job.names if _is_made(self._folder, name))
         self._thread.start()
 
     def wait(self) -> None:
         """Return when all that can be compiled is in use."""
         self._thread.join()
 
-    def _run(self) -> None:
-        started_s = time.monotonic()
-        num_used = 0
+    def _make_missing(self) -> None:
+        missing = [name for name in self._job.names if not _is_made(self._folder, name)]
+        if missing:
+            logger.info("compiling for speed in the background; requests are served meanwhile")
+            self._use_parts(make(self._job, missing, self._folder))
+        seconds, num_parts = time.monotonic() - self._started_s, len(self._job.names)
+        logger.info("compiled parts are in use after %.1f s: %d of %d", seconds, self._num_used, num_parts)
+
+    def _use_parts(self, names: Iterable[str]) -> None:
         try:
-            folder = cache_folder(self._job)
             with torch.inference_mode():
-                for name in made(self._job, folder):
-                    part = _load(folder, name)
+                for name in names:
+                    part = _load(self._folder, name)
                     if part is not None and self._use(name, part):
-                        num_used += 1
+                        self._num_used += 1
         except Exception:
             logger.exception("compiling failed; serving goes on without")
-            return
-        seconds, num_parts = time.monotonic() - started_s, len(self._job.names)
-        logger.info("compiled parts are in use after %.1f s: %d of %d", seconds, num_used, num_parts)
 
     def _use(self, name: str, part: Callable[..., Any]) -> bool:
         """False if it computes something else, or is for nothing."""
@@ -283,26 +290,21 @@ def cache_folder(job: Job) -> Path:
     return root / "nanoserve" / "compiled" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def made(job: Job, folder: Path) -> Iterator[str]:
-    """The names of the parts in `folder`, each as soon as it is there. The worker makes what is missing.
+def make(job: Job, names: Sequence[str], folder: Path) -> Iterator[str]:
+    """Have the worker make these parts. Yields each name as soon as its file is there.
 
     If this process dies, so does the worker.
     """
-    missing = [name for name in job.names if not _is_made(folder, name)]
-    yield from (name for name in job.names if name not in missing)
-    if not missing:
-        return
-    logger.info("compiling for speed in the background; requests are served meanwhile")
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "nanoserve.model.compile_worker", str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
-        pickle.dump((job, missing), worker.stdin)
+        pickle.dump((job, names), worker.stdin)
         worker.stdin.flush()
         for line in worker.stdout:
             name = line.decode().strip()
-            if name in missing:  # a compiler may print too
+            if name in names:  # a compiler may print too
                 yield name
         if worker.wait() != 0:
             logger.warning("the process that compiles has failed: exit code %d", worker.returncode)
