@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nanoserve.config import ModelOptions
-from nanoserve.model import compiled, cpu, narrow
-from nanoserve.model.compiled import BackgroundCompiler, watch_calls
+from nanoserve.model import compiled, cpu, narrow, packing
+from nanoserve.model.compiled import BackgroundCompiler, Product, watch_calls
 from nanoserve.model.loader import LoadedModel, load_model
+from nanoserve.model.packing import PackedLinear
 
 # Of the largest logit.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.05}
@@ -30,11 +31,14 @@ PROMPTS = [[RNG.randrange(3, VOCAB_SIZE) for _ in range(LONGEST)] for _ in range
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(narrow, "kernels", {})
+    monkeypatch.setattr(packing, "kernels", {})
 
 
-def tiny(family: str, folder: Path, dtype: str = "float32", stored: str = "float32") -> tuple[LoadedModel, Tensor]:
+def tiny(
+    family: str, folder: Path, dtype: str = "float32", stored: str = "float32", **config_changes: object
+) -> tuple[LoadedModel, Tensor]:
     """A model as we load it, and transformers' logits in float32: [3, LONGEST, vocab_size]."""
-    theirs = save_tiny_model(family, folder)
+    theirs = save_tiny_model(family, folder, **config_changes)
     if stored != "float32":
         theirs.to(getattr(torch, stored)).save_pretrained(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -69,9 +73,14 @@ def largest_error(feeder: Feeder, want: Tensor) -> float:
 
 
 def check(
-    family: str, folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, stored: str = "float32"
+    family: str,
+    folder: Path,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: str = "float32",
+    **config_changes: object,
 ) -> LoadedModel:
-    model, want = tiny(family, folder, dtype, stored)
+    model, want = tiny(family, folder, dtype, stored, **config_changes)
     feeder = Feeder(model, LONGEST, monkeypatch)
     compile_and_wait(model, feeder)
     assert largest_error(feeder, want) < TOLERANCES[dtype]
@@ -102,10 +111,14 @@ def test_all_parts_are_compiled_and_compute_the_same(
 
     made_forward = compiled._forward
     monkeypatch.setattr(compiled, "_forward", forward)
-    model = check(family, tmp_path, dtype, monkeypatch, stored)
+    # Wide enough for the tiles of weights.
+    model = check(family, tmp_path, dtype, monkeypatch, stored, hidden_size=64, intermediate_size=128)
     is_narrow = dtype == "float32" and stored != dtype
+    has_pairs = any(isinstance(m, PackedLinear) and m.pairs is not None for m in model.model.modules())
+    assert set(packing.kernels) == ({1, 2} if has_pairs else set())
     num_layers = len(list(compiled.decoder_layers(model.model)))
-    assert (for_one_token.count(False), for_one_token.count(True)) == (num_layers, num_layers if is_narrow else 0)
+    assert for_one_token.count(False) == num_layers
+    assert for_one_token.count(True) == (num_layers if is_narrow or has_pairs else 0)
     assert set(narrow.kernels) == ({(getattr(torch, stored), size) for size in (1, 6)} if is_narrow else set())
     assert num_compiled(model) == num_layers
 
@@ -232,7 +245,7 @@ def product_job(folder: Path) -> compiled.Job:
         narrow_dtype=torch.bfloat16,
         is_packed=False,
         block_size=BLOCK_SIZE,
-        products={"product-1": (torch.bfloat16, 1)},
+        products={"product-1": Product(is_packed=False, dtype=torch.bfloat16, num_tokens=1)},
         attention={},
         layers={},
     )
@@ -263,3 +276,14 @@ def test_the_worker_ends_with_its_parent(tmp_path: Path) -> None:
         worker.stdin.close()
         assert worker.wait(60) == 1
     assert not list(tmp_path.glob("*.compiled"))
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_a_product_is_used_only_if_it_computes_its_formula(is_packed: bool, num_tokens: int) -> None:
+    product = Product(is_packed, torch.bfloat16, num_tokens)
+    assert not product.use(lambda x, weight: product.formula(x, weight) * 1.03)
+    assert not narrow.kernels
+    assert not packing.kernels
+    assert product.use(product.formula)
+    assert len(packing.kernels if is_packed else narrow.kernels) == 1

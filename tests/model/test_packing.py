@@ -7,9 +7,9 @@ from feeder import Feeder
 from torch import nn
 
 from nanoserve.config import ModelOptions
-from nanoserve.model import loader
+from nanoserve.model import loader, packing
 from nanoserve.model.loader import load_model
-from nanoserve.model.packing import PackedLinear, can_pack, pack_linears
+from nanoserve.model.packing import PackedLinear, _as_pairs, can_pack, multiply_pairs, pack_linears
 
 
 def packable(dtype):
@@ -35,6 +35,42 @@ def test_a_packed_layer_gives_what_the_plain_one_gives(bias, shape, dtype):
     assert out.shape == expected.shape
     tolerance, _ = TOLERANCES[dtype]
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this CPU does not pack bfloat16")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (1, 2), (1, 3)])
+def test_few_rows_are_multiplied_from_the_packed_memory(bias, shape, monkeypatch):
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 192, bias=bias, dtype=torch.bfloat16)
+    packed = PackedLinear(linear)
+    if packed.pairs is None:
+        pytest.skip("oneDNN has another layout here")
+    used = []
+
+    def multiply(x, pairs):
+        used.append(len(x))
+        return multiply_pairs(x, pairs)
+
+    monkeypatch.setattr(packing, "kernels", {1: multiply, 2: multiply})
+    x = torch.randn(*shape, 192).to(torch.bfloat16)[..., ::2]
+    with torch.inference_mode():
+        expected, out = linear(x), packed(x)
+    num_rows = x.shape[:-1].numel()
+    assert used == ([num_rows] if num_rows <= 2 else [])
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
+
+
+def test_the_layout_for_few_rows_is_not_taken_on_trust():
+    weight = torch.randn(128, 96).to(torch.bfloat16)
+    pairs = weight.view(torch.int32).view(2, 64, 48).transpose(1, 2).contiguous()
+    want = torch.ones(1, 96) @ weight.float().t()
+    torch.testing.assert_close(multiply_pairs(torch.ones(1, 48, 2), pairs), want)
+    shapes = [(40, 96), (128, 95)]  # rows that fill no tile, and a width without pairs
+    for num_rows, width in shapes:
+        assert _as_pairs(weight, torch.zeros(num_rows, width, dtype=torch.bfloat16)) is None
+    assert _as_pairs(weight, torch.zeros(128, 96)) is None
 
 
 @every_dtype

@@ -21,9 +21,9 @@ from torch.utils import _pytree
 
 from nanoserve.model.attend import attend_singles
 from nanoserve.model.attention import AttentionForm
-from nanoserve.model.compiled import NUM_TOKENS, Job, LayerJob
+from nanoserve.model.compiled import NUM_TOKENS, Job, LayerJob, Product
 from nanoserve.model.loader import load_skeleton
-from nanoserve.model.narrow import TILE, NarrowLinear, multiply_blocks
+from nanoserve.model.narrow import NarrowLinear
 from nanoserve.model.packing import pack_linears
 
 # Of trial calls: sizes that stand for any. Blocks and keys are tied by the block size. With few sequences, loops over
@@ -31,8 +31,6 @@ from nanoserve.model.packing import pack_linears
 NUM_SEQUENCES = 3
 NUM_BLOCKS = 11
 CACHE_BLOCKS = 23
-NUM_TILES = 5
-WIDTH = 160
 
 
 def main(folder: Path) -> None:
@@ -66,7 +64,7 @@ def _make(folder: Path, name: str, compile: Callable[[], Any]) -> None:
 def compile_part(job: Job, name: str) -> Any:
     """Raises whatever the compiler does."""
     if name in job.products:
-        return compile_product(*job.products[name])
+        return compile_product(job.products[name])
     if name in job.attention:
         return compile_attention(job.attention[name], job)
     return compile_layer(job.layers[name], job)
@@ -106,14 +104,13 @@ def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return layer(*args, **kwargs)
 
 
-def compile_product(dtype: torch.dtype, size: int) -> Any:
-    """For any number of blocks of `size` tokens, of tiles, and any width."""
-    x = torch.zeros(NUM_SEQUENCES, size, WIDTH)
-    weight = torch.zeros(NUM_TILES, TILE, WIDTH, dtype=dtype)
-    for tensor in (x, weight):
-        torch._dynamo.mark_dynamic(tensor, 0)
-        torch._dynamo.mark_dynamic(tensor, 2)
-    return _compile(multiply_blocks, x, weight)
+def compile_product(product: Product) -> Any:
+    """For any size of the weight."""
+    trial = product.trial()
+    for tensor, dimensions in zip(trial, product.any_size, strict=True):
+        for dimension in dimensions:
+            torch._dynamo.mark_dynamic(tensor, dimension)
+    return _compile(product.formula, *trial)
 
 
 def compile_attention(form: AttentionForm, job: Job) -> Any:

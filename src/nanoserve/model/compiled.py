@@ -1,4 +1,4 @@
-"""Parts of a step, compiled for a CPU: decoder layers, attention of single tokens, and products of narrow weights.
+"""Parts of a step, compiled for a CPU: decoder layers, attention of single tokens, and products for few tokens.
 
     serving starts ──────▶ plain PyTorch ───────────────────────────────────▶ compiled, part by part
           └▶ in the cache folder? ─no─▶ child process (compile_worker.py) ─▶ load ─▶ try ─▶ use
@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from nanoserve.config import environment
-from nanoserve.model import attend, narrow
+from nanoserve.model import attend, narrow, packing
 from nanoserve.model.attention import AttentionForm, attending
 from nanoserve.model.loader import LoadedModel
-from nanoserve.model.narrow import NarrowLinear, multiply_blocks
+from nanoserve.model.narrow import NarrowLinear
+from nanoserve.model.packing import PackedLinear
 
 # Of a trial call. Unlike any width in a model, so that a dimension of this size is known to count tokens.
 NUM_TOKENS = 37
@@ -43,6 +44,48 @@ TOLERANCE = 0.02
 TOLERATED_STEPS = 2
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product with a linear layer's weight, to be compiled for a number of tokens, and any sizes of the weight."""
+
+    # multiply_pairs of packing.py, or multiply_blocks of narrow.py.
+    is_packed: bool
+    # Of the weight.
+    dtype: torch.dtype
+    num_tokens: int
+
+    @property
+    def formula(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return packing.multiply_pairs if self.is_packed else narrow.multiply_blocks
+
+    def trial(self) -> tuple[Tensor, Tensor]:
+        """Some arguments of the formula."""
+        generator = torch.Generator().manual_seed(0)
+        if self.is_packed:
+            weight = torch.randn(3, NUM_TOKENS, packing.TILE, 2, generator=generator).to(self.dtype)
+            x = torch.randn(self.num_tokens, NUM_TOKENS, 2, generator=generator).to(self.dtype)
+            return x, weight.view(torch.int32).squeeze(3)
+        weight = torch.randn(3, narrow.TILE, NUM_TOKENS, generator=generator).to(self.dtype)
+        return torch.randn(2, self.num_tokens, NUM_TOKENS, generator=generator), weight
+
+    @property
+    def any_size(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of each argument: the dimensions that may have any size."""
+        return ((1,), (0, 1)) if self.is_packed else ((0, 2), (0, 2))
+
+    def use(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> bool:
+        """False if it gives anything but what the formula gives."""
+        trial = self.trial()
+        want = self.formula(*trial)
+        if not torch.allclose(multiply(*trial), want, atol=1e-4, rtol=2 * torch.finfo(want.dtype).eps):
+            return False
+        if self.is_packed:
+            packing.kernels[self.num_tokens] = multiply
+        else:
+            narrow.kernels[self.dtype, self.num_tokens] = multiply
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +113,7 @@ class Job:
     narrow_dtype: torch.dtype | None
     is_packed: bool
     block_size: int
-    # Products of narrow weights: the weight's type, and the tokens in a block.
-    products: dict[str, tuple[torch.dtype, int]]
+    products: dict[str, Product]
     attention: dict[str, AttentionForm]
     layers: dict[str, LayerJob]
 
@@ -119,11 +161,11 @@ class _Call:
 
     @property
     def parts(self) -> dict[str, "_Call"]:
-        """What is compiled of it, and as what call: for any number of tokens, and, where products with narrow weights
-        can become a part of it, for one token.
+        """What is compiled of it, and as what call: for any number of tokens, and, where products can become a part of
+        it, for one token.
         """
         parts = {f"layer-{self.make}": self}
-        if self.narrow_names:
+        if self.narrow_names or any(_has_pairs(module) for module in self.layer.modules()):
             parts[f"layer-{self.make}-1"] = self.with_one_token
         return parts
 
@@ -154,7 +196,7 @@ class BackgroundCompiler:
             narrow_dtype=model.narrow_dtype,
             is_packed=model.is_packed,
             block_size=block_size,
-            products={f"product-{n}": (model.narrow_dtype, n) for n in narrow.BLOCK_SIZES if model.narrow_dtype},
+            products={f"product-{product.num_tokens}": product for product in _products(model)},
             attention={f"attention-{i}": form for i, form in enumerate(sorted(forms, key=repr))},
             layers={name: job for call in self._calls for name, job in _layer_jobs(call).items()},
         )
@@ -194,17 +236,11 @@ class BackgroundCompiler:
     def _use(self, name: str, part: Callable[..., Any]) -> bool:
         """False if it computes something else, or is for nothing."""
         if name in self._job.products:
-            return self._use_product(self._job.products[name], part)
+            return self._job.products[name].use(part)
         if name in self._job.attention:
             self._compiled_attention[self._job.attention[name]] = part
             return True
         return self._use_layer(name, part)
-
-    def _use_product(self, key: tuple[torch.dtype, int], multiply: Callable[..., Tensor]) -> bool:
-        if not _multiplies(multiply, *key):
-            return False
-        narrow.kernels[key] = multiply
-        return True
 
     def _use_layer(self, name: str, run_layer: Callable[..., Any]) -> bool:
         num_used = 0
@@ -267,6 +303,19 @@ def _stand_in(
         scores = scores + sinks[:, None, None]
     out = (v + k.tanh().mean(-1, keepdim=True)).repeat_interleave(len(q) // len(k), 0) * (1 + scores)
     return out.transpose(0, 1).to(v.dtype).contiguous()
+
+
+def _products(model: LoadedModel) -> list[Product]:
+    """With weights of its layers, for few tokens."""
+    if model.narrow_dtype is not None:
+        return [Product(False, model.narrow_dtype, size) for size in narrow.BLOCK_SIZES]
+    if any(_has_pairs(module) for module in model.model.modules()):
+        return [Product(True, torch.bfloat16, num_rows) for num_rows in packing.FEW_ROWS]
+    return []
+
+
+def _has_pairs(module: nn.Module) -> bool:
+    return isinstance(module, PackedLinear) and module.pairs is not None
 
 
 def _layer_jobs(call: _Call) -> dict[str, LayerJob]:
@@ -356,14 +405,6 @@ def _computes_the_same(call: _Call, run_layer: Callable[..., Any]) -> bool:
     added = (want - hidden.float()).norm()
     rounding = TOLERATED_STEPS * torch.finfo(hidden.dtype).eps * hidden.float().norm()
     return bool((got - want).norm() <= TOLERANCE * added + rounding)
-
-
-def _multiplies(multiply: Callable[..., Tensor], dtype: torch.dtype, size: int) -> bool:
-    """Whether a compiled product gives what its formula gives."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, size, NUM_TOKENS, generator=generator)
-    weight = torch.randn(3, narrow.TILE, NUM_TOKENS, generator=generator).to(dtype)
-    return torch.allclose(multiply(x, weight), multiply_blocks(x, weight), atol=1e-4)
 
 
 def _first(out: Any) -> Tensor:
