@@ -54,7 +54,7 @@ NOT_RUN = {
     "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317 OTEL_METRICS_EXPORTER=none make serve": "serves",
     ".venv/bin/nanoserve serve --grpc-port 50052 --http-port 8001": "the same",
     "make check": "runs all tests, this one too",
-    ".venv/bin/nanoserve serve Qwen/Qwen3-0.6B --dtype bfloat16 --kv-memory 4GiB": "downloads a model",
+    ".venv/bin/nanoserve serve Qwen/Qwen3-0.6B --kv-memory 4GiB": "downloads a model",
     """grpcurl -plaintext -d '{"chat": {"messages": [{"role": "ROLE_USER", "content": "What is TTFT?"}]}}' \\""": (
         "no package of Python's, so not among the development tools"
     ),

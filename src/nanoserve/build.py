@@ -48,9 +48,9 @@ class Built:
     model: ServedModel
 
 
-def build_engine(options: Options, *, wait_until_compiled: bool = False, report: Report = log_facts) -> Engine:
+def build_engine(options: Options, *, wait_until_fast: bool = False, report: Report = log_facts) -> Engine:
     """An engine in this process, warm but not started. Raises ConfigError; see build_core."""
-    built = build_core(options, wait_until_compiled=wait_until_compiled, report=report)
+    built = build_core(options, wait_until_fast=wait_until_fast, report=report)
     return Engine(
         built.core,
         built.codec,
@@ -60,18 +60,18 @@ def build_engine(options: Options, *, wait_until_compiled: bool = False, report:
     )
 
 
-def build_core(options: Options, *, wait_until_compiled: bool = False, report: Report = log_facts) -> Built:
+def build_core(options: Options, *, wait_until_fast: bool = False, report: Report = log_facts) -> Built:
     """Load the model and build what runs its steps. Takes as long as the model does.
 
-    On a CPU, parts of the model are compiled behind the back of the running engine, or first, which takes up to a
-    minute the first time. Raises ConfigError, whose one line says what to do.
+    On a CPU, parts of the model are compiled and memory is claimed behind the back of the running engine, or first,
+    which takes up to a minute the first time. Raises ConfigError, whose one line says what to do.
     """
     report(Stage("reading the model"))
     try:
         with _weights_reported(report):
             model = load_model(options.model)
         codec = TextCodec.load(model.folder, trust_remote_code=options.model.trust_remote_code)
-        return assemble(model, codec, options, wait_until_compiled=wait_until_compiled, report=report)
+        return assemble(model, codec, options, wait_until_fast=wait_until_fast, report=report)
     except SafetensorError as error:
         raise ConfigError(f"a checkpoint file in {options.model.path} cannot be read: {error}") from error
     except torch.OutOfMemoryError as error:
@@ -107,7 +107,7 @@ def assemble(
     codec: TextCodec,
     options: Options,
     *,
-    wait_until_compiled: bool = False,
+    wait_until_fast: bool = False,
     report: Report = log_facts,
 ) -> Built:
     """Build what runs the steps of a loaded model. Raises ConfigError if the KV cache does not fit."""
@@ -147,11 +147,14 @@ def assemble(
             trust_remote_code=options.model.trust_remote_code,
         )
         compiler.start()
-        if wait_until_compiled:
+        if wait_until_fast:
             compiler.wait()
     if model.device.type == "cpu":
         release_threads()
-        threading.Thread(target=cache.claim_memory, name="nanoserve-memory", daemon=True).start()
+        claiming = threading.Thread(target=cache.claim_memory, name="nanoserve-memory", daemon=True)
+        claiming.start()
+        if wait_until_fast:
+            claiming.join()
 
     scheduler = Scheduler(
         options.scheduler,

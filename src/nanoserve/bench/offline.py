@@ -101,7 +101,7 @@ def running_engine(options: Options, loading: Loading) -> Iterator[tuple["Engine
             loading.report(Stage("importing torch and transformers"))
             from nanoserve.build import build_engine
 
-            engine = build_engine(options, wait_until_compiled=True, report=loading.report)
+            engine = build_engine(options, wait_until_fast=True, report=loading.report)
         loop.run(_start(engine))
         try:
             yield engine, lambda requests: loop.run(_run_all(engine, requests))

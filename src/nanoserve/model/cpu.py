@@ -90,7 +90,7 @@ def can_compile(num_parameters: int) -> bool:
     compiler = environment().get("CXX", "g++")
     if shutil.which(compiler) is None:
         logger.warning(
-            "there is no C++ compiler (%s): serving works, but would be up to twice as fast with one", compiler
+            "there is no C++ compiler (%s): serving works, but would be up to three times as fast with one", compiler
         )
         return False
     return True
