@@ -180,7 +180,7 @@ async def test_outside_of_its_block_there_is_no_model():
 
 
 def test_a_cache_that_is_smaller_than_the_models_context_is_warned_about(caplog):
-    LLM(kv_memory_bytes=1 << 20).close()
+    LLM(dtype="float32", kv_memory_bytes=1 << 20).close()
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "the KV cache holds 160 tokens" in warning
     assert "the model's 2048" in warning

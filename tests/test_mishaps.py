@@ -77,7 +77,7 @@ LlamaModel.forward = fail_at_a_token
 FULL_DISK = """
 import os, resource, signal
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-os.environ["CXX"] = "ls"  # any program: it does not come to compiling
+os.environ["CXX"] = "ls"  # any program: what it fails to make could not be written either
 from nanoserve.model import cpu
 cpu.MIN_COMPILED = 0
 signal.signal(signal.SIGUSR1, lambda *_: os.dup2(os.open("/dev/full", os.O_WRONLY), 2))
@@ -154,7 +154,7 @@ async def test_a_step_that_raises_fails_its_requests_and_the_next_are_served(sab
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 async def test_a_full_disk_costs_the_compiled_code_and_the_log_but_no_request():
     with serving("--kv-memory", "16MiB", sabotage=FULL_DISK) as server:
-        server.wait_for("compiling failed; serving goes on without")
+        server.wait_for("the process that compiles has failed")
         async with grpc.aio.insecure_channel(server.address, OPTIONS) as channel:
             caller = Caller(channel)
             server.process.send_signal(signal.SIGUSR1)
