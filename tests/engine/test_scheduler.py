@@ -102,6 +102,19 @@ def test_who_may_not_read_the_cache_does_not_wait_for_it(options):
     assert len(bench.step().sequences) == 2
 
 
+@pytest.mark.parametrize("options", [{"max_num_seqs": 2}, {"num_blocks": 12}])
+def test_who_waits_for_a_prefix_keeps_its_place(options):
+    bench = Bench(**options)
+    bench.add("a", range(20))
+    bench.add("b", range(20))
+    bench.add("c", range(100, 112), max_tokens=20)
+    assert len(bench.step().sequences) == 1
+    bench.step()
+    bench.step()
+    assert bench.outputs("b")
+    bench.run()
+
+
 def test_a_static_batch_takes_equal_prompts_too():
     bench = Bench(batching="static")
     bench.add("a", range(12))

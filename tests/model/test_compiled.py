@@ -125,8 +125,10 @@ def test_all_parts_are_compiled_and_compute_the_same(
     # The next start finds them made.
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("the worker was started again"))
     again = load_model(ModelOptions(path=str(tmp_path), dtype=dtype, device="cpu"))  # type: ignore[arg-type]
-    compile_and_wait(again, Feeder(again, LONGEST, monkeypatch))
-    assert num_compiled(again) == num_compiled(model)
+    background = compiler(again, Feeder(again, LONGEST, monkeypatch))
+    background.start()
+    assert num_compiled(again) == num_compiled(model), "requests would wait while parts are loaded"
+    background.wait()
 
 
 @pytest.mark.soak
@@ -234,6 +236,20 @@ def test_a_product_that_computes_otherwise_is_not_used(tmp_path: Path, monkeypat
     compile_and_wait(model, feeder)
     assert not narrow.kernels
     assert largest_error(feeder, want) < TOLERANCES["float32"]
+
+
+def test_a_part_is_used_before_the_next_one_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+
+    def make(_job: compiled.Job, names: Sequence[str], _: Path) -> Iterator[str]:
+        for number, name in enumerate(names):
+            assert len(used) == number
+            yield name
+
+    monkeypatch.setattr(compiled, "_load", lambda _folder, name: name)
+    monkeypatch.setattr(BackgroundCompiler, "_use", lambda _self, name, _part: not used.append(name))
+    made_by(make, tmp_path, monkeypatch)
+    assert len(used) > 1
 
 
 def product_job(folder: Path) -> compiled.Job:

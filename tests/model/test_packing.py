@@ -73,6 +73,16 @@ def test_the_layout_for_few_rows_is_not_taken_on_trust():
     assert _as_pairs(weight, torch.zeros(128, 96)) is None
 
 
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this CPU does not pack bfloat16")
+@pytest.mark.parametrize("row", [0, 64, 127])
+def test_memory_that_lies_otherwise_is_not_read(row):
+    weight = torch.randn(128, 96).to(torch.bfloat16)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+    other = weight.clone()
+    other[row, 95] += 1
+    assert _as_pairs(packed, other) is None
+
+
 @every_dtype
 def test_every_plain_linear_is_packed_and_nothing_else(dtype):
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4), nn.Embedding(3, 8))).to(dtype)

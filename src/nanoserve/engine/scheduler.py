@@ -214,19 +214,21 @@ class Scheduler:
     def _admit_waiting(self, step: dict[Sequence, int], now: float) -> WaitReason:
         """Returns why the first of the rest of the queue, if any, waits."""
         # Passed over, because they would compute what this step computes anyway: in the next one they find it cached.
-        num_passed = 0
-        obstacle: WaitReason | None = WaitReason.TOKENS
+        # Others go first only as far as the rows and blocks of these are not touched.
+        num_passed = num_kept_blocks = 0
+        obstacle: WaitReason | None = None
         while num_passed < len(self._waiting) and self._budget:
+            if num_passed and num_passed >= self._rows.count(None):
+                break
             sequence = self._waiting[num_passed]
-            if (obstacle := self._admit(sequence, step)) is WaitReason.PREFIX:
+            if (obstacle := self._admit(sequence, step, num_kept_blocks)) is WaitReason.PREFIX:
                 num_passed += 1
-                if num_passed == self._rows.count(None):
-                    break
+                num_kept_blocks += self._num_blocks_for(sequence.num_tokens)
                 continue
             if obstacle is not None:
                 # Only a higher priority, never an earlier arrival, takes a running sequence's place.
                 victim = max(self._running(), key=lambda s: s.rank, default=None)
-                if victim is None or victim.rank[0] <= sequence.rank[0]:
+                if num_passed or victim is None or victim.rank[0] <= sequence.rank[0]:
                     break
                 self._preempt(victim, sequence, step)
                 continue
@@ -237,7 +239,7 @@ class Scheduler:
             self._schedule_running(sequence, step)
         return WaitReason.PREFIX if num_passed else obstacle or WaitReason.TOKENS
 
-    def _admit(self, sequence: Sequence, step: dict[Sequence, int]) -> WaitReason | None:
+    def _admit(self, sequence: Sequence, step: dict[Sequence, int], num_kept_blocks: int) -> WaitReason | None:
         """Give a waiting sequence a row, and the blocks that the cache has of its tokens; or say what it waits for."""
         if None not in self._rows:
             return WaitReason.ROWS
@@ -247,7 +249,7 @@ class Scheduler:
             self.pool.release(prefix)
             return WaitReason.PREFIX
         # Admitted only if there is room for all its known tokens: else it would soon preempt, or be preempted.
-        if self._num_blocks_for(sequence.num_tokens) - len(prefix) > self.pool.num_available:
+        if self._num_blocks_for(sequence.num_tokens) - len(prefix) > self.pool.num_available - num_kept_blocks:
             self.pool.release(prefix)
             return WaitReason.BLOCKS
         sequence.block_ids = prefix

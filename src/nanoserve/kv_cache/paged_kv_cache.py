@@ -192,8 +192,7 @@ class PagedKVCache:
         self.block_size = block_size
         self.device = device
         num_bytes = num_blocks * block_size * sum(spec.bytes_per_token for spec in specs)
-        memory = _zeros(num_bytes, device)
-        self._main_memory = memory if device.type == "cpu" else memory[:0]
+        self._memory = memory = _zeros(num_bytes, device)
         self.layers = []
         for spec in specs:
             pools = []
@@ -205,7 +204,7 @@ class PagedKVCache:
             self.layers.append(LayerKV(*pools))
 
     def claim_memory(self) -> None:
-        """Have the system give all main memory. In a thread of its own, beside the engine's: it changes no number.
+        """Of a cache in main memory: have the system give all of it. In a thread of its own: it changes no number.
 
         It has been promised only, so that a server starts at once. To give 4 GiB takes seconds; requests go first.
         """
@@ -214,7 +213,7 @@ class PagedKVCache:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         madv_populate_write = 23  # mman.h, since Linux 5.14; before, memory comes when it is used
         madvise = ctypes.CDLL(None).madvise
-        begin, size = self._main_memory.data_ptr(), self._main_memory.numel()
+        begin, size = self._memory.data_ptr(), self._memory.numel()
         for start in range(0, size, CLAIMED_AT_ONCE):
             length = min(CLAIMED_AT_ONCE, size - start)
             madvise(ctypes.c_void_p(begin + start), ctypes.c_size_t(length), madv_populate_write)

@@ -43,8 +43,8 @@ class PackedLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
-        # Opaque: it has the shape of the weight, and no storage that torch can read.
         weight = linear.weight.detach()
+        # For torch it has the shape of the weight, and no storage.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
         # The same memory for multiply_pairs.
         self.pairs = _as_pairs(self._packed, weight)
