@@ -12,13 +12,16 @@ import pytest
 from engine_bench import SECONDS, running
 from google.protobuf.duration_pb2 import Duration
 from nanoserve_client import AsyncClient, InvalidRequest, NanoserveError, NotFound, TimelineEnd
+from nanoserve_client import watching as client_watching
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc
 
 from nanoserve.config import ServerConfig
 from nanoserve.observability.flight_recorder import FlightRecorder
+from nanoserve.observability.timeline import WANTED
 from nanoserve.observer import Observers
-from nanoserve.rpc import admin
+from nanoserve.rpc import admin, watching
 from nanoserve.rpc.server import Server
+from nanoserve.step_record import WaitReason
 
 PROMPT = list(range(20))
 
@@ -241,3 +244,11 @@ async def test_fifty_watchers_are_served_and_forgotten_when_they_leave(monkeypat
         # They have left, and are forgotten.
         async with served.client.watch_engine(interval=0.05):
             await until(lambda: counted[-1] == 1)
+
+
+@pytest.mark.parametrize("reason", WaitReason)
+def test_every_reason_to_wait_has_its_name_on_both_sides(reason):
+    number = watching._WAIT_REASONS[reason]
+    assert admin_pb2.WaitReason.Name(number) == f"WAIT_REASON_{reason.name}"
+    assert client_watching._WAIT_REASONS[number].value == reason.value
+    assert WANTED[reason]
