@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 
+import grpc
 import pytest
 from nanoserve_client import NanoserveError, tracing
 from nanoserve_client.v1 import model_pb2
@@ -117,6 +118,13 @@ async def test_without_a_tracer_the_callers_header_goes_on(face, server, monkeyp
     first, second = server.script.metadata
     assert first["traceparent"] == TRACEPARENT
     assert "traceparent" not in second
+
+
+def test_a_call_that_began_without_a_tracer_ends_without_one(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(tracing, "trace", None)
+        span = tracing.CallSpan(model_pb2.ListModelsRequest(), "llm.example:443", None)
+    span.end(grpc.StatusCode.OK)
 
 
 def test_the_client_works_where_opentelemetry_is_not_installed():

@@ -23,6 +23,7 @@ class CallSpan:
     def __init__(self, request: Message, target: str, traceparent: str | None) -> None:
         """Begins now. traceparent: a parent that the caller names, instead of the current span."""
         self._headers = {} if traceparent is None else {"traceparent": traceparent}
+        self._span: trace.Span | None = None
         if trace is None:
             return
         propagator = TraceContextTextMapPropagator()
@@ -42,7 +43,7 @@ class CallSpan:
 
     def end(self, code: grpc.StatusCode) -> None:
         """The call has this status."""
-        if trace is None or not self._span.is_recording():
+        if self._span is None or not self._span.is_recording():
             return
         self._span.set_attribute("rpc.response.status_code", code.name)
         if code is not grpc.StatusCode.OK:
