@@ -20,6 +20,7 @@ from nanoserve.kv_cache.paged_kv_cache import (
     plan_kv,
 )
 
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CPU = torch.device("cpu")
 # Qwen3-0.6B: 8 x (128 + 128) x 2 = 4096 bytes a token and layer.
 QWEN = [KVSpec(8, 128, 128, torch.bfloat16)] * 28
@@ -127,3 +128,18 @@ def test_memory_is_promised_at_first_and_claimed_beside_the_engine() -> None:
     assert resident() - before > size * 0.9
     assert torch.equal(cache.layers[0].keys[100, :, 3], keys[:, 0])
     assert cache.layers[0].values.count_nonzero() == keys.numel()
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this system gives no large pages"
+)
+def test_memory_comes_in_large_pages() -> None:
+    def in_large_pages() -> int:
+        facts = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+        return int(facts["AnonHugePages"].removesuffix("kB")) << 10
+
+    size = 128 << 20
+    before = in_large_pages()
+    cache = PagedKVCache([KVSpec(8, 64, 64, torch.float32)], size // (16 * 8 * 128 * 4), 16, CPU)
+    cache.layers[0].keys.fill_(1)
+    assert in_large_pages() - before > size / 4

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from nanoserve.config import ModelOptions
 from nanoserve.model import compiled, cpu, narrow, packing
-from nanoserve.model.compiled import BackgroundCompiler, Product, watch_calls
+from nanoserve.model.compiled import BackgroundCompiler, watch_calls
+from nanoserve.model.formulas import Formula
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.packing import PackedLinear
 
@@ -224,9 +225,11 @@ def test_layers_that_differ_in_a_constant_are_not_of_one_make(tmp_path: Path) ->
     assert first.make != second.make
 
 
-def test_a_product_that_computes_otherwise_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_formula_that_computes_otherwise_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(_folder: Path, name: str) -> Any:
-        return (lambda x, w: narrow.multiply_blocks(x, w) * 1.01) if name == "product-4" else None
+        if name == "product-4":
+            return lambda x, w: narrow.multiply_blocks(x, w) * 1.01
+        return (lambda q, *_: q * 0) if name == "attention-0" else None
 
     monkeypatch.setattr(cpu, "MIN_COMPILED", 0)
     monkeypatch.setattr(compiled, "_load", load)
@@ -235,6 +238,7 @@ def test_a_product_that_computes_otherwise_is_not_used(tmp_path: Path, monkeypat
     feeder = Feeder(model, LONGEST, monkeypatch)
     compile_and_wait(model, feeder)
     assert not narrow.kernels
+    assert not feeder.runner.compiled_attention
     assert largest_error(feeder, want) < TOLERANCES["float32"]
 
 
@@ -252,8 +256,8 @@ def test_a_part_is_used_before_the_next_one_is_made(tmp_path: Path, monkeypatch:
     assert len(used) > 1
 
 
-def product_job(folder: Path) -> compiled.Job:
-    """The quickest to make."""
+def quick_job(folder: Path) -> compiled.Job:
+    """One part, quick to make."""
     return compiled.Job(
         folder=folder,
         trust_remote_code=False,
@@ -261,16 +265,15 @@ def product_job(folder: Path) -> compiled.Job:
         narrow_dtype=torch.bfloat16,
         is_packed=False,
         block_size=BLOCK_SIZE,
-        products={"product-1": Product(is_packed=False, dtype=torch.bfloat16, num_tokens=1)},
-        attention={},
+        formulas={"part": Formula(torch.mul, (torch.ones(3), torch.ones(3)), ((0,), (0,)))},
         layers={},
     )
 
 
 def test_a_failing_compiler_is_said_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/bin/false")
-    assert list(compiled.make(product_job(tmp_path), ["product-1"], tmp_path / "made")) == ["product-1"]
-    assert "product-1: " in (tmp_path / "made/product-1.error").read_text()
+    assert list(compiled.make(quick_job(tmp_path), ["part"], tmp_path / "made")) == ["part"]
+    assert "part: " in (tmp_path / "made/part.error").read_text()
 
 
 def test_a_process_that_fails_is_said(
@@ -280,7 +283,7 @@ def test_a_process_that_fails_is_said(
     program.write_text("#!/bin/sh\nhead -c 100 > /dev/null\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    assert list(compiled.make(product_job(tmp_path), ["product-1"], tmp_path / "made")) == []
+    assert list(compiled.make(quick_job(tmp_path), ["part"], tmp_path / "made")) == []
     assert "exit code 1" in caplog.text
 
 
@@ -288,18 +291,7 @@ def test_the_worker_ends_with_its_parent(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nanoserve.model.compile_worker", str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as worker:
         assert worker.stdin is not None
-        pickle.dump((product_job(tmp_path), ["product-1"]), worker.stdin)
+        pickle.dump((quick_job(tmp_path), ["part"]), worker.stdin)
         worker.stdin.close()
         assert worker.wait(60) == 1
     assert not list(tmp_path.glob("*.compiled"))
-
-
-@pytest.mark.parametrize("is_packed", [True, False])
-@pytest.mark.parametrize("num_tokens", [1, 2])
-def test_a_product_is_used_only_if_it_computes_its_formula(is_packed: bool, num_tokens: int) -> None:
-    product = Product(is_packed, torch.bfloat16, num_tokens)
-    assert not product.use(lambda x, weight: product.formula(x, weight) * 1.03)
-    assert not narrow.kernels
-    assert not packing.kernels
-    assert product.use(product.formula)
-    assert len(packing.kernels if is_packed else narrow.kernels) == 1

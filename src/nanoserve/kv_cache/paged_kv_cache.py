@@ -246,7 +246,8 @@ def _zeros(num_bytes: int, device: torch.device) -> Tensor:
     """[num_bytes]: uint8. Main memory in large pages, which the system gives when it is first used."""
     if device.type != "cpu":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    memory = mmap.mmap(-1, num_bytes)
+    # Private: of memory that could be shared with other processes, Linux gives no large pages.
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

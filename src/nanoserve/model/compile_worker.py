@@ -19,18 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from nanoserve.model.attend import attend_singles
-from nanoserve.model.attention import AttentionForm
-from nanoserve.model.compiled import NUM_TOKENS, Job, LayerJob, Product
+from nanoserve.model.compiled import NUM_TOKENS, Job, LayerJob
+from nanoserve.model.formulas import Formula
 from nanoserve.model.loader import load_skeleton
 from nanoserve.model.narrow import NarrowLinear
 from nanoserve.model.packing import pack_linears
-
-# Of trial calls: sizes that stand for any. Blocks and keys are tied by the block size. With few sequences, loops over
-# their blocks and heads are spread over threads too.
-NUM_SEQUENCES = 3
-NUM_BLOCKS = 11
-CACHE_BLOCKS = 23
 
 
 def main(folder: Path) -> None:
@@ -63,11 +56,7 @@ def _make(folder: Path, name: str, compile: Callable[[], Any]) -> None:
 
 def compile_part(job: Job, name: str) -> Any:
     """Raises whatever the compiler does."""
-    if name in job.products:
-        return compile_product(job.products[name])
-    if name in job.attention:
-        return compile_attention(job.attention[name], job)
-    return compile_layer(job.layers[name], job)
+    return compile_layer(job.layers[name], job) if name in job.layers else compile_formula(job.formulas[name])
 
 
 def _compile(function: Callable[..., Any], *args: Any) -> Any:
@@ -104,30 +93,12 @@ def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return layer(*args, **kwargs)
 
 
-def compile_product(product: Product) -> Any:
-    """For any size of the weight."""
-    trial = product.trial()
-    for tensor, dimensions in zip(trial, product.any_size, strict=True):
+def compile_formula(formula: Formula) -> Any:
+    """For all sizes that it says."""
+    for tensor, dimensions in zip(formula.trial, formula.any_size, strict=True):
         for dimension in dimensions:
             torch._dynamo.mark_dynamic(tensor, dimension)
-    return _compile(product.formula, *trial)
-
-
-def compile_attention(form: AttentionForm, job: Job) -> Any:
-    """For any number of sequences, of blocks a sequence, and of blocks in the cache."""
-    shape = CACHE_BLOCKS, form.num_kv_heads, job.block_size
-    queries = torch.zeros(NUM_SEQUENCES, form.num_heads, form.key_width)
-    keys = torch.zeros(*shape, form.key_width, dtype=job.dtype)
-    values = torch.zeros(*shape, form.value_width, dtype=job.dtype)
-    blocks = torch.zeros(NUM_SEQUENCES, NUM_BLOCKS, dtype=torch.long)
-    bias = torch.zeros(NUM_SEQUENCES, NUM_BLOCKS * job.block_size, dtype=job.dtype)
-    sinks = torch.zeros(form.num_heads, dtype=job.dtype) if form.has_sinks else None
-    for tensor, dimensions in ((queries, 1), (keys, 1), (values, 1), (blocks, 2), (bias, 2)):
-        for dimension in range(dimensions):
-            torch._dynamo.mark_dynamic(tensor, dimension)
-    return _compile(
-        partial(attend_singles, scaling=form.scaling, softcap=form.softcap), queries, keys, values, blocks, bias, sinks
-    )
+    return _compile(formula.function, *formula.trial)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Parts of a step, compiled for a CPU: decoder layers, attention of single tokens, and products for few tokens.
+"""Parts of a step, compiled for a CPU: decoder layers, and formulas of attention and of products (formulas.py).
 
     serving starts ──────▶ plain PyTorch ───────────────────────────────────▶ compiled, part by part
           └▶ in the cache folder? ─no─▶ child process (compile_worker.py) ─▶ load ─▶ try ─▶ use
 
 Compiling takes a process of its own, because in this one it would hold the interpreter lock against the engine for
 seconds. A part is used as soon as it is made, and kept in the user's cache folder for the next start. torch.compile's
-guards are left out, which
-would cost more than a small layer; instead a compiled layer is used only for layers of the same make, and only if, on a
-trial call, it computes what the layer itself computes. Nothing here can fail a request: what cannot be compiled is
-served as it is.
+guards are left out, which would cost more than a small layer; instead a compiled layer is used only for layers of the
+same make, and any part only if, on a trial call, it computes what the plain one does. Nothing here can fail a request:
+what cannot be compiled is served as it is.
 """
 
 import hashlib
@@ -30,11 +29,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from nanoserve.config import environment
-from nanoserve.model import attend, narrow, packing
+from nanoserve.model import attend, packing
 from nanoserve.model.attention import AttentionForm, attending
+from nanoserve.model.formulas import Formula, formulas_of
 from nanoserve.model.loader import LoadedModel
 from nanoserve.model.narrow import NarrowLinear
-from nanoserve.model.packing import PackedLinear
 
 # Of a trial call. Unlike any width in a model, so that a dimension of this size is known to count tokens.
 NUM_TOKENS = 37
@@ -44,48 +43,6 @@ TOLERANCE = 0.02
 TOLERATED_STEPS = 2
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """A product with a linear layer's weight, to be compiled for a number of tokens, and any sizes of the weight."""
-
-    # multiply_pairs of packing.py, or multiply_blocks of narrow.py.
-    is_packed: bool
-    # Of the weight.
-    dtype: torch.dtype
-    num_tokens: int
-
-    @property
-    def formula(self) -> Callable[[Tensor, Tensor], Tensor]:
-        return packing.multiply_pairs if self.is_packed else narrow.multiply_blocks
-
-    def trial(self) -> tuple[Tensor, Tensor]:
-        """Some arguments of the formula."""
-        generator = torch.Generator().manual_seed(0)
-        if self.is_packed:
-            weight = torch.randn(3, NUM_TOKENS, packing.TILE, 2, generator=generator).to(self.dtype)
-            x = torch.randn(self.num_tokens, NUM_TOKENS, 2, generator=generator).to(self.dtype)
-            return x, weight.view(torch.int32).squeeze(3)
-        weight = torch.randn(3, narrow.TILE, NUM_TOKENS, generator=generator).to(self.dtype)
-        return torch.randn(2, self.num_tokens, NUM_TOKENS, generator=generator), weight
-
-    @property
-    def any_size(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of each argument: the dimensions that may have any size."""
-        return ((1,), (0, 1)) if self.is_packed else ((0, 2), (0, 2))
-
-    def use(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> bool:
-        """False if it gives anything but what the formula gives."""
-        trial = self.trial()
-        want = self.formula(*trial)
-        if not torch.allclose(multiply(*trial), want, atol=1e-4, rtol=2 * torch.finfo(want.dtype).eps):
-            return False
-        if self.is_packed:
-            packing.kernels[self.num_tokens] = multiply
-        else:
-            narrow.kernels[self.dtype, self.num_tokens] = multiply
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +70,12 @@ class Job:
     narrow_dtype: torch.dtype | None
     is_packed: bool
     block_size: int
-    products: dict[str, Product]
-    attention: dict[str, AttentionForm]
+    formulas: dict[str, Formula]
     layers: dict[str, LayerJob]
 
     @property
     def names(self) -> list[str]:
-        return [*self.products, *self.attention, *self.layers]
+        return [*self.formulas, *self.layers]
 
 
 @dataclass(slots=True)
@@ -165,7 +121,7 @@ class _Call:
         it, for one token.
         """
         parts = {f"layer-{self.make}": self}
-        if self.narrow_names or any(_has_pairs(module) for module in self.layer.modules()):
+        if self.narrow_names or any(packing.has_pairs(module) for module in self.layer.modules()):
             parts[f"layer-{self.make}-1"] = self.with_one_token
         return parts
 
@@ -186,9 +142,9 @@ class BackgroundCompiler:
         block_size: int,
         trust_remote_code: bool,
     ) -> None:
-        self._model = model
-        self._compiled_attention = compiled_attention
         self._calls, forms = watch_calls(model)
+        formulas = list(formulas_of(model, forms, compiled_attention, block_size))
+        self._places = {name: place for name, _, place in formulas}
         self._job = Job(
             folder=model.folder,
             trust_remote_code=trust_remote_code,
@@ -196,8 +152,7 @@ class BackgroundCompiler:
             narrow_dtype=model.narrow_dtype,
             is_packed=model.is_packed,
             block_size=block_size,
-            products={f"product-{product.num_tokens}": product for product in _products(model)},
-            attention={f"attention-{i}": form for i, form in enumerate(sorted(forms, key=repr))},
+            formulas={name: formula for name, formula, _ in formulas},
             layers={name: job for call in self._calls for name, job in _layer_jobs(call).items()},
         )
         self._folder = cache_folder(self._job)
@@ -235,12 +190,14 @@ class BackgroundCompiler:
 
     def _use(self, name: str, part: Callable[..., Any]) -> bool:
         """False if it computes something else, or is for nothing."""
-        if name in self._job.products:
-            return self._job.products[name].use(part)
-        if name in self._job.attention:
-            self._compiled_attention[self._job.attention[name]] = part
-            return True
-        return self._use_layer(name, part)
+        return self._use_layer(name, part) if name in self._job.layers else self._use_formula(name, part)
+
+    def _use_formula(self, name: str, function: Callable[..., Tensor]) -> bool:
+        if not self._job.formulas[name].is_computed_by(function):
+            return False
+        place = self._places[name]
+        place.table[place.key] = function
+        return True
 
     def _use_layer(self, name: str, run_layer: Callable[..., Any]) -> bool:
         num_used = 0
@@ -303,19 +260,6 @@ def _stand_in(
         scores = scores + sinks[:, None, None]
     out = (v + k.tanh().mean(-1, keepdim=True)).repeat_interleave(len(q) // len(k), 0) * (1 + scores)
     return out.transpose(0, 1).to(v.dtype).contiguous()
-
-
-def _products(model: LoadedModel) -> list[Product]:
-    """With weights of its layers, for few tokens."""
-    if model.narrow_dtype is not None:
-        return [Product(False, model.narrow_dtype, size) for size in narrow.BLOCK_SIZES]
-    if any(_has_pairs(module) for module in model.model.modules()):
-        return [Product(True, torch.bfloat16, num_rows) for num_rows in packing.FEW_ROWS]
-    return []
-
-
-def _has_pairs(module: nn.Module) -> bool:
-    return isinstance(module, PackedLinear) and module.pairs is not None
 
 
 def _layer_jobs(call: _Call) -> dict[str, LayerJob]:

@@ -101,6 +101,11 @@ def multiply_pairs(x: Tensor, pairs: Tensor) -> Tensor:
     return torch.stack(outs).to(x.dtype)
 
 
+def has_pairs(module: nn.Module) -> bool:
+    """Whether multiply_pairs can be used for it."""
+    return isinstance(module, PackedLinear) and module.pairs is not None
+
+
 def _as_pairs(packed: Tensor, weight: Tensor) -> Tensor | None:
     """The packed memory as multiply_pairs takes it, if it has that layout: [num_tiles, width / 2, TILE]."""
     num_rows, width = weight.shape
