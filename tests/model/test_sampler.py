@@ -553,3 +553,16 @@ def test_most_likely_orders_by_score_then_id(scores: list[float], data: st.DataO
     count = data.draw(st.integers(0, len(scores)))
     expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
     assert most_likely(torch.tensor([scores]), count).tolist() == [expected]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 257, 512, 1536])
+def test_the_largest_logit_is_found_at_its_first_place(vocab_size: int) -> None:
+    logits = torch.randint(0, 5, (20, vocab_size)).to(torch.bfloat16)  # many are equal
+    best, places = module._largest(logits)
+    want, first = logits.float().numpy().max(1), logits.float().numpy().argmax(1)
+    assert (best.tolist(), places.tolist()) == (want.tolist(), first.tolist())
+    logits[3, vocab_size // 2] = NAN
+    logits[4] = -INF
+    best, _ = module._largest(logits)
+    assert best[3].isnan()
+    assert best[4] == -INF
