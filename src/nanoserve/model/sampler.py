@@ -132,7 +132,7 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     vocab_size = logits.shape[-1]
     num_parts = next(num for num in range(MAX_PARTS, 0, -1) if vocab_size % num == 0)
-    parts = logits.unflatten(-1, (num_parts, -1))  # [n, num_parts, size of a part]
+    parts = logits.reshape(len(logits), num_parts, -1)  # [n, num_parts, size of a part]
     best, part = parts.amax(-1).max(-1)  # [n], [n]
     place = parts[torch.arange(len(parts), device=parts.device), part].max(-1).indices  # [n]
     return best, part * parts.shape[-1] + place
