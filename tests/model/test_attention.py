@@ -1,6 +1,7 @@
 """The batched attention computes what the reference computes, for every shape of step and layer."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,8 +47,12 @@ def make_call(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    prefixes: Sequence[tuple[int, int]] = (),
 ) -> AttentionCall:
-    """A step over a cache full of random numbers, the step's own keys and values among them."""
+    """A step over a cache full of random numbers, the step's own keys and values among them.
+
+    prefixes: (sequence, blocks): it has so many blocks of the first sequence's in place of its own first ones.
+    """
     generator = torch.Generator().manual_seed(0)
     starts, counts = [start for start, _ in step], [count for _, count in step]
     num_blocks = [-(-(start + count) // BLOCK_SIZE) for start, count in step]
@@ -56,6 +61,8 @@ def make_call(
     tables = torch.full((len(step), max(num_blocks)), int(order[num_blocks[0] - 1]))
     for row, (end, num) in enumerate(zip(itertools.accumulate(num_blocks), num_blocks, strict=True)):
         tables[row, :num] = order[end - num : end]
+    for row, num in prefixes:
+        tables[row, :num] = tables[0, :num]
     cache = PagedKVCache([KVSpec(num_kv_heads, 8, value_width, dtype)], sum(num_blocks), BLOCK_SIZE, CPU)
     for pool in (cache.layers[0].keys, cache.layers[0].values):
         pool.copy_(torch.randn(pool.shape, generator=generator))
@@ -93,6 +100,30 @@ def test_the_formula_for_single_tokens_agrees(layer: str, form: str) -> None:
     call = make_call(STEPS["single"], LAYERS[layer], **FORMS[form])
     call.batch.compiled[call.form] = lambda *tensors: attend_singles(*tensors, call.scaling, call.softcap)
     torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_blocks_that_sequences_share_are_read_once(layer: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend_module, "MIN_SAVED_BYTES", 1)
+    steps = {
+        # All share 5 blocks, some more; lengths so that each has a block of its own, if of one token only.
+        "all": ([(20, 1), (23, 1), (70, 1), (41, 1)], [(1, 5), (2, 9), (3, 9)], {5: 4}),
+        # The second shares nothing, and the last two are a chunk.
+        "some": ([(30, 1), (70, 1), (33, 1), (28, 17)], [(2, 6), (3, 6)], {6: 2, 0: 1}),
+        "none": (STEPS["single"], [], {0: len(STEPS["single"])}),
+    }
+    for step, prefixes, families in steps.values():
+        call = make_call(step, LAYERS[layer], prefixes=prefixes, **FORMS[form])
+        call.batch.compiled[call.form] = lambda *tensors, call=call: attend_singles(  # type: ignore[misc]
+            *tensors, call.scaling, call.softcap
+        )
+        torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
+        if layer == "full":
+            found: dict[int, int] = {}
+            for group in attend_module._groups(call, must_copy=False):
+                found[len(group.shared)] = found.get(len(group.shared), 0) + len(group.tokens)
+            assert found == families
 
 
 @pytest.mark.parametrize("form", ["plain", "softcap"])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree
 
 from nanoserve.model import formulas
 from nanoserve.model.attention import AttentionForm
@@ -22,9 +23,22 @@ FORMULAS = {
 
 @pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
 def test_only_what_computes_the_same_is_taken(formula: Formula) -> None:
+    def changed(change: Any) -> Any:
+        return lambda *args: _pytree.tree_map(change, formula.function(*args))
+
     assert formula.is_computed_by(formula.function)
-    assert not formula.is_computed_by(lambda *args: formula.function(*args) * 1.03)
-    assert not formula.is_computed_by(lambda *args: formula.function(*args).nan_to_num() + 0.1)
+    assert not formula.is_computed_by(changed(lambda out: out * 1.03))
+    assert not formula.is_computed_by(changed(lambda out: out + 0.1))
+    assert not formula.is_computed_by(changed(lambda out: out * torch.nan))
+
+
+def test_each_tensor_of_several_must_be_the_same() -> None:
+    formula = FORMULAS["attention"]
+    for wrong in (0, 1):
+        assert not formula.is_computed_by(
+            lambda *args, wrong=wrong: [out + (i == wrong) for i, out in enumerate(formula.function(*args))]
+        )
+    assert not formula.is_computed_by(lambda *args: formula.function(*args)[0])
 
 
 @pytest.mark.parametrize("name", ["attention", "attention with sinks and cap"])

@@ -2,7 +2,8 @@
 
 A step's single-token sequences (those that generate) are computed in groups of similar length, its chunks of prompts
 one by one. For groups there are two ways: by the plain formula over the blocks where they lie, which is fast only once
-it is compiled (formulas.py), and by copying the blocks next to each other for torch's batched products.
+it is compiled (formulas.py), and by copying the blocks next to each other for torch's batched products. In the first,
+blocks at the beginning that sequences share, such as a system prompt's, are read once for all of them.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ CPU_GROUP_BYTES = 4 << 20
 GROUP_BYTES = 256 << 20
 # A group is padded to its longest sequence, which may be this much longer than its shortest.
 MAX_PADDING = 1.25
+# Sequences that share blocks at their beginning are a group if to read them once saves at least so much.
+MIN_SAVED_BYTES = 8 << 20
 # What attend_singles computes side by side, as far as a CPU has registers: heads, and parts of a value, of at least so
 # many numbers.
 HEADS_TOGETHER = 4
@@ -39,7 +42,9 @@ class _Group:
 
     # [n]: their tokens in the step.
     tokens: Tensor
-    # [n, num_blocks]: the blocks that they see.
+    # [num_shared]: blocks that all of them see first, and as a whole.
+    shared: Tensor
+    # [n, num_blocks]: the other blocks that they see.
     blocks: Tensor
     # [n, num_blocks * block_size]: 0 or -inf.
     bias: Tensor
@@ -52,6 +57,12 @@ class _Group:
         """[num_kv_heads * n * num_blocks]: which runs of the cache to copy; a run is a block's keys of one head."""
         heads = torch.arange(self.num_kv_heads, device=self.blocks.device)[:, None, None]
         return (self.blocks * self.num_kv_heads + heads).flatten()
+
+    @cached_property
+    def shared_runs(self) -> Tensor:
+        """[num_kv_heads * num_shared]"""
+        heads = torch.arange(self.num_kv_heads, device=self.shared.device)[:, None]
+        return (self.shared * self.num_kv_heads + heads).flatten()
 
     @cached_property
     def head_bias(self) -> Tensor:
@@ -73,7 +84,9 @@ def attend(call: AttentionCall) -> Tensor:
                 if not group.is_step:
                     queries = queries[group.tokens]
                 queries = queries.contiguous().float()  # [n, num_heads, key_width]
-                part = compiled(queries, kv.keys, kv.values, group.blocks, group.bias, call.sinks)
+                part, log_total = compiled(queries, kv.keys, kv.values, group.blocks, group.bias, call.sinks)
+                if len(group.shared):
+                    part = _with_shared(call, group, queries, part, log_total)
             if group.is_step:
                 return part
             out[group.tokens] = part
@@ -92,8 +105,10 @@ def attend_singles(
     sinks: Tensor | None,  # [num_heads]
     scaling: float,
     softcap: float | None,
-) -> Tensor:
-    """One query a sequence, by the formula, in float32. Returns [n, num_heads, value_width].
+) -> tuple[Tensor, Tensor]:
+    """One query a sequence, by the formula, in float32.
+
+    Returns the result, [n, num_heads, value_width], and the logarithm of the sum of exp(score), [n, num_heads].
 
     Compiled, it is one pass over the keys and one over the values; as it stands, it makes large tensors. Query heads of
     one KV head, and parts of a value, have sums of their own, which the compiler makes side by side: so a key is read
@@ -109,7 +124,7 @@ def attend_singles(
     v = values[blocks].float().unsqueeze(3)
     v_parts = torch.split(v, max(MIN_PART, value_width // PARTS_OF_VALUE), dim=-1)
     bias = bias.view(n, num_blocks, 1, 1, block_size)
-    outs = []
+    outs, log_totals = [], []
     for i in range(num_together):
         q = queries.view(n, 1, num_kv_heads, -1, num_together, 1, key_width)[:, :, :, :, i]
         scores = (q * k).sum(-1) * scaling  # [n, num_blocks, num_kv_heads, group // num_together, block_size]
@@ -127,7 +142,31 @@ def attend_singles(
         # [n, num_blocks, num_kv_heads, group // num_together, value_width]
         weighted = torch.cat([(weights.unsqueeze(-1) * part).sum(4) for part in v_parts], -1)
         outs.append(weighted.sum(1) / total[:, 0])  # [n, num_kv_heads, group // num_together, value_width]
-    return torch.stack(outs, 3).flatten(1, 3).to(values.dtype)
+        log_totals.append((largest + total.log())[:, 0, :, :, 0])  # [n, num_kv_heads, group // num_together]
+    return torch.stack(outs, 3).flatten(1, 3).to(values.dtype), torch.stack(log_totals, 3).flatten(1)
+
+
+def _with_shared(call: AttentionCall, group: _Group, queries: Tensor, own: Tensor, own_log_total: Tensor) -> Tensor:
+    """From the attention over a group's own blocks, as of attend_singles, that over its shared blocks too.
+
+    Both are means of values, weighted by exp(score). So is their mean, if each counts by the sum of its weights; as in
+    cascade inference: https://flashinfer.ai/2024/02/02/cascade-inference.html
+    """
+    num_kv_heads, n = len(call.keys), len(queries)
+    k, v = _copy_runs(call, group.shared_runs, num_kv_heads)  # [num_kv_heads, num_keys, width]
+    q = queries.to(k.dtype).view(n, num_kv_heads, -1, k.shape[2]).transpose(0, 1)
+    q = q.flatten(1, 2)  # [num_kv_heads, n * heads a KV head, key_width]
+    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(call.scaling)
+    if call.softcap is not None:
+        scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
+    weights = scores.softmax(-1)  # exp(scores - log_total)
+    log_total = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+    shared = torch.bmm(weights.to(v.dtype), v)
+    shared, log_total = (  # [n, num_heads, value_width], [n, num_heads, 1]
+        t.view(num_kv_heads, n, -1, t.shape[-1]).transpose(0, 1).flatten(1, 2) for t in (shared, log_total)
+    )
+    weight = torch.sigmoid(log_total - own_log_total.unsqueeze(-1))
+    return torch.lerp(own.float(), shared.float(), weight).to(own.dtype)
 
 
 def _groups(call: AttentionCall, *, must_copy: bool) -> list[_Group]:
@@ -143,12 +182,37 @@ def _groups(call: AttentionCall, *, must_copy: bool) -> list[_Group]:
         ]
         limit = CPU_GROUP_BYTES if must_copy and batch.cache.device.type == "cpu" else GROUP_BYTES
         max_blocks = limit // (kv.keys[0].numel() * kv.keys.itemsize)
+        families = [(list(range(batch.num_single)), 0)] if must_copy else _families(call, [num for _, num in spans])
         batch.shared[key] = [
-            _make_group(batch, layer, members, spans, num_kv_heads, dtype)
-            for members in _similar([num for _, num in spans], max_blocks)
+            _make_group(batch, layer, [members[i] for i in part], spans, num_shared, num_kv_heads, dtype)
+            for members, num_shared in families
+            for part in _similar([spans[i][1] - num_shared for i in members], max_blocks)
         ]
     groups: list[_Group] = batch.shared[key]
     return groups
+
+
+def _families(call: AttentionCall, num_blocks: list[int]) -> list[tuple[list[int], int]]:
+    """The single-token sequences, and how many blocks at their beginning they share: 0 = too few to save much.
+
+    num_blocks: of each, how many it sees. Its last one is never shared.
+    """
+    batch, kv = call.batch, call.kv
+    block_bytes = kv.keys[0].nbytes + kv.values[0].nbytes
+    alike: dict[int, list[int]] = {}  # first block -> those that see all from there
+    for i, first_block in enumerate(batch.block_tables[: batch.num_single, 0].tolist()):
+        if call.layer.first_key(batch.starts[i]) == 0:
+            alike.setdefault(first_block, []).append(i)
+    families = []
+    for members in alike.values():
+        if (len(members) - 1) * max(num_blocks[i] for i in members) * block_bytes < MIN_SAVED_BYTES:
+            continue
+        tables = batch.block_tables[members, : min(num_blocks[i] for i in members) - 1]
+        num_shared = int((tables == tables[0]).all(0).cumprod(0).sum())
+        if (len(members) - 1) * num_shared * block_bytes >= MIN_SAVED_BYTES:
+            families.append((members, num_shared))
+    others = set(range(batch.num_single)).difference(*(members for members, _ in families))
+    return [*families, (sorted(others), 0)] if others else families
 
 
 def _similar(num_blocks: list[int], max_blocks: int) -> Iterator[list[int]]:
@@ -168,20 +232,22 @@ def _make_group(
     layer: AttentionLayer,
     members: list[int],
     spans: list[tuple[int, int]],
+    num_shared: int,
     num_kv_heads: int,
     dtype: torch.dtype,
 ) -> _Group:
     device, block_size = batch.cache.device, batch.cache.block_size
     sequences = torch.tensor(members, device=device)  # [n]
-    first = torch.tensor([[spans[i][0]] for i in members], device=device)  # [n, 1]
-    num = torch.tensor([[spans[i][1]] for i in members], device=device)  # [n, 1]
-    step = torch.arange(max(spans[i][1] for i in members), device=device)  # [num_blocks]
+    first = torch.tensor([[spans[i][0] + num_shared] for i in members], device=device)  # [n, 1]
+    num = torch.tensor([[spans[i][1] - num_shared] for i in members], device=device)  # [n, 1]
+    step = torch.arange(int(num.max()), device=device)  # [num_blocks]
     # Padding repeats a sequence's own last block: another's may hold NaN within this step.
     columns = first + torch.minimum(step, num - 1)  # [n, num_blocks]
     blocks = batch.block_tables[sequences].gather(1, columns)  # [n, num_blocks]
     keys = first * block_size + torch.arange(len(step) * block_size, device=device)  # [n, num_keys]
     hidden = layer.hides(batch.positions[sequences, None], keys)  # [n, num_keys]
-    return _Group(sequences, blocks, _bias(hidden, dtype), num_kv_heads, len(members) == len(batch.positions))
+    shared = batch.block_tables[members[0], :num_shared]
+    return _Group(sequences, shared, blocks, _bias(hidden, dtype), num_kv_heads, len(members) == len(batch.positions))
 
 
 def _attend_copies(call: AttentionCall, group: _Group) -> Tensor:

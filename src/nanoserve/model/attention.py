@@ -96,7 +96,7 @@ class AttentionBatch:
     attend: "Callable[[AttentionCall], Tensor]"
     # Of attend.py: memory, and compiled functions by the form that they are for.
     buffers: Buffers
-    compiled: dict[AttentionForm, Callable[..., Tensor]]
+    compiled: dict[AttentionForm, Callable[..., tuple[Tensor, Tensor]]]
     # Of each sequence: tokens computed before this step, and tokens in it.
     starts: list[int]
     counts: list[int]

@@ -137,7 +137,7 @@ class BackgroundCompiler:
     def __init__(
         self,
         model: LoadedModel,
-        compiled_attention: dict[AttentionForm, Callable[..., Tensor]],
+        compiled_attention: dict[AttentionForm, Callable[..., tuple[Tensor, Tensor]]],
         *,
         block_size: int,
         trust_remote_code: bool,
@@ -192,7 +192,7 @@ class BackgroundCompiler:
         """False if it computes something else, or is for nothing."""
         return self._use_layer(name, part) if name in self._job.layers else self._use_formula(name, part)
 
-    def _use_formula(self, name: str, function: Callable[..., Tensor]) -> bool:
+    def _use_formula(self, name: str, function: Callable[..., Any]) -> bool:
         if not self._job.formulas[name].is_computed_by(function):
             return False
         place = self._places[name]

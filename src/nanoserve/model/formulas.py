@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from nanoserve.model import narrow, packing
 from nanoserve.model.attend import attend_singles
@@ -29,29 +30,32 @@ CACHE_BLOCKS = 23
 class Formula:
     """A function to be compiled."""
 
-    function: Callable[..., Tensor]
+    # Returns one tensor or several.
+    function: Callable[..., Any]
     trial: tuple[Tensor | None, ...]
     # Of each argument: the dimensions that may have another size than in the trial.
     any_size: tuple[tuple[int, ...], ...]
 
-    def is_computed_by(self, compiled: Callable[..., Tensor]) -> bool:
+    def is_computed_by(self, compiled: Callable[..., Any]) -> bool:
         """Whether it gives the same, but for rounding."""
-        want = self.function(*self.trial)
-        return torch.allclose(compiled(*self.trial), want, atol=1e-4, rtol=2 * torch.finfo(want.dtype).eps)
+        got, want = (_pytree.tree_leaves(function(*self.trial)) for function in (compiled, self.function))
+        return len(got) == len(want) and all(
+            torch.allclose(a, b, atol=1e-4, rtol=2 * torch.finfo(b.dtype).eps) for a, b in zip(got, want, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where the compiled function is looked for."""
 
-    table: dict[Any, Callable[..., Tensor]]
+    table: dict[Any, Callable[..., Any]]
     key: Any
 
 
 def formulas_of(
     model: LoadedModel,
     forms: Iterable[AttentionForm],
-    compiled_attention: dict[AttentionForm, Callable[..., Tensor]],
+    compiled_attention: dict[AttentionForm, Callable[..., tuple[Tensor, Tensor]]],
     block_size: int,
 ) -> Iterator[tuple[str, Formula, Place]]:
     """What a model's steps can use, each with its name. forms: of its attention."""

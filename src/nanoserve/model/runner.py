@@ -43,7 +43,7 @@ class ModelRunner:
         self._sampler = sampler
         self._buffers = Buffers()
         # Filled while the server runs, by model/compiled.py.
-        self.compiled_attention: dict[AttentionForm, Callable[..., Tensor]] = {}
+        self.compiled_attention: dict[AttentionForm, Callable[..., tuple[Tensor, Tensor]]] = {}
         max_num_blocks = -(-max_context_tokens // cache.block_size)
         # Row -> its blocks in order; beyond the row's own number of them the ids mean nothing.
         self._block_tables = torch.zeros(max_num_seqs, max_num_blocks, dtype=torch.long, device=model.device)
