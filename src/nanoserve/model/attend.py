@@ -6,7 +6,7 @@ it is compiled (formulas.py), and by copying the blocks next to each other for t
 blocks at the beginning that sequences share, such as a system prompt's, are read once for all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,15 +54,13 @@ class _Group:
 
     @cached_property
     def runs(self) -> Tensor:
-        """[num_kv_heads * n * num_blocks]: which runs of the cache to copy; a run is a block's keys of one head."""
-        heads = torch.arange(self.num_kv_heads, device=self.blocks.device)[:, None, None]
-        return (self.blocks * self.num_kv_heads + heads).flatten()
+        """[num_kv_heads * n * num_blocks]"""
+        return _runs(self.blocks, self.num_kv_heads)
 
     @cached_property
     def shared_runs(self) -> Tensor:
         """[num_kv_heads * num_shared]"""
-        heads = torch.arange(self.num_kv_heads, device=self.shared.device)[:, None]
-        return (self.shared * self.num_kv_heads + heads).flatten()
+        return _runs(self.shared, self.num_kv_heads)
 
     @cached_property
     def head_bias(self) -> Tensor:
@@ -72,21 +70,12 @@ class _Group:
 
 def attend(call: AttentionCall) -> Tensor:
     """The same as attend_reference: single-token sequences in groups, chunks one by one."""
-    batch, kv = call.batch, call.kv
+    batch = call.batch
     out = call.queries.new_empty(call.queries.shape[1], call.queries.shape[0], call.values.shape[2])
     if batch.num_single:
         compiled = batch.compiled.get(call.form)
         for group in _groups(call, must_copy=compiled is None):
-            if compiled is None:
-                part = _attend_copies(call, group)
-            else:
-                queries = call.queries.transpose(0, 1)
-                if not group.is_step:
-                    queries = queries[group.tokens]
-                queries = queries.contiguous().float()  # [n, num_heads, key_width]
-                part, log_total = compiled(queries, kv.keys, kv.values, group.blocks, group.bias, call.sinks)
-                if len(group.shared):
-                    part = _with_shared(call, group, queries, part, log_total)
+            part = _attend_copies(call, group) if compiled is None else _attend_in_place(call, group, compiled)
             if group.is_step:
                 return part
             out[group.tokens] = part
@@ -97,7 +86,7 @@ def attend(call: AttentionCall) -> Tensor:
 
 
 def attend_singles(
-    queries: Tensor,  # [n, num_heads, key_width]: float32
+    queries: Tensor,  # [n, num_heads, key_width]
     keys: Tensor,  # [num_blocks_of_cache, num_kv_heads, block_size, key_width]
     values: Tensor,  # [num_blocks_of_cache, num_kv_heads, block_size, value_width]
     blocks: Tensor,  # [n, num_blocks]
@@ -120,6 +109,7 @@ def attend_singles(
     _, num_kv_heads, block_size, key_width = keys.shape
     group, value_width = queries.shape[1] // num_kv_heads, values.shape[3]
     num_together = next(num for num in range(HEADS_TOGETHER, 0, -1) if group % num == 0)
+    queries = queries.float()
     k = keys[blocks].float().unsqueeze(3)  # [n, num_blocks, num_kv_heads, 1, block_size, key_width]
     v = values[blocks].float().unsqueeze(3)
     v_parts = torch.split(v, max(MIN_PART, value_width // PARTS_OF_VALUE), dim=-1)
@@ -146,6 +136,16 @@ def attend_singles(
     return torch.stack(outs, 3).flatten(1, 3).to(values.dtype), torch.stack(log_totals, 3).flatten(1)
 
 
+def _attend_in_place(call: AttentionCall, group: _Group, compiled: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+    """By attend_singles, compiled: [n, num_heads, value_width]"""
+    queries = call.queries.transpose(0, 1)
+    if not group.is_step:
+        queries = queries[group.tokens]
+    queries = queries.contiguous()  # [n, num_heads, key_width]
+    own, log_total = compiled(queries, call.kv.keys, call.kv.values, group.blocks, group.bias, call.sinks)
+    return _with_shared(call, group, queries, own, log_total) if len(group.shared) else own
+
+
 def _with_shared(call: AttentionCall, group: _Group, queries: Tensor, own: Tensor, own_log_total: Tensor) -> Tensor:
     """From the attention over a group's own blocks, as of attend_singles, that over its shared blocks too.
 
@@ -154,7 +154,7 @@ def _with_shared(call: AttentionCall, group: _Group, queries: Tensor, own: Tenso
     """
     num_kv_heads, n = len(call.keys), len(queries)
     k, v = _copy_runs(call, group.shared_runs, num_kv_heads)  # [num_kv_heads, num_keys, width]
-    q = queries.to(k.dtype).view(n, num_kv_heads, -1, k.shape[2]).transpose(0, 1)
+    q = queries.view(n, num_kv_heads, -1, k.shape[2]).transpose(0, 1)
     q = q.flatten(1, 2)  # [num_kv_heads, n * heads a KV head, key_width]
     scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(call.scaling)
     if call.softcap is not None:
@@ -281,8 +281,7 @@ def _attend_chunk(call: AttentionCall, sequence: int, token: int, out: Tensor) -
         first_block = layer.first_key(start) // block_size
         base = first_block * block_size
         blocks = batch.block_tables[sequence, first_block : -(-end // block_size)]
-        runs = blocks * num_kv_heads + torch.arange(num_kv_heads, device=blocks.device)[:, None]
-        keys, values = _copy_runs(call, runs.flatten(), num_kv_heads)
+        keys, values = _copy_runs(call, _runs(blocks, num_kv_heads), num_kv_heads)
     else:
         keys, values = keys.contiguous(), values.contiguous()
     sinks = None if call.sinks is None else call.sinks.view(num_kv_heads, -1, 1, 1)
@@ -312,6 +311,12 @@ def _chunk_bias(call: AttentionCall, first: int, start: int, end: int) -> Tensor
 def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to scores: -inf where hidden, else 0."""
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
+def _runs(blocks: Tensor, num_kv_heads: int) -> Tensor:
+    """Which runs of the cache hold these blocks, a run being a block's keys of one head: [num_kv_heads * num_blocks]"""
+    heads = torch.arange(num_kv_heads, device=blocks.device)[:, None]
+    return (blocks.flatten() * num_kv_heads + heads).flatten()
 
 
 def _copy_runs(call: AttentionCall, runs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

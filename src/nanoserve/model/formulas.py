@@ -91,7 +91,7 @@ def _attention(form: AttentionForm, dtype: torch.dtype, block_size: int) -> Form
     pool = CACHE_BLOCKS, form.num_kv_heads, block_size
     num_keys = NUM_BLOCKS * block_size
     trial = (
-        random(NUM_SEQUENCES, form.num_heads, form.key_width),
+        random(NUM_SEQUENCES, form.num_heads, form.key_width, dtype=dtype),
         random(*pool, form.key_width, dtype=dtype),
         random(*pool, form.value_width, dtype=dtype),
         torch.arange(NUM_SEQUENCES * NUM_BLOCKS).view(NUM_SEQUENCES, NUM_BLOCKS) % CACHE_BLOCKS,
