@@ -156,9 +156,7 @@ def _with_shared(call: AttentionCall, group: _Group, queries: Tensor, own: Tenso
     k, v = _copy_runs(call, group.shared_runs, num_kv_heads)  # [num_kv_heads, num_keys, width]
     q = queries.view(n, num_kv_heads, -1, k.shape[2]).transpose(0, 1)
     q = q.flatten(1, 2)  # [num_kv_heads, n * heads a KV head, key_width]
-    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(call.scaling)
-    if call.softcap is not None:
-        scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
+    scores = _scores(call, q, k)
     weights = scores.softmax(-1)  # exp(scores - log_total)
     log_total = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
     shared = torch.bmm(weights.to(v.dtype), v)
@@ -334,8 +332,8 @@ def _attend(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, 
     """q: [n, group, count, key_width]; k, v: [n, num_keys, width]; bias and sinks broadcast to the scores
     [n, group, count, num_keys or 1]. Returns [n, group, count, value_width].
 
-    In the formula, scores and weights are rounded to the model's type, as in transformers' eager attention; sums are
-    float32.
+    In the formula, weights are rounded to the model's type, and scores too unless they are capped, as in transformers'
+    eager attention; sums are float32.
     """
     n, group, count, _ = q.shape
     if call.is_fused and count > 1:
@@ -343,14 +341,19 @@ def _attend(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, 
             q.flatten(0, 1)[None], k[None], v[None], attn_mask=bias, scale=call.scaling, enable_gqa=True
         )
         return out.view(n, group, count, -1)
-    q, k = q.flatten(1, 2), k.transpose(1, 2)
+    q = q.flatten(1, 2)
     if call.softcap is None:
         bias = bias.expand(*bias.shape[:-3], group, count, -1).flatten(-3, -2)  # [n or none, group * count, num_keys]
-        scores = torch.baddbmm(bias, q, k, alpha=call.scaling).view(n, group, count, -1)
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=call.scaling).view(n, group, count, -1)
     else:
-        scores = torch.bmm(q, k).float().mul_(call.scaling / call.softcap).tanh_().mul_(call.softcap)
-        scores = scores.view(n, group, count, -1) + bias
+        scores = _scores(call, q, k).view(n, group, count, -1) + bias
     if sinks is not None:
         scores = torch.cat([scores, sinks.expand(n, group, count, 1)], dim=-1)
     weights = scores.softmax(-1)[..., : v.shape[1]].to(v.dtype)
     return torch.bmm(weights.flatten(1, 2), v).view(n, group, count, -1)
+
+
+def _scores(call: AttentionCall, q: Tensor, k: Tensor) -> Tensor:
+    """q: [n, num_queries, key_width]; k: [n, num_keys, key_width]. Returns [n, num_queries, num_keys]: float32"""
+    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(call.scaling)
+    return scores if call.softcap is None else scores.div_(call.softcap).tanh_().mul_(call.softcap)

@@ -30,7 +30,7 @@ from torch.utils import _pytree
 
 from nanoserve.config import environment
 from nanoserve.model import attend, packing
-from nanoserve.model.attention import AttentionForm, attending
+from nanoserve.model.attention import AttentionForm, CompiledAttention, attending
 from nanoserve.model.formulas import Formula, formulas_of
 from nanoserve.model.loader import LoadedModel
 from nanoserve.model.narrow import NarrowLinear
@@ -137,7 +137,7 @@ class BackgroundCompiler:
     def __init__(
         self,
         model: LoadedModel,
-        compiled_attention: dict[AttentionForm, Callable[..., tuple[Tensor, Tensor]]],
+        compiled_attention: CompiledAttention,
         *,
         block_size: int,
         trust_remote_code: bool,

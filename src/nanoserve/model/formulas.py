@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from nanoserve.model import narrow, packing
 from nanoserve.model.attend import attend_singles
-from nanoserve.model.attention import AttentionForm
+from nanoserve.model.attention import AttentionForm, CompiledAttention
 from nanoserve.model.loader import LoadedModel
 
 # Sizes of trial arguments that stand for any size. With few sequences, the compiler spreads loops over their blocks and
@@ -55,7 +55,7 @@ class Place:
 def formulas_of(
     model: LoadedModel,
     forms: Iterable[AttentionForm],
-    compiled_attention: dict[AttentionForm, Callable[..., tuple[Tensor, Tensor]]],
+    compiled_attention: CompiledAttention,
     block_size: int,
 ) -> Iterator[tuple[str, Formula, Place]]:
     """What a model's steps can use, each with its name. forms: of its attention."""

@@ -7,14 +7,12 @@ Tokens of all sequences are packed into one row without padding. The head, whose
 runs only for positions whose logits are wanted.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model.attend import attend
-from nanoserve.model.attention import AttentionBatch, AttentionForm, Buffers, attending
+from nanoserve.model.attention import AttentionBatch, Buffers, CompiledAttention, attending
 from nanoserve.model.loader import LoadedModel, fix_rope
 from nanoserve.model.sampler import Sampler, token_logprobs
 from nanoserve.request import ScheduledSequence, SequenceResult, StepPlan, StepResult, TokenLogprob
@@ -43,7 +41,7 @@ class ModelRunner:
         self._sampler = sampler
         self._buffers = Buffers()
         # Filled while the server runs, by model/compiled.py.
-        self.compiled_attention: dict[AttentionForm, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self.compiled_attention: CompiledAttention = {}
         max_num_blocks = -(-max_context_tokens // cache.block_size)
         # Row -> its blocks in order; beyond the row's own number of them the ids mean nothing.
         self._block_tables = torch.zeros(max_num_seqs, max_num_blocks, dtype=torch.long, device=model.device)
