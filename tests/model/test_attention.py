@@ -111,6 +111,8 @@ def test_blocks_that_sequences_share_are_read_once(layer: str, form: str, monkey
         "all": ([(20, 1), (23, 1), (70, 1), (41, 1)], [(1, 5), (2, 9), (3, 9)], {5: 4}),
         # The second shares nothing, and the last two are a chunk.
         "some": ([(30, 1), (70, 1), (33, 1), (28, 17)], [(2, 6), (3, 6)], {6: 2, 0: 1}),
+        # The second has all blocks of the first, whose last one is still its own.
+        "a whole sequence": ([(23, 1), (30, 1)], [(1, 6)], {5: 2}),
         "none": (STEPS["single"], [], {0: len(STEPS["single"])}),
     }
     for step, prefixes, families in steps.values():
