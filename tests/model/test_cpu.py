@@ -50,6 +50,16 @@ release_threads()
 print(before, helped, num_threads())
 """
 
+# Prints where torch keeps the libraries that it compiles.
+COMPILER_CACHE = """
+import transformers
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from nanoserve.model.cpu import prepare_cpu
+
+prepare_cpu()
+print(cache_dir())
+"""
+
 
 @pytest.mark.parametrize(("quota", "want"), [("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1)])
 def test_a_containers_quota_bounds_the_threads(
@@ -59,6 +69,14 @@ def test_a_containers_quota_bounds_the_threads(
     monkeypatch.setattr(cpu, "CPU_QUOTA", tmp_path / "cpu.max")
     assert usable_cpus(8) == want
     assert usable_cpus(1) == 1
+
+
+def test_what_torch_compiles_outlives_temporary_files(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    command = [sys.executable, "-c", COMPILER_CACHE]
+    folder = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+    assert Path(folder).is_relative_to(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

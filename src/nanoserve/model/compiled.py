@@ -28,9 +28,9 @@ import transformers
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from nanoserve.config import environment
 from nanoserve.model import attend, packing
 from nanoserve.model.attention import AttentionForm, CompiledAttention, attending
+from nanoserve.model.cpu import compiled_folder
 from nanoserve.model.formulas import Formula, formulas_of
 from nanoserve.model.loader import LoadedModel
 from nanoserve.model.narrow import NarrowLinear
@@ -275,12 +275,11 @@ def _layer_jobs(call: _Call) -> dict[str, LayerJob]:
 
 def cache_folder(job: Job) -> Path:
     """Where what a job makes is kept: one folder for each machine, each version of what compiles, and each model."""
-    root = Path(environment().get("XDG_CACHE_HOME") or Path.home() / ".cache")
     sources = sorted(Path(__file__).parent.glob("*.py"))
     facts: list[Any] = [platform.machine(), sorted(torch.cpu.get_capabilities().items()), sys.version]
     facts += [torch.__version__, transformers.__version__, job.dtype, job.narrow_dtype, job.is_packed, job.block_size]
     facts += [(job.folder / "config.json").read_bytes(), *(source.read_bytes() for source in sources)]
-    return root / "nanoserve" / "compiled" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    return compiled_folder() / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
 def make(job: Job, names: Sequence[str], folder: Path) -> Iterator[str]:

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from nanoserve.config import environment
 
@@ -32,6 +33,10 @@ def prepare_cpu() -> None:
     environment().setdefault("LRU_CACHE_CAPACITY", str(NUM_KERNELS))
     # Read by torch: large tensors in pages of 2 MB. A step passes over all weights, and then waits less for addresses.
     environment().setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # torch's compiler keeps libraries in a temporary folder, and has said so here when it was imported. The next start
+    # needs them too.
+    if environment().get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        environment()["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_folder() / "torch")
     torch.set_num_threads(usable_cpus(torch.get_num_threads()))
     keep_freed_memory()
 
@@ -94,3 +99,18 @@ def can_compile(num_parameters: int) -> bool:
         )
         return False
     return True
+
+
+def compiled_folder() -> Path:
+    """Where what is compiled on this machine is kept for the next start."""
+    root = Path(environment().get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "nanoserve" / "compiled"
+
+
+def prepare_to_load_compiled() -> None:
+    """If there is anything: what torch does before the first, which is to import much and to try out the CPU."""
+    if not compiled_folder().exists():
+        return
+    from torch._inductor import cpu_vec_isa, select_algorithm  # noqa: F401
+
+    cpu_vec_isa.pick_vec_isa()

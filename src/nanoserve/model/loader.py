@@ -11,6 +11,7 @@ that the checkpoint lacks is an error.
 import copy
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from nanoserve.config import ModelOptions, format_size
 from nanoserve.kv_cache.paged_kv_cache import KVSpec, available_memory
 from nanoserve.model import attention
 from nanoserve.model.attention import AttentionLayer
-from nanoserve.model.cpu import can_compile, prepare_cpu, release_freed_memory
+from nanoserve.model.cpu import can_compile, prepare_cpu, prepare_to_load_compiled, release_freed_memory
 from nanoserve.model.narrow import can_narrow, narrow_weights
 from nanoserve.model.packing import can_pack, pack_linears
 from nanoserve.model.probe import NotServable, learn_layers
@@ -112,7 +113,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
         release_freed_memory()
     is_packed = can_pack(device, dtype)
     if is_packed:
-        pack_linears(model)
+        _pack(model, is_compiled)
     try:
         trunk, head = _split(model)
         _take_over_temperature(model)
@@ -276,6 +277,22 @@ def _load_as(
             )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _pack(model: nn.Module, is_compiled: bool) -> None:
+    """Pack in another thread, which leaves the interpreter to this one: for imports that serving will need."""
+    with ThreadPoolExecutor(1) as other_thread:
+        packing = other_thread.submit(_pack_and_leave_file, model)
+        if is_compiled:
+            prepare_to_load_compiled()
+        packing.result()
+
+
+def _pack_and_leave_file(model: nn.Module) -> None:
+    pack_linears(model)
+    # A single view of the checkpoint's file keeps all of it in memory.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 @contextmanager
