@@ -68,6 +68,15 @@ def test_weights_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(ours.model.get_parameter(name), parameter), name
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_once_packed_a_model_leaves_its_file(folder: Path) -> None:
+    model = load(folder)
+    if not model.is_packed:
+        pytest.skip("this CPU does not pack float32")
+    assert model.model.get_input_embeddings().weight.shape == (VOCAB_SIZE, model.model.config.hidden_size)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+
+
 def test_keys_and_values_of_latent_attention_differ_in_width(tmp_path: Path) -> None:
     save_tiny_model("deepseek-v3", tmp_path)
     assert load(tmp_path).kv_specs == (KVSpec(4, 12, 6, torch.float32),) * 2

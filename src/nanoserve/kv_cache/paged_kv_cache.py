@@ -35,8 +35,9 @@ CPU_LIMIT_BYTES = 4 * GIB
 # Without a size from the operator: this share of the accelerator's free memory, after room for a step's activations.
 DEVICE_SHARE = 0.9
 DEVICE_ACTIVATION_BYTES = 1 * GIB
-# Main memory that `claim_memory` asks for at a time: some ten milliseconds, in which no thread can map memory.
-CLAIMED_AT_ONCE = 16 << 20
+# Main memory that `claim_memory` asks for at a time: one large page. Meanwhile no thread can map memory, as the first
+# products do dozens of times for their kernels. With 16 MiB at a time, a first request waited for up to five seconds.
+CLAIMED_AT_ONCE = 2 << 20
 
 
 class KVCacheTooSmall(ConfigError):
