@@ -111,6 +111,7 @@ def prepare_to_load_compiled() -> None:
     """If there is anything: what torch does before the first, which is to import much and to try out the CPU."""
     if not compiled_folder().exists():
         return
-    from torch._inductor import cpu_vec_isa, select_algorithm  # noqa: F401
+    from torch._inductor import config, cpu_vec_isa, select_algorithm  # noqa: F401
 
+    config.cpp.vec_isa_ok = True  # as the compiler has shown when it made what is there
     cpu_vec_isa.pick_vec_isa()
