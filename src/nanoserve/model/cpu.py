@@ -7,6 +7,7 @@ import ctypes
 import logging
 import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -35,8 +36,9 @@ def prepare_cpu() -> None:
     environment().setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # torch's compiler keeps libraries in a temporary folder, and has said so here when it was imported. The next start
     # needs them too.
-    if environment().get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
-        environment()["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_folder() / "torch")
+    with suppress(OSError):  # there is no such folder on a full disk
+        if environment().get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+            environment()["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_folder() / "torch")
     torch.set_num_threads(usable_cpus(torch.get_num_threads()))
     keep_freed_memory()
 
@@ -111,7 +113,8 @@ def prepare_to_load_compiled() -> None:
     """If there is anything: what torch does before the first, which is to import much and to try out the CPU."""
     if not compiled_folder().exists():
         return
-    from torch._inductor import config, cpu_vec_isa, select_algorithm  # noqa: F401
+    with suppress(Exception):  # it comes again, and is logged, when a part is loaded
+        from torch._inductor import config, cpu_vec_isa, select_algorithm  # noqa: F401
 
-    config.cpp.vec_isa_ok = True  # as the compiler has shown when it made what is there
-    cpu_vec_isa.pick_vec_isa()
+        config.cpp.vec_isa_ok = True  # as the compiler has shown when it made what is there
+        cpu_vec_isa.pick_vec_isa()
