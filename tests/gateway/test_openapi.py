@@ -23,7 +23,7 @@ def strategy():
     return st.one_of([op.as_strategy(generation_mode=mode) for op in operations for mode in modes])
 
 
-def check(served, num_requests):
+def check(served, num_requests, *, is_random):
     statuses = []
 
     @given(strategy())
@@ -32,6 +32,7 @@ def check(served, num_requests):
         deadline=None,
         phases=[Phase.generate],
         database=None,
+        derandomize=not is_random,
         suppress_health_check=list(HealthCheck),
     )
     def run(case):
@@ -49,12 +50,12 @@ def check(served, num_requests):
 
 
 def test_no_generated_request_is_answered_with_500(served):
-    check(served, 200)
+    check(served, 200, is_random=False)  # of so few, chance alone may draw too few good ones
 
 
 @pytest.mark.soak
 def test_no_generated_request_of_many_is_answered_with_500(served):
-    check(served, 2000)
+    check(served, 2000, is_random=True)
 
 
 def test_the_schema_has_every_path_that_is_served():
