@@ -54,9 +54,9 @@ print(before, helped, num_threads())
 COMPILER_CACHE = """
 import transformers
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from nanoserve.model.cpu import prepare_cpu
+from nanoserve.model.cpu import keep_compiled
 
-prepare_cpu()
+keep_compiled()
 print(cache_dir())
 """
 
@@ -71,12 +71,26 @@ def test_a_containers_quota_bounds_the_threads(
     assert usable_cpus(1) == 1
 
 
-def test_what_torch_compiles_outlives_temporary_files(tmp_path: Path) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+def compiler_cache(**variables: str) -> Path:
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | variables
     command = [sys.executable, "-c", COMPILER_CACHE]
-    folder = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
-    assert Path(folder).is_relative_to(tmp_path)
+    return Path(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip())
+
+
+def test_what_torch_compiles_outlives_temporary_files(tmp_path: Path) -> None:
+    assert compiler_cache(XDG_CACHE_HOME=str(tmp_path)).is_relative_to(tmp_path)
+
+
+def test_where_torch_keeps_what_it_compiles_may_be_chosen(tmp_path: Path) -> None:
+    assert (
+        compiler_cache(XDG_CACHE_HOME=str(tmp_path / "a"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "b"))
+        == tmp_path / "b"
+    )
+
+
+def test_a_cache_folder_that_cannot_be_made_is_left_to_torch(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert not compiler_cache(XDG_CACHE_HOME=str(tmp_path / "file")).is_relative_to(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

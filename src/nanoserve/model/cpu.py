@@ -34,11 +34,6 @@ def prepare_cpu() -> None:
     environment().setdefault("LRU_CACHE_CAPACITY", str(NUM_KERNELS))
     # Read by torch: large tensors in pages of 2 MB. A step passes over all weights, and then waits less for addresses.
     environment().setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # torch's compiler keeps libraries in a temporary folder, and has said so here when it was imported. The next start
-    # needs them too.
-    with suppress(OSError):  # there is no such folder on a full disk
-        if environment().get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
-            environment()["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_folder() / "torch")
     torch.set_num_threads(usable_cpus(torch.get_num_threads()))
     keep_freed_memory()
 
@@ -107,6 +102,18 @@ def compiled_folder() -> Path:
     """Where what is compiled on this machine is kept for the next start."""
     root = Path(environment().get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "nanoserve" / "compiled"
+
+
+def keep_compiled() -> None:
+    """Have torch's compiler keep its libraries for the next start too.
+
+    By default they are in a temporary folder, and torch has written its name into the environment when it was imported.
+    """
+    with suppress(OSError):  # the disk is full, or the folder not ours: compiling fails, and says so
+        if environment().get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+            folder = compiled_folder().with_name("torch")
+            folder.mkdir(parents=True, exist_ok=True)
+            environment()["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def prepare_to_load_compiled() -> None:

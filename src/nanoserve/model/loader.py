@@ -37,7 +37,13 @@ from nanoserve.config import ModelOptions, format_size
 from nanoserve.kv_cache.paged_kv_cache import KVSpec, available_memory
 from nanoserve.model import attention
 from nanoserve.model.attention import AttentionLayer
-from nanoserve.model.cpu import can_compile, prepare_cpu, prepare_to_load_compiled, release_freed_memory
+from nanoserve.model.cpu import (
+    can_compile,
+    keep_compiled,
+    prepare_cpu,
+    prepare_to_load_compiled,
+    release_freed_memory,
+)
 from nanoserve.model.narrow import can_narrow, narrow_weights
 from nanoserve.model.packing import can_pack, pack_linears
 from nanoserve.model.probe import NotServable, learn_layers
@@ -101,6 +107,8 @@ def load_model(options: ModelOptions) -> LoadedModel:
         prepare_cpu()
     dtype = _resolve_dtype(options, config, folder, device)
     is_compiled = options.compile and device.type == "cpu" and can_compile(_num_stored(folder))
+    if is_compiled:
+        keep_compiled()
     stored = _stored_dtype(folder)
     narrow_dtype = stored if is_compiled and can_narrow(device, dtype, stored) else None
     model = _load_weights(folder, config, dtype, narrow_dtype, device, options).to(device).eval()
