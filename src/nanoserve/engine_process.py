@@ -59,14 +59,15 @@ class _Ready:
 # ------------------------------------------------------------------------------------------------- the server's end
 
 
-def start_engine(options: Options, report: Report, observers: Observers | None = None) -> Engine:
+def start_engine(
+    process: "EngineProcess", options: Options, report: Report, observers: Observers | None = None
+) -> Engine:
     """An engine whose steps run in a process of their own, warm but not started. Takes as long as the model does.
 
+    process: launched with these options.
     observers: of its requests and steps; None = nobody watches.
     Raises ConfigError.
     """
-    check_path(options.model)
-    process = _EngineProcess(options)
     try:
         # Meanwhile; it takes a while, too, and the codec will need it.
         import transformers.tokenization_utils_tokenizers  # noqa: F401
@@ -85,10 +86,15 @@ def start_engine(options: Options, report: Report, observers: Observers | None =
     )
 
 
-class _EngineProcess:
-    """The process and our end of its pipe. One thread at a time may receive, and one send."""
+class EngineProcess:
+    """The process and our end of its pipe. One thread at a time may receive, and one send.
+
+    It begins at once, and ends when its pipe does, at the latest with this process.
+    """
 
     def __init__(self, options: Options) -> None:
+        """Raises ConfigError if the model's path is none."""
+        check_path(options.model)
         self.pipe, theirs = make_pipe()
         with theirs:
             # Not "-m": what it sends would be of a module named __main__.
@@ -143,7 +149,7 @@ class RemoteCore:
     The state is that of the last step whose events have arrived.
     """
 
-    def __init__(self, process: _EngineProcess, state: CoreState) -> None:
+    def __init__(self, process: EngineProcess, state: CoreState) -> None:
         self._process = process
         self._state = state
         self._is_alive = True

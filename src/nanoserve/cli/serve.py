@@ -19,6 +19,7 @@ from nanoserve.request import Fact, Stage
 
 if TYPE_CHECKING:
     from nanoserve.engine.engine import Engine
+    from nanoserve.engine_process import EngineProcess
     from nanoserve.rpc.server import Server
 
 DESCRIPTION = """
@@ -54,6 +55,18 @@ def run(arguments: argparse.Namespace) -> int:
 async def serve(options: Options, loading: Loading) -> int:
     """Serve until a signal, or until the engine is gone. Returns the exit code. Raises ConfigError."""
     # Imported here, because gRPC takes a moment, and --help should not.
+    from nanoserve.engine_process import EngineProcess
+
+    # First, because it takes longest: to import torch alone takes seconds.
+    process = EngineProcess(options)
+    try:
+        return await _serve_by(process, options, loading)
+    finally:
+        process.kill()
+
+
+async def _serve_by(process: "EngineProcess", options: Options, loading: Loading) -> int:
+    """The same by an engine's process that has begun."""
     from nanoserve.observability.telemetry import Telemetry
     from nanoserve.rpc.server import Server
 
@@ -63,13 +76,18 @@ async def serve(options: Options, loading: Loading) -> int:
     server = Server(options.server, observers=observers, recorder=recorder)
     try:
         async with openai_api(options.server, server, telemetry) as http_facts:
-            return await _serve(options, loading, server, observers, http_facts)
+            return await _serve(process, options, loading, server, observers, http_facts)
     finally:
         await telemetry.close()
 
 
 async def _serve(
-    options: Options, loading: Loading, server: "Server", observers: Observers, http_facts: list[Fact]
+    process: "EngineProcess",
+    options: Options,
+    loading: Loading,
+    server: "Server",
+    observers: Observers,
+    http_facts: list[Fact],
 ) -> int:
     started_s = time.monotonic()
     try:
@@ -78,7 +96,7 @@ async def _serve(
         await asyncio.sleep(0)  # lets it take over the signals
         name = BUILTIN_MODEL_NAME if options.model.path == str(BUILTIN_MODEL) else options.model.path
         logger.info("listening on %s, not ready yet: loading %s", address, name)
-        engine = await _load(options, loading, server, observers, serving)
+        engine = await _load(process, options, loading, server, observers, serving)
     except Exception:
         await server.stop()
         raise
@@ -103,11 +121,16 @@ async def _serve(
 
 
 async def _load(
-    options: Options, loading: Loading, server: "Server", observers: Observers, serving: "asyncio.Task[None]"
+    process: "EngineProcess",
+    options: Options,
+    loading: Loading,
+    server: "Server",
+    observers: Observers,
+    serving: "asyncio.Task[None]",
 ) -> "Engine":
     """Build the engine on another thread; a signal in the meantime ends the process."""
     with loading:
-        building = asyncio.create_task(asyncio.to_thread(_build, options, loading, observers))
+        building = asyncio.create_task(asyncio.to_thread(_build, process, options, loading, observers))
         await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
     if not building.done():
         # Nothing can stop a thread that loads a model; the engine's process ends with this one.
@@ -115,11 +138,11 @@ async def _load(
     return building.result()
 
 
-def _build(options: Options, loading: Loading, observers: Observers) -> "Engine":
+def _build(process: "EngineProcess", options: Options, loading: Loading, observers: Observers) -> "Engine":
     loading.report(Stage("importing torch and transformers"))
     from nanoserve.engine_process import start_engine
 
-    return start_engine(options, loading.report, observers)
+    return start_engine(process, options, loading.report, observers)
 
 
 def _address(config: ServerConfig, port: int) -> str:
