@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
+from torch._inductor import cpu_vec_isa
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from nanoserve.model import cpu
-from nanoserve.model.cpu import can_compile, usable_cpus
+from nanoserve.model.cpu import can_compile, compiled_folder, keep_compiled, prepare_to_load_compiled, usable_cpus
 from nanoserve.model.packing import can_pack
 
 # Multiplies by a packed weight with 600 numbers of rows, and prints by how many bytes the process grew.
@@ -91,6 +94,22 @@ def test_where_torch_keeps_what_it_compiles_may_be_chosen(tmp_path: Path) -> Non
 def test_a_cache_folder_that_cannot_be_made_is_left_to_torch(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert not compiler_cache(XDG_CACHE_HOME=str(tmp_path / "file")).is_relative_to(tmp_path)
+
+
+def test_a_first_start_does_not_wait_for_what_a_later_one_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: tried.append("the vectors of the CPU"))
+    monkeypatch.setattr(inductor_config.cpp, "vec_isa_ok", None)
+    keep_compiled()
+    prepare_to_load_compiled()
+    assert not tried  # compiling its trial would take seconds
+    compiled_folder().mkdir()
+    prepare_to_load_compiled()
+    assert tried
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
