@@ -9,7 +9,15 @@ from torch import nn
 from nanoserve.config import ModelOptions
 from nanoserve.model import loader, packing
 from nanoserve.model.loader import load_model
-from nanoserve.model.packing import PackedLinear, _as_pairs, can_pack, multiply_pairs, pack_linears
+from nanoserve.model.packing import (
+    PackedEmbedding,
+    PackedLinear,
+    _as_pairs,
+    can_pack,
+    has_pairs,
+    multiply_pairs,
+    pack_linears,
+)
 
 
 def packable(dtype):
@@ -92,6 +100,36 @@ def test_every_plain_linear_is_packed_and_nothing_else(dtype):
         "PackedLinear",
         "Embedding",
     ]
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this CPU does not pack bfloat16")
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 2)])
+def test_an_embedding_is_read_from_the_packed_head(shape):
+    embedding = nn.Embedding(192, 96, dtype=torch.bfloat16)
+    head = nn.Linear(96, 192, bias=False, dtype=torch.bfloat16)
+    head.weight = embedding.weight
+    head = PackedLinear(head)
+    if not has_pairs(head):
+        pytest.skip("oneDNN has another layout here")
+    packed = PackedEmbedding(head)
+    ids = torch.randint(192, shape)
+    assert torch.equal(packed(ids), embedding(ids))
+    assert torch.equal(packed.weight, embedding.weight)
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this CPU does not pack bfloat16")
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_weight_that_embedding_and_head_share_is_there_once(is_tied, tmp_path):
+    model = tiny_model("qwen3", vocab_size=128, tie_word_embeddings=is_tied).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(ModelOptions(path=str(tmp_path), dtype="bfloat16", device="cpu"))
+    if not has_pairs(loaded.model.get_output_embeddings()):
+        pytest.skip("oneDNN has another layout here")
+    embedding = loaded.model.get_input_embeddings()
+    assert type(embedding) is (PackedEmbedding if is_tied else nn.Embedding)
+    want = model.get_input_embeddings().weight
+    assert torch.equal(embedding(torch.arange(128)), want)
+    assert sum(p.shape == want.shape for p in loaded.model.parameters()) == (0 if is_tied else 1)
 
 
 @every_dtype

@@ -80,12 +80,13 @@ class Job:
 
 @dataclass(slots=True)
 class _Call:
-    """A layer, and what it was called with in the trial run."""
+    """A layer, what it was called with in the trial run, and what it returned."""
 
     name: str
     layer: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    result: Any = None
 
     @property
     def narrow_names(self) -> list[str]:
@@ -103,8 +104,12 @@ class _Call:
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
+    def num_tokens(self) -> int:
+        return self.args[0].shape[1]  # type: ignore[no-any-return]
+
+    @property
     def with_one_token(self) -> "_Call":
-        """The same for the first token alone."""
+        """The same for the first token alone, whose result is its own."""
 
         def first(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
@@ -112,8 +117,8 @@ class _Call:
                     leaf = leaf.narrow(dimension, 0, 1) if size == NUM_TOKENS else leaf
             return leaf
 
-        args, kwargs = _pytree.tree_map(first, (self.args, self.kwargs))
-        return _Call(self.name, self.layer, args, kwargs)
+        args, kwargs, result = _pytree.tree_map(first, (self.args, self.kwargs, self.result))
+        return _Call(self.name, self.layer, args, kwargs, result)
 
     @property
     def parts(self) -> dict[str, "_Call"]:
@@ -142,7 +147,12 @@ class BackgroundCompiler:
         block_size: int,
         trust_remote_code: bool,
     ) -> None:
-        self._calls, forms = watch_calls(model)
+        calls, forms = watch_calls(model)
+        # Of each part, by its name: calls of the layers that it is for.
+        self._trials: dict[str, list[_Call]] = {}
+        for call in calls:
+            for name, trial in call.parts.items():
+                self._trials.setdefault(name, []).append(trial)
         formulas = list(formulas_of(model, forms, compiled_attention, block_size))
         self._places = {name: place for name, _, place in formulas}
         self._job = Job(
@@ -153,7 +163,7 @@ class BackgroundCompiler:
             is_packed=model.is_packed,
             block_size=block_size,
             formulas={name: formula for name, formula, _ in formulas},
-            layers={name: job for call in self._calls for name, job in _layer_jobs(call).items()},
+            layers={name: _layer_job(trials[0]) for name, trials in self._trials.items()},
         )
         self._folder = cache_folder(self._job)
         self._num_used = 0
@@ -200,28 +210,25 @@ class BackgroundCompiler:
         return True
 
     def _use_layer(self, name: str, run_layer: Callable[..., Any]) -> bool:
-        num_used = 0
-        for call in self._calls:
-            trial = call.parts.get(name)
-            if trial is not None and _computes_the_same(trial, run_layer):
-                call.layer.forward = _forward(run_layer, call.layer, only_one_token=trial is not call)
-                num_used += 1
-        return num_used > 0
+        good = [trial for trial in self._trials[name] if _computes_the_same(trial, run_layer)]
+        for trial in good:
+            trial.layer.forward = _forward(run_layer, trial.layer, only_one_token=trial.num_tokens == 1)
+        return len(good) > 0
 
 
 # ------------------------------------------------------------------------------------------- watching the model
 
 
 def watch_calls(model: LoadedModel) -> tuple[list[_Call], set[AttentionForm]]:
-    """Run the model on a few tokens: its decoder layers with what they are called with, and the forms of attention."""
+    """Run the model on a few tokens: the calls of its decoder layers, and the forms of attention."""
     calls = [_Call(name, layer) for name, layer in decoder_layers(model.model)]
     forms = set()
 
     def watch(call: _Call) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call.args, call.kwargs = args, kwargs
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            call.args, call.kwargs, call.result = args, kwargs, result
 
-        return call.layer.register_forward_pre_hook(hook, with_kwargs=True)
+        return call.layer.register_forward_hook(hook, with_kwargs=True)
 
     def run_layer(_: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, sinks: Any) -> Tensor:
         forms.add(AttentionForm(q.shape[0], k.shape[0], k.shape[2], v.shape[2], scaling, softcap, sinks is not None))
@@ -262,12 +269,9 @@ def _stand_in(
     return out.transpose(0, 1).to(v.dtype).contiguous()
 
 
-def _layer_jobs(call: _Call) -> dict[str, LayerJob]:
+def _layer_job(call: _Call) -> LayerJob:
     attention_names = [name for name, module in call.layer.named_modules() if hasattr(module, "paged_index")]
-    return {
-        name: LayerJob(each.name, attention_names, each.narrow_names, each.args, each.kwargs)
-        for name, each in call.parts.items()
-    }
+    return LayerJob(call.name, attention_names, call.narrow_names, call.args, call.kwargs)
 
 
 # -------------------------------------------------------------------------------------------- making and loading
@@ -340,11 +344,10 @@ def _forward(run_layer: Callable[..., Any], layer: nn.Module, *, only_one_token:
 
 
 def _computes_the_same(call: _Call, run_layer: Callable[..., Any]) -> bool:
-    """Whether a compiled layer gives what the layer gives."""
+    """Whether a compiled layer gives what the layer gave."""
     with attending(_stand_in):
-        hidden = call.args[0]
-        want = _first(call.layer.forward(*call.args, **call.kwargs)).float()
         got = _first(run_layer(call.layer, call.args, call.kwargs)).float()
+    hidden, want = call.args[0], _first(call.result).float()
     added = (want - hidden.float()).norm()
     rounding = TOLERATED_STEPS * torch.finfo(hidden.dtype).eps * hidden.float().norm()
     return bool((got - want).norm() <= TOLERANCE * added + rounding)

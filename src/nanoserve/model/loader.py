@@ -45,7 +45,7 @@ from nanoserve.model.cpu import (
     release_freed_memory,
 )
 from nanoserve.model.narrow import can_narrow, narrow_weights
-from nanoserve.model.packing import can_pack, pack_linears
+from nanoserve.model.packing import can_pack, pack_model
 from nanoserve.model.probe import NotServable, learn_layers
 from nanoserve.request import SamplingParams
 
@@ -287,7 +287,7 @@ def _load_as(
     return loaded
 
 
-def _pack(model: nn.Module, is_compiled: bool) -> None:
+def _pack(model: PreTrainedModel, is_compiled: bool) -> None:
     """Pack in another thread, which leaves the interpreter to this one: for imports that serving will need."""
     with ThreadPoolExecutor(1) as other_thread:
         packing = other_thread.submit(_pack_and_leave_file, model)
@@ -296,8 +296,8 @@ def _pack(model: nn.Module, is_compiled: bool) -> None:
         packing.result()
 
 
-def _pack_and_leave_file(model: nn.Module) -> None:
-    pack_linears(model)
+def _pack_and_leave_file(model: PreTrainedModel) -> None:
+    pack_model(model)
     # A single view of the checkpoint's file keeps all of it in memory.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()

@@ -60,6 +60,7 @@ class NarrowEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
+        self.num_embeddings = len(weight)
         self.weight = weight
 
     def forward(self, token_ids: Tensor) -> Tensor:

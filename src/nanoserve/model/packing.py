@@ -19,9 +19,11 @@ Each layer is compared with it when it is packed. Where oneDNN has another layou
 import ctypes
 import platform
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # Rows that the layout is chosen for. On AVX-512 this one is as good at 1 and 1024 rows as those made for them.
 TYPICAL_ROWS = 32
@@ -58,6 +60,30 @@ class PackedLinear(nn.Module):
             return out if self.bias is None else out + self.bias
         out = torch.ops.nanoserve.packed_linear(x, self._packed, self.pairs, self.bias, self.out_features)
         return out
+
+
+class PackedEmbedding(nn.Module):
+    """Stands for an nn.Embedding whose weight the head shares: reads the head's, so that there is no second one.
+
+    Takes [...], gives [..., embedding_dim].
+    """
+
+    def __init__(self, head: PackedLinear) -> None:
+        """head: one that has pairs."""
+        super().__init__()
+        assert head.pairs is not None
+        self.num_embeddings = head.out_features
+        self.embedding_dim = head.in_features
+        self._pairs = head.pairs
+
+    def forward(self, ids: Tensor) -> Tensor:
+        pairs: Tensor = self._pairs[ids // TILE, :, ids % TILE]  # [..., embedding_dim / 2]
+        return pairs.view(torch.bfloat16)
+
+    @property
+    def weight(self) -> Tensor:
+        """Unpacked, for a model that looks at it."""
+        return self.forward(torch.arange(self.num_embeddings))
 
 
 # oneDNN's product as an operator of our own: torch.compile would put its own in place, which wants its weight as a
@@ -133,9 +159,35 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 def pack_linears(model: nn.Module) -> None:
     """Replace every plain linear layer; originals are released one by one, so that memory stays flat.
 
-    A weight that the embedding shares stays there too.
+    Each is packed by one thread, several at a time: beside a thread that does something else, as when a server starts,
+    threads that share one layer would wait for each other.
     """
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child))
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for _ in threads.map(_pack, places):
+            pass
+    torch.set_num_threads(num_threads)  # for all threads to come
+
+
+def _pack(place: tuple[nn.Module, str]) -> None:
+    parent, name = place
+    setattr(parent, name, PackedLinear(getattr(parent, name)))
+
+
+def pack_model(model: PreTrainedModel) -> None:
+    """Its linear layers, and with the head the embedding, if they share a weight and the layout is known."""
+    embedding = model.get_input_embeddings()
+    is_tied = type(embedding) is nn.Embedding and embedding.weight is model.get_output_embeddings().weight
+    pack_linears(model)
+    head = model.get_output_embeddings()
+    if is_tied and has_pairs(head):
+        for parent in model.modules():
+            for name, child in parent.named_children():
+                if child is embedding:
+                    setattr(parent, name, PackedEmbedding(head))

@@ -130,7 +130,7 @@ def _stand_in(
 def _check_independence(model: PreTrainedModel, trunk: nn.Module, max_position: int) -> _Watch:
     """Run the same tokens as they are, in another order, and with one of them far away."""
     device = next(model.parameters()).device
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (NUM_TOKENS,), generator=generator).to(device)
     positions = torch.arange(NUM_TOKENS, device=device).clamp(max=max_position - 1)
