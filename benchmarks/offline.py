@@ -2,11 +2,11 @@
 
     python benchmarks/offline.py FOLDER [--engines ENGINE ...] [--workloads WORKLOAD ...] [--rounds N] [--results DIR]
 
-ENGINE is nanoserve, vllm, llama.cpp, hf-generate (transformers' generate) or hf-cb (its continuous batching), and may
-name a type: hf-generate:bfloat16. Without one nanoserve chooses, and the others compute in bfloat16 if the CPU has
-arithmetic for it, else in float32: without it most are many times slower in bfloat16. `make bench-peers` installs
-vllm and llama.cpp into environments of their own; by default all run that are there. WORKLOAD is N:IN:OUT[:SHARED], as
-in `nanoserve bench offline --help`.
+ENGINE is nanoserve, nanoserve-plain (with nothing compiled, as where there is no C++ compiler), vllm, llama.cpp,
+hf-generate (transformers' generate) or hf-cb (its continuous batching), and may name a type: hf-generate:bfloat16.
+Without one nanoserve chooses, and the others compute in bfloat16 if the CPU has arithmetic for it, else in float32:
+without it most are many times slower in bfloat16. `make bench-peers` installs vllm and llama.cpp into environments of
+their own; by default all run that are there. WORKLOAD is N:IN:OUT[:SHARED], as in `nanoserve bench offline --help`.
 
 Machines are noisy. Each engine therefore runs in a fresh process, all in turn, several rounds; only the ratio of
 medians from one sitting says anything. Results go to DIR/MACHINE-COMMIT.json, .md and .svg.
@@ -33,6 +33,8 @@ from nanoserve.bench.workload import FixedWorkload
 
 HERE = Path(__file__).parent
 WORKLOADS = ("1:32:64", "8:128:64", "32:128:64", "64:128:64", "1:1024:2", "16:1024:64", "32:576:32:512")
+# Our own, and what each is called with.
+OURS = {"nanoserve": (), "nanoserve-plain": ("--no-compile",)}
 # Where `make bench-peers` puts them; transformers is a part of us.
 PYTHONS = {
     "vllm": HERE / "venvs/vllm/bin/python",
@@ -56,18 +58,18 @@ class Engine:
     @classmethod
     def parse(cls, text: str) -> "Engine":
         name, _, dtype = text.partition(":")
-        if name != "nanoserve" and name not in PYTHONS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no engine; there are nanoserve, {', '.join(PYTHONS)}")
+        if name not in (*OURS, *PYTHONS):
+            raise argparse.ArgumentTypeError(f"{name!r} is no engine; there are {', '.join((*OURS, *PYTHONS))}")
         return cls(text, name, dtype or None)
 
     @property
     def is_installed(self) -> bool:
-        return self.name == "nanoserve" or PYTHONS[self.name].exists()
+        return self.name in OURS or PYTHONS[self.name].exists()
 
     def command(self, folder: str, workloads: Sequence[str]) -> list[str]:
-        if self.name == "nanoserve":
-            options = ["--dtype", self.dtype or "auto", "--kv-memory", "4GiB", "--json", "--workload", *workloads]
-            return [sys.executable, "-m", "nanoserve", "bench", "offline", folder, *options]
+        if self.name in OURS:
+            options = ["--dtype", self.dtype or "auto", "--kv-memory", "4GiB", *OURS[self.name], "--json"]
+            return [sys.executable, "-m", "nanoserve", "bench", "offline", folder, *options, "--workload", *workloads]
         dtype = self.dtype or machine_dtype()
         return [str(PYTHONS[self.name]), str(HERE / "peers.py"), self.name, dtype, folder, *workloads]
 
