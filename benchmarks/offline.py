@@ -4,9 +4,10 @@
 
 ENGINE is nanoserve, nanoserve-plain (with nothing compiled, as where there is no C++ compiler), vllm, llama.cpp,
 hf-generate (transformers' generate) or hf-cb (its continuous batching), and may name a type: hf-generate:bfloat16.
-Without one nanoserve chooses, and the others compute in bfloat16 if the CPU has arithmetic for it, else in float32:
+Without one nanoserve chooses, and the others compute in bfloat16 if the machine has arithmetic for it, else in float32:
 without it most are many times slower in bfloat16. `make bench-peers` installs vllm and llama.cpp into environments of
-their own; by default all run that are there. WORKLOAD is N:IN:OUT[:SHARED], as in `nanoserve bench offline --help`.
+their own; by default all run that are there. A CUDA device is used by nanoserve and hf-generate. WORKLOAD is
+N:IN:OUT[:SHARED], as in `nanoserve bench offline --help`.
 
 Machines are noisy. Each engine therefore runs in a fresh process, all in turn, several rounds; only the ratio of
 medians from one sitting says anything. Results go to DIR/MACHINE-COMMIT.json, .md and .svg.
@@ -143,7 +144,8 @@ class Results:
         figure.axes[0].set_ylabel("output tokens/s")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(engines), frameon=False)
-        figure.suptitle(f"{self.machine['cpu']}, {self.machine['cores']} cores; {self.machine['checkpoint']}")
+        processor = self.machine["gpu"] or f"{self.machine['cpu']}, {self.machine['cores']} cores"
+        figure.suptitle(f"{processor}; {self.machine['checkpoint']}")
         figure.savefig(path)
 
 
@@ -195,10 +197,11 @@ def session_bytes(session: int) -> int:
 
 
 def machine_dtype() -> str:
-    """What a CPU computes fast."""
+    """What the machine computes fast."""
     import torch
 
-    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    has_bfloat16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def machine(folder: str) -> dict[str, Any]:
@@ -208,6 +211,7 @@ def machine(folder: str) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo").read_text()
     found = re.search(r"model name\s*: (.*)", cpuinfo)
     return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": found[1] if found else "unknown CPU",
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -241,7 +245,7 @@ def main() -> None:
             sys.exit(f"{engine.name} is not installed; run make bench-peers")
     results = compare(arguments.folder, engines, workloads, arguments.rounds)
     arguments.results.mkdir(exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{results.machine['cpu']}-{results.commit}".lower())
+    name = re.sub(r"[^a-z0-9]+", "-", f"{results.machine['gpu'] or results.machine['cpu']}-{results.commit}".lower())
     stem = arguments.results / name
     stem.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
     stem.with_suffix(".md").write_text(results.table())

@@ -50,10 +50,11 @@ def hf_generate(folder: str, dtype: str, _: Sequence[FixedWorkload]) -> Run:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
     def execute(requests: Sequence[BenchRequest]) -> int:
-        ids = torch.tensor([r.prompt for r in requests])
+        ids = torch.tensor([r.prompt for r in requests], device=device)
         num_out = requests[0].num_out  # the same in all
         mask = torch.ones_like(ids)
         out = model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=num_out, max_new_tokens=num_out)

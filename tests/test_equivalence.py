@@ -3,7 +3,7 @@
 Scheduler, block pool, runner and paged attention run together, for each architecture, with small random models in
 float32. Tokens are drawn, not greedy: the greedy text of a random model soon repeats itself, and would hide a stale
 cache. The sampler is watched, and each row of logits that it got is compared with transformers' forward over the whole
-sequence, so a wrong key or value of any earlier position shows.
+sequence, so a wrong key or value of any earlier position shows. Where there is a CUDA device, it is tried too.
 """
 
 import random
@@ -28,11 +28,14 @@ MAX_CONTEXT = LONGEST + 2 * NUM_NEW
 TOLERANCE = 3e-5
 
 
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+
+
 class WatchedSampler(Sampler):
     """Keeps the logits that each draw was made from, by (seed of the sequence, position)."""
 
-    def __init__(self, max_num_rows):
-        super().__init__(max_num_rows, VOCAB_SIZE, torch.device("cpu"))
+    def __init__(self, max_num_rows, device):
+        super().__init__(max_num_rows, VOCAB_SIZE, device)
         self.seeds = {}
         self.logits = {}
 
@@ -42,7 +45,7 @@ class WatchedSampler(Sampler):
 
     def sample(self, rows, positions, logits):
         for row, position, values in zip(rows, positions, logits, strict=True):
-            self.logits[self.seeds[row], position] = values.clone()
+            self.logits[self.seeds[row], position] = values.cpu()
         return super().sample(rows, positions, logits)
 
 
@@ -60,7 +63,7 @@ class Serving:
             cache_identity=loaded.fingerprint,
             enable_prefix_cache=cache,
         )
-        self.sampler = WatchedSampler(6)
+        self.sampler = WatchedSampler(6, loaded.device)
         kv = PagedKVCache(loaded.kv_specs, num_blocks, BLOCK, loaded.device)
         self.runner = ModelRunner(loaded, kv, self.sampler, 6, MAX_CONTEXT)
         self.events = []
@@ -129,13 +132,18 @@ def assert_close(ours, expected):
     assert float(error.max()) < TOLERANCE, f"largest error at each position: {error.tolist()}"
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request):
+    return request.param
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
-    """(transformers' model, the same weights as they are served)"""
+def family(request, device, tmp_path_factory):
+    """(transformers' model on the CPU, the same weights as they are served)"""
     folder = tmp_path_factory.mktemp(request.param)
     reference = tiny_model(request.param)
     reference.save_pretrained(folder)
-    loaded = load_model(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
+    loaded = load_model(ModelOptions(path=str(folder), dtype="float32", device=device))
     # Where the frequencies depend on length, the server uses those of the longest context for every sequence.
     fix_rope(reference, MAX_CONTEXT)
     return reference, loaded

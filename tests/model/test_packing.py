@@ -1,5 +1,7 @@
 """Packed weights: the same numbers, for every architecture."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from families import FAMILIES, LONGEST, VOCAB_SIZE, tiny_model
@@ -130,6 +132,21 @@ def test_a_weight_that_embedding_and_head_share_is_there_once(is_tied, tmp_path)
     want = model.get_input_embeddings().weight
     assert torch.equal(embedding(torch.arange(128)), want)
     assert sum(p.shape == want.shape for p in loaded.model.parameters()) == (0 if is_tied else 1)
+
+
+@every_dtype
+def test_threads_to_come_compute_with_as_many_as_before(dtype):
+    def num_threads():
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        pack_linears(nn.Sequential(*[nn.Linear(8, 8) for _ in range(9)]).to(dtype))
+        assert (torch.get_num_threads(), num_threads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 @every_dtype

@@ -169,10 +169,12 @@ def pack_linears(model: nn.Module) -> None:
         if type(child) is nn.Linear
     ]
     num_threads = torch.get_num_threads()
-    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        for _ in threads.map(_pack, places):
-            pass
-    torch.set_num_threads(num_threads)  # for all threads to come
+    try:
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            for _ in threads.map(_pack, places):
+                pass
+    finally:
+        torch.set_num_threads(num_threads)  # of all threads to come
 
 
 def _pack(place: tuple[nn.Module, str]) -> None:

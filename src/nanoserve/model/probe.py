@@ -78,7 +78,7 @@ def learn_layers(
         raise NotServable("an attention layer is used more than once for a token")
     layers, specs = [], []
     for index, (module, spec, mask) in enumerate(zip(watch.modules, watch.specs, watch.masks, strict=True)):
-        window, chunk = _read_mask(mask, max_position)
+        window, chunk = _read_mask(mask, max_position, model.device)
         temperature = getattr(module, "query_temperature", None)
         module.paged_index = torch.tensor(index)  # a tensor: a compiled layer takes no other number
         layers.append(AttentionLayer(window, chunk, temperature))
@@ -161,15 +161,15 @@ def _differs(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a.float() - b.float()).norm() > tolerance * a.float().norm())
 
 
-def _read_mask(mask: object, max_position: int) -> tuple[int | None, int | None]:
-    """(window, chunk) of the rule that a layer's mask is made by."""
+def _read_mask(mask: object, max_position: int, device: torch.device) -> tuple[int | None, int | None]:
+    """(window, chunk) of the rule that a layer's mask is made by, which may have tensors of its own on the device."""
     if not isinstance(mask, _MaskRecipe):
         raise NotServable("a layer makes its own attention mask, or has none")
 
     def first_seen(query: int) -> int:
-        keys = torch.arange(query + 2)
-        zero = torch.zeros((), dtype=torch.long)
-        allowed = mask.rule(zero, zero, torch.tensor(query), keys).expand(query + 2)  # [query + 2]: bool
+        keys = torch.arange(query + 2, device=device)
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        allowed = mask.rule(zero, zero, zero + query, keys).expand(query + 2)  # [query + 2]: bool
         first = int(allowed.int().argmax())
         expected = (keys >= first) & (keys <= query)
         if not torch.equal(allowed, expected):
