@@ -74,7 +74,8 @@ class PackedEmbedding(nn.Module):
         assert head.pairs is not None
         self.num_embeddings = head.out_features
         self.embedding_dim = head.in_features
-        self._pairs = head.pairs
+        # The second is a view of the first.
+        self._packed, self._pairs = head._packed, head.pairs
 
     def forward(self, ids: Tensor) -> Tensor:
         pairs: Tensor = self._pairs[ids // TILE, :, ids % TILE]  # [..., embedding_dim / 2]
