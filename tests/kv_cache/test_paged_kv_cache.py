@@ -133,7 +133,7 @@ def test_memory_is_promised_at_first_and_claimed_beside_the_engine() -> None:
 @pytest.mark.skipif(
     not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this system gives no large pages"
 )
-def test_memory_comes_in_large_pages() -> None:
+def test_claimed_memory_lies_in_large_pages() -> None:
     def in_large_pages() -> int:
         facts = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
         return int(facts["AnonHugePages"].removesuffix("kB")) << 10
@@ -141,5 +141,8 @@ def test_memory_comes_in_large_pages() -> None:
     size = 128 << 20
     before = in_large_pages()
     cache = PagedKVCache([KVSpec(8, 64, 64, torch.float32)], size // (16 * 8 * 128 * 4), 16, CPU)
-    cache.layers[0].keys.fill_(1)
-    assert in_large_pages() - before > size / 4
+    cache.layers[0].keys[:100] = 1
+    assert in_large_pages() - before < size / 16, "the first step would wait for a large page in every layer"
+    cache.claim_memory()
+    assert in_large_pages() - before > size / 2
+    assert cache.layers[0].keys.sum() == cache.layers[0].keys[:100].numel()

@@ -207,17 +207,25 @@ class PagedKVCache:
     def claim_memory(self) -> None:
         """Of a cache in main memory: have the system give all of it. In a thread of its own: it changes no number.
 
-        It has been promised only, so that a server starts at once. To give 4 GiB takes seconds; requests go first.
+        It has been promised only, so that a server starts at once. To give 4 GiB takes seconds; requests go first. What
+        was written before came in small pages, because a large one for every layer would take a tenth of a second and
+        more; at last, Linux makes large ones of them.
         """
         if sys.platform != "linux":
             return
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        madv_populate_write = 23  # mman.h, since Linux 5.14; before, memory comes when it is used
-        madvise = ctypes.CDLL(None).madvise
-        begin, size = self._memory.data_ptr(), self._memory.numel()
+        # mman.h; the second since Linux 5.14: before, memory comes when it is used; the third since 6.1.
+        madv_hugepage, madv_populate_write, madv_collapse = 14, 23, 25
+        size = self._memory.numel()
+
+        def advise(start: int, length: int, advice: int) -> None:
+            address = ctypes.c_void_p(self._memory.data_ptr() + start)
+            ctypes.CDLL(None).madvise(address, ctypes.c_size_t(length), advice)
+
+        advise(0, size, madv_hugepage)
         for start in range(0, size, CLAIMED_AT_ONCE):
-            length = min(CLAIMED_AT_ONCE, size - start)
-            madvise(ctypes.c_void_p(begin + start), ctypes.c_size_t(length), madv_populate_write)
+            advise(start, min(CLAIMED_AT_ONCE, size - start), madv_populate_write)
+        advise(0, size, madv_collapse)
 
     def lines(self, slots: Tensor, num_kv_heads: int) -> Tensor:
         """Where the keys of tokens lie in a layer of so many heads: the same for all such layers, and for values.
@@ -244,11 +252,9 @@ class PagedKVCache:
 
 
 def _zeros(num_bytes: int, device: torch.device) -> Tensor:
-    """[num_bytes]: uint8. Main memory in large pages, which the system gives when it is first used."""
+    """[num_bytes]: uint8. Main memory, which the system gives when it is first used."""
     if device.type != "cpu":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     # Private: of memory that could be shared with other processes, Linux gives no large pages.
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
