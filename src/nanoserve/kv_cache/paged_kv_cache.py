@@ -19,6 +19,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -252,9 +253,11 @@ class PagedKVCache:
 
 
 def _zeros(num_bytes: int, device: torch.device) -> Tensor:
-    """[num_bytes]: uint8. Main memory, which the system gives when it is first used."""
+    """[num_bytes]: uint8. Main memory in small pages, which the system gives when they are first used."""
     if device.type != "cpu":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     # Private: of memory that could be shared with other processes, Linux gives no large pages.
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # a system that has no large ones
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
