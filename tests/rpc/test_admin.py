@@ -209,15 +209,16 @@ async def test_a_watcher_who_does_not_read_gets_no_more_and_misses_no_step(monke
 
 async def test_what_the_queue_waits_for_is_told_in_words():
     async with watched(max_num_seqs=1) as served, served.client.watch_engine(interval=0.05) as watch:
-        served.bench.executor.gate.clear()
+        permits = served.bench.executor.count_steps()
         ask = served.client.generate
         tasks = [asyncio.create_task(ask(PROMPT, max_tokens=20, request_id=name).result()) for name in ("one", "two")]
         await until(lambda: len(served.bench.engine._streams) == 2)
-        served.bench.executor.gate.set()
+        permits.release(3)  # so that the one in front is still there when its name is looked up
         async for snapshot in watch:
             waits = [step.wait for step in snapshot.steps if step.wait]
             if waits:
                 break
+        permits.release(100)
         await asyncio.gather(*tasks)
         assert re.fullmatch("one of the running sequences to end behind request (one|two)", waits[0].text)
 
