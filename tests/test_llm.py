@@ -201,10 +201,10 @@ def test_the_process_ends_although_a_model_was_left_open_in_the_middle_of_a_stre
     code = (
         "from nanoserve import LLM, SamplingParams\n"
         "stream = LLM().stream('a', SamplingParams(max_tokens=100000, ignore_eos=True))\n"
-        "print(len(next(stream).token_ids))\n"
+        "print(len(next(stream).token_ids) > 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_importing_the_package_imports_neither_torch_nor_grpc():
