@@ -142,7 +142,7 @@ async def test_a_flood_is_served_or_refused_cleanly(tiny):
 
 
 def test_sigterm_lets_a_running_stream_finish_and_a_new_one_is_refused():
-    with serving() as server:
+    with serving("--drain-timeout", "120") as server:
         with Client(server.address) as client:
             stream = client.chat("Hello!", max_tokens=300, ignore_eos=True)
             next(iter(stream))
