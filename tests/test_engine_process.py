@@ -35,6 +35,15 @@ LOUD = """
     build.build_core = loud
 """
 
+# Whoever closes a pipe takes his time.
+SLOW_CLOSE = """
+import multiprocessing.connection, time
+def close(self, close=multiprocessing.connection.Connection._close):
+    time.sleep(0.3)
+    close(self)
+multiprocessing.connection.Connection._close = close
+"""
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServeProcess]:
@@ -103,6 +112,11 @@ async def test_the_engine_ends_with_its_server_also_while_it_loads(number):
         pid = server.engine_pid
         server.end(number)
         await until(lambda: is_gone(pid))
+
+
+def test_an_orderly_stop_is_one_although_two_threads_close_the_pipe():
+    with serving("--no-compile", sabotage=SLOW_CLOSE) as server:
+        assert server.end() == 0, "".join(server.log)
 
 
 @pytest.mark.parametrize(

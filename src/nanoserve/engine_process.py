@@ -95,6 +95,7 @@ class EngineProcess:
     def __init__(self, options: Options) -> None:
         """Raises ConfigError if the model's path is none."""
         check_path(options.model)
+        self._closing = threading.Lock()
         self.pipe, theirs = make_pipe()
         with theirs:
             # Not "-m": what it sends would be of a module named __main__.
@@ -123,8 +124,9 @@ class EngineProcess:
                     return said
 
     def close(self) -> None:
-        """The process ends when its pipe does, if it has not; wait for that."""
-        self.pipe.close()
+        """The process ends when its pipe does, if it has not; wait for that. Any thread, also several at once."""
+        with self._closing:
+            self.pipe.close()
         self._process.wait()
 
     def kill(self) -> None:
