@@ -1,6 +1,7 @@
 """Packed weights: the same numbers, for every architecture."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -132,6 +133,25 @@ def test_a_weight_that_embedding_and_head_share_is_there_once(is_tied, tmp_path)
     want = model.get_input_embeddings().weight
     assert torch.equal(embedding(torch.arange(128)), want)
     assert sum(p.shape == want.shape for p in loaded.model.parameters()) == (0 if is_tied else 1)
+
+
+@every_dtype
+def test_each_layer_is_packed_by_one_thread_and_several_at_a_time(dtype, monkeypatch):
+    both_are_there = Barrier(2, timeout=30)
+    threads = []
+
+    def pack(place):
+        threads.append(torch.get_num_threads())
+        both_are_there.wait()
+
+    monkeypatch.setattr(packing, "_pack", pack)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        pack_linears(nn.ModuleList(nn.Linear(64, 64, dtype=dtype) for _ in range(4)))
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 1, 1, 1]
 
 
 @every_dtype
