@@ -140,7 +140,7 @@ def test_each_layer_is_packed_by_one_thread_and_several_at_a_time(dtype, monkeyp
     both_are_there = Barrier(2, timeout=30)
     threads = []
 
-    def pack(place):
+    def pack(_: object) -> None:
         threads.append(torch.get_num_threads())
         both_are_there.wait()
 
