@@ -64,18 +64,14 @@ def start_engine(
 ) -> Engine:
     """An engine whose steps run in a process of their own, warm but not started. Takes as long as the model does.
 
-    process: launched with these options.
+    process: launched with these options; whoever did so kills it in the end.
     observers: of its requests and steps; None = nobody watches.
     Raises ConfigError.
     """
-    try:
-        # Meanwhile; it takes a while, too, and the codec will need it.
-        import transformers.tokenization_utils_tokenizers  # noqa: F401
+    # Meanwhile; it takes a while, too, and the codec will need it.
+    import transformers.tokenization_utils_tokenizers  # noqa: F401
 
-        ready = process.wait_until_ready(report)
-    except BaseException:
-        process.kill()
-        raise
+    ready = process.wait_until_ready(report)
     return Engine(
         RemoteCore(process, ready.state),
         ready.codec,
@@ -95,7 +91,6 @@ class EngineProcess:
     def __init__(self, options: Options) -> None:
         """Raises ConfigError if the model's path is none."""
         check_path(options.model)
-        self._closing = threading.Lock()
         self.pipe, theirs = make_pipe()
         with theirs:
             # Not "-m": what it sends would be of a module named __main__.
@@ -123,15 +118,11 @@ class EngineProcess:
                 case _Ready():
                     return said
 
-    def close(self) -> None:
-        """The process ends when its pipe does, if it has not; wait for that. Any thread, also several at once."""
-        with self._closing:
-            self.pipe.close()
-        self._process.wait()
-
     def kill(self) -> None:
+        """End it, if it has not ended, and close the pipe."""
         self._process.kill()
-        self.close()
+        self.pipe.close()
+        self._process.wait()
 
     def _fate(self) -> str:
         code = self._process.wait()
@@ -155,7 +146,7 @@ class RemoteCore:
         self._process = process
         self._state = state
         self._is_alive = True
-        # "stop" = let the core stop, "close" = it has ended.
+        # "stop" = let the core stop, "ended" = it has.
         self._to_send: queue.SimpleQueue[Message | str] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="nanoserve-pipe", daemon=True)
 
@@ -191,15 +182,14 @@ class RemoteCore:
         if any(isinstance(event, EngineEnded) for event in events):
             loop.remove_reader(self._process.pipe.fileno())
             self._is_alive = False
-            self._to_send.put("close")
+            self._to_send.put("ended")
         deliver(events)
 
     def _write(self) -> None:
         """A thread, because a long prompt fills the pipe until it is read."""
-        while (message := self._to_send.get()) != "close":
+        while (message := self._to_send.get()) != "ended":
             with contextlib.suppress(OSError):  # the process has died, and `_read` hears of it
                 self._process.pipe.send(message)
-        self._process.close()
 
 
 # ------------------------------------------------------------------------------------------------- the engine's end
