@@ -24,10 +24,10 @@ from nanoserve.engine.text import TextCodec
 from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.kv_cache.paged_kv_cache import KVPlan, PagedKVCache, available_memory, plan_kv
 from nanoserve.model.compiled import BackgroundCompiler
-from nanoserve.model.cpu import release_threads
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
+from nanoserve.model.threads import ComputeThreads, one_thread, release_threads, usable_cpus
 from nanoserve.request import Fact, Report, Stage
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def build_core(options: Options, *, wait_until_fast: bool = False, report: Repor
     """
     report(Stage("reading the model"))
     try:
-        with _weights_reported(report):
+        with _weights_reported(report), one_thread():
             model = load_model(options.model)
         codec = TextCodec.load(model.folder, trust_remote_code=options.model.trust_remote_code)
         return assemble(model, codec, options, wait_until_fast=wait_until_fast, report=report)
@@ -137,7 +137,14 @@ def assemble(
     report(Stage("warming up"))
     cache = PagedKVCache(plan.specs, plan.num_blocks, plan.block_size, model.device)
     sampler = Sampler(options.scheduler.max_num_seqs, model.vocab_size, model.device)
-    runner = ModelRunner(model, cache, sampler, options.scheduler.max_num_seqs, plan.max_context_tokens)
+    threads = None
+    if model.device.type == "cpu":
+        num_threads, why = usable_cpus()
+        threads = ComputeThreads(num_threads)
+        report(Fact("threads", f"at most {num_threads}: {why}"))
+    runner = ModelRunner(
+        model, cache, sampler, options.scheduler.max_num_seqs, plan.max_context_tokens, threads=threads
+    )
     runner.warm_up()
     if model.is_compiled:
         compiler = BackgroundCompiler(

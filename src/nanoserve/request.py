@@ -173,9 +173,12 @@ class SequenceResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Aligned with StepPlan.sequences."""
+    """What a step made of its sequences."""
 
+    # Aligned with StepPlan.sequences.
     sequences: list[SequenceResult]
+    # CPU threads that computed its last layer. None = another device did.
+    num_threads: int | None = None
 
 
 # ------------------------------------------------------------------------------ what the scheduler reports

@@ -1,4 +1,4 @@
-"""What is set once in a process that computes on a CPU: how many threads, and how much memory libraries keep."""
+"""What is set once in a process that computes on a CPU: how much memory libraries keep, and what is compiled."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from torch._inductor import cpu_vec_isa
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from nanoserve.model import cpu
-from nanoserve.model.cpu import can_compile, compiled_folder, keep_compiled, prepare_to_load_compiled, usable_cpus
+from nanoserve.model.cpu import can_compile, compiled_folder, keep_compiled, prepare_to_load_compiled
 from nanoserve.model.packing import can_pack
 
 # Multiplies by a packed weight with 600 numbers of rows, and prints by how many bytes the process grew.
@@ -37,22 +37,6 @@ with torch.inference_mode():
 print(resident_bytes() - before)
 """
 
-# Prints how many threads the process has before it computes on two of them, after that, and after they are released.
-THREADS = """
-import os, torch
-from nanoserve.model.cpu import release_threads
-
-def num_threads():
-    return len(os.listdir("/proc/self/task"))
-
-torch.set_num_threads(2)
-before = num_threads()
-torch.zeros(1 << 20).exp()
-helped = num_threads()
-release_threads()
-print(before, helped, num_threads())
-"""
-
 # Prints where torch keeps the libraries that it compiles.
 COMPILER_CACHE = """
 import transformers
@@ -62,16 +46,6 @@ from nanoserve.model.cpu import keep_compiled
 keep_compiled()
 print(cache_dir())
 """
-
-
-@pytest.mark.parametrize(("quota", "want"), [("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1)])
-def test_a_containers_quota_bounds_the_threads(
-    quota: str, want: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(cpu, "CPU_QUOTA", tmp_path / "cpu.max")
-    assert usable_cpus(8) == want
-    assert usable_cpus(1) == 1
 
 
 def compiler_cache(**variables: str) -> Path:
@@ -130,13 +104,6 @@ def test_steps_of_many_sizes_do_not_fill_memory_with_kernels(dtype: str) -> None
     growth, growth_without = (int(process.communicate()[0]) for process in (limited, without))
     # How large a kernel is depends on the CPU: 100 of 370 MiB on one.
     assert growth < 0.65 * growth_without
-
-
-def test_helping_threads_end_when_they_are_released() -> None:
-    process = subprocess.run([sys.executable, "-c", THREADS], stdout=subprocess.PIPE, text=True, check=True)
-    before, helped, after = map(int, process.stdout.split())
-    assert helped == before + 1
-    assert after == before
 
 
 def test_small_models_and_machines_without_a_compiler_are_not_compiled_for(

@@ -385,7 +385,7 @@ async def test_the_status_of_the_call_is_told_although_it_comes_last():
 
 
 def record(number, *, wait=None, preemptions=()):
-    return StepRecord(number, float(number), number + 1.0, [], list(preemptions), [], [], wait, 1, 1, 4, 0, 4, False)
+    return StepRecord(number, float(number), number + 1.0, [], list(preemptions), [], [], wait, 1, 1, 4, 0, 4, 2, False)
 
 
 def test_waits_of_two_kinds_are_two_entries():

@@ -352,6 +352,7 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
         """Book a computed step. Returns all that happened since the last commit."""
+        self._notes.num_threads = result.num_threads
         for scheduled, outcome in zip(plan.sequences, result.sequences, strict=True):
             sequence = self._rows[scheduled.row]
             # A sibling may have been corrupt, and taken the whole request with it.

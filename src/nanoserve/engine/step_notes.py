@@ -22,6 +22,7 @@ class StepNotes:
     early_releases: list[Release] = field(default_factory=list)
     late_releases: list[Release] = field(default_factory=list)
     wait: Wait | None = None
+    num_threads: int | None = None
     is_planned: bool = False
 
     def preempted(self, sequence: "Sequence", beneficiary: "Sequence") -> None:
@@ -87,5 +88,6 @@ class StepNotes:
             num_free_blocks=after.num_blocks - after.num_owned_blocks - after.num_cached_blocks,
             num_cached_blocks=after.num_cached_blocks,
             num_owned_blocks=after.num_owned_blocks,
+            num_threads=self.num_threads,
             has_failed=has_failed,
         )

@@ -65,6 +65,9 @@ def _compile(function: Callable[..., Any], *args: Any) -> Any:
         "guard_filter_fn": lambda guards: [False for _ in guards],
         # Multiply and add in one instruction, which rounds once.
         "cpp.enable_floating_point_contract_flag": "fast",
+        # The number of threads is chosen in each step. Made for as many as there are CPUs, code leaves it open anyway,
+        # and keeps loops that are too short for threads free of them.
+        "cpp.dynamic_threads": torch.get_num_threads() != os.cpu_count(),
     }
     compiled: Any = torch.compile(function, fullgraph=True, options=options)
     return compiled.aot_compile((args, {}))

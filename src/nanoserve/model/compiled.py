@@ -12,6 +12,7 @@ what cannot be compiled is served as it is.
 
 import hashlib
 import logging
+import os
 import pickle
 import platform
 import subprocess
@@ -34,6 +35,7 @@ from nanoserve.model.cpu import compiled_folder
 from nanoserve.model.formulas import Formula, formulas_of
 from nanoserve.model.loader import LoadedModel
 from nanoserve.model.narrow import NarrowLinear
+from nanoserve.model.threads import TORCH_THREADS, one_thread
 
 # Of a trial call. Unlike any width in a model, so that a dimension of this size is known to count tokens.
 NUM_TOKENS = 37
@@ -173,7 +175,8 @@ class BackgroundCompiler:
     def start(self) -> None:
         """Use what is made, at once: loading it later would hold up requests. The rest begins in the background."""
         self._started_s = time.monotonic()
-        self._use_parts(name for name in self._job.names if _is_made(self._folder, name))
+        with one_thread():
+            self._use_parts(name for name in self._job.names if _is_made(self._folder, name))
         self._thread.start()
 
     def wait(self) -> None:
@@ -181,6 +184,10 @@ class BackgroundCompiler:
         self._thread.join()
 
     def _make_missing(self) -> None:
+        with one_thread():
+            self._make_and_use_missing()
+
+    def _make_and_use_missing(self) -> None:
         missing = [name for name in self._job.names if not _is_made(self._folder, name)]
         if missing:
             logger.info("compiling for speed in the background; requests are served meanwhile")
@@ -282,6 +289,7 @@ def cache_folder(job: Job) -> Path:
     sources = sorted(Path(__file__).parent.glob("*.py"))
     facts: list[Any] = [platform.machine(), sorted(torch.cpu.get_capabilities().items()), sys.version]
     facts += [torch.__version__, transformers.__version__, job.dtype, job.narrow_dtype, job.is_packed, job.block_size]
+    facts += [os.cpu_count(), TORCH_THREADS]
     facts += [(job.folder / "config.json").read_bytes(), *(source.read_bytes() for source in sources)]
     return compiled_folder() / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 

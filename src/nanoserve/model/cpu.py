@@ -1,22 +1,18 @@
-"""What a process that computes on a CPU sets once, before it does: threads, and memory that libraries keep.
+"""What a process that computes on a CPU sets once, before it does: what libraries keep, and what is compiled.
 
 Called by the loader. Whoever runs the process may choose otherwise by the same environment variables.
 """
 
 import ctypes
 import logging
-import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from nanoserve.config import environment
 
-# Where a Linux container finds how much CPU time it may use: "quota period" in microseconds, or "max period".
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # oneDNN makes a kernel for every shape that it multiplies, and shapes follow the number of tokens in a step. With what
 # describes it a kernel takes up to a megabyte, whatever the model's size, and by default 1024 of each kind are kept. A
 # step needs about twelve, so that these do for ten sizes of steps in turn; any other costs a few milliseconds more.
@@ -34,20 +30,7 @@ def prepare_cpu() -> None:
     environment().setdefault("LRU_CACHE_CAPACITY", str(NUM_KERNELS))
     # Read by torch: large tensors in pages of 2 MB. A step passes over all weights, and then waits less for addresses.
     environment().setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    torch.set_num_threads(usable_cpus(torch.get_num_threads()))
     keep_freed_memory()
-
-
-def usable_cpus(available: int) -> int:
-    """CPUs that may be kept busy: `available`, or a container's quota if that is less.
-
-    Threads beyond the quota do not only idle: the kernel then stops all of them for parts of every period.
-    """
-    if CPU_QUOTA.exists():
-        limit, period = CPU_QUOTA.read_text().split()
-        if limit != "max":
-            return max(1, min(available, math.ceil(int(limit) / int(period))))
-    return available
 
 
 def keep_freed_memory() -> None:
@@ -68,21 +51,6 @@ def release_freed_memory() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
-
-
-def release_threads() -> None:
-    """End the threads that have helped this one to compute, when from now on another thread does.
-
-    A step has hundreds of parallel parts. Between them GNU's OpenMP lets helpers wait awake, but only while all that
-    were ever made are no more than CPUs; otherwise each part begins with waking a thread, and a step takes up to twice
-    as long.
-    """
-    try:
-        openmp = ctypes.CDLL("libgomp.so.1")  # the one that torch has loaded
-    except OSError:
-        return
-    omp_pause_soft = 1  # omp.h: settings stay
-    openmp.omp_pause_resource_all(omp_pause_soft)
 
 
 def can_compile(num_parameters: int) -> bool:

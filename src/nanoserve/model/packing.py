@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nanoserve.model.threads import one_thread, usable_cpus
+
 # Rows that the layout is chosen for. On AVX-512 this one is as good at 1 and 1024 rows as those made for them.
 TYPICAL_ROWS = 32
 # The weight's rows in a tile of the layout, and how many of them are summed side by side: a vector of AVX-512.
@@ -169,13 +171,10 @@ def pack_linears(model: nn.Module) -> None:
         for name, child in parent.named_children()
         if type(child) is nn.Linear
     ]
-    num_threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            for _ in threads.map(_pack, places):
-                pass
-    finally:
-        torch.set_num_threads(num_threads)  # of all threads to come
+    num_threads, _ = usable_cpus()
+    with one_thread(), ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for _ in threads.map(_pack, places):
+            pass
 
 
 def _pack(place: tuple[nn.Module, str]) -> None:

@@ -7,14 +7,17 @@ Tokens of all sequences are packed into one row without padding. The head, whose
 runs only for positions whose logits are wanted.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model.attend import attend
-from nanoserve.model.attention import AttentionBatch, Buffers, CompiledAttention, attending
+from nanoserve.model.attention import AttentionBatch, Buffers, CompiledAttention, RunLayer, attending
 from nanoserve.model.loader import LoadedModel, fix_rope
 from nanoserve.model.sampler import Sampler, token_logprobs
+from nanoserve.model.threads import ComputeThreads
 from nanoserve.request import ScheduledSequence, SequenceResult, StepPlan, StepResult, TokenLogprob
 
 # Logits of prompt positions are made for so many numbers at a time, to bound memory.
@@ -35,10 +38,14 @@ class ModelRunner:
         sampler: Sampler,
         max_num_seqs: int,
         max_context_tokens: int,
+        *,
+        threads: ComputeThreads | None = None,
     ) -> None:
+        """threads: None where no threads of a CPU compute."""
         self._model = model
         self._cache = cache
         self._sampler = sampler
+        self._threads = threads
         self._buffers = Buffers()
         # Filled while the server runs, by model/compiled.py.
         self.compiled_attention: CompiledAttention = {}
@@ -72,7 +79,8 @@ class ModelRunner:
                 if i in corrupt
                 else self._with_prompt_logprobs(s, drawn.get(i, SequenceResult()), hidden[end - len(s.token_ids) : end])
                 for i, (s, end) in enumerate(zip(sequences, ends, strict=True))
-            ]
+            ],
+            num_threads=self._threads.count if self._threads else None,
         )
 
     @torch.inference_mode()
@@ -148,10 +156,21 @@ class ModelRunner:
 
     def _run_trunk(self, batch: AttentionBatch, token_ids: Tensor) -> Tensor:
         """[num_tokens, hidden_size]"""
-        with attending(batch.run_layer):
+        with attending(self._adapting(batch.run_layer)):
             out = self._model.trunk(input_ids=token_ids[None], position_ids=batch.positions[None], use_cache=False)
         hidden: Tensor = out[0][0]
         return hidden
+
+    def _adapting(self, run_layer: RunLayer) -> RunLayer:
+        """In each layer, because a step that a neighbour holds up takes seconds."""
+        if (threads := self._threads) is None:
+            return run_layer
+
+        def adapt_and_run(*call: Any) -> Tensor:
+            threads.adapt()
+            return run_layer(*call)
+
+        return adapt_and_run
 
     def _clear_corrupt(self, batch: AttentionBatch, hidden: Tensor) -> set[int]:
         """Sequences with NaN or infinity in this step; what they wrote into the cache is zeroed.

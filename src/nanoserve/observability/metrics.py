@@ -38,6 +38,7 @@ class Metrics(Observer):
         self._model = ""
         self._startup_s: float | None = None
         self._last_step: StepRecord | None = None
+        self._num_threads: int | None = None
 
         def histogram(name: str, unit: str, buckets: tuple[float, ...], description: str):  # type: ignore[no-untyped-def]
             return meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets)
@@ -101,6 +102,12 @@ class Metrics(Observer):
             "nanoserve.kv.blocks", [self._observe_blocks], "{block}", "Blocks of the KV cache, by state."
         )
         meter.create_observable_gauge(
+            "nanoserve.step.threads",
+            [self._observe_threads],
+            "{thread}",
+            "CPU threads that computed the last step: fewer than usual while other processes want the CPUs.",
+        )
+        meter.create_observable_gauge(
             "nanoserve.startup.duration", [self._observe_startup], "s", "Time from the begin of the start to ready."
         )
 
@@ -111,6 +118,7 @@ class Metrics(Observer):
 
     def step_ended(self, step: StepRecord) -> None:
         self._last_step = step
+        self._num_threads = step.num_threads or self._num_threads
         if step.parts:
             self._step_duration.record(step.end_s - step.start_s)
             self._step_tokens.record(step.num_prompt_tokens, {names.TOKEN_TYPE: "input"})
@@ -175,6 +183,9 @@ class Metrics(Observer):
             return []
         states = {"free": step.num_free_blocks, "cached": step.num_cached_blocks, "owned": step.num_owned_blocks}
         return [Observation(count, {names.BLOCK_STATE: state}) for state, count in states.items()]
+
+    def _observe_threads(self, _options: CallbackOptions) -> Iterable[Observation]:
+        return [] if self._num_threads is None else [Observation(self._num_threads)]
 
     def _observe_startup(self, _options: CallbackOptions) -> Iterable[Observation]:
         return [] if self._startup_s is None else [Observation(self._startup_s)]
