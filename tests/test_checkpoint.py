@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from nanoserve import checkpoint
 from nanoserve.checkpoint import ModelLoadError
@@ -42,8 +44,42 @@ def test_what_may_be_a_model_is_not_refused(tmp_path: Path) -> None:
 
 def test_pickles_are_no_weights(tmp_path: Path) -> None:
     folder_with(tmp_path, pytorch_model__bin="")
-    with pytest.raises(ModelLoadError, match=r"found only pytorch_model.bin, and pickles are not loaded"):
+    with pytest.raises(ModelLoadError, match=r"found only pytorch_model.bin, which are not loaded"):
         checkpoint.check_weights(tmp_path)
+
+
+def write_weights(path: Path, dtype: str) -> None:
+    save_file({"weight": numpy.zeros((2, 3), dtype)}, path)
+
+
+def test_weights_are_those_that_transformers_loads(tmp_path: Path) -> None:
+    """Mistral's shards lie beside a file with the same weights once more."""
+    write_weights(tmp_path / "consolidated.safetensors", "float64")
+    with pytest.raises(ModelLoadError, match=r"neither .*; found only consolidated.safetensors"):
+        checkpoint.check_weights(tmp_path)
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}
+    folder_with(tmp_path, config__json="{}", model__safetensors__index__json=json.dumps(index))
+    write_weights(tmp_path / shards[0], "float16")
+    with pytest.raises(ModelLoadError, match=r"lacks 1 files .* such as model-00002-of-00002.safetensors"):
+        checkpoint.check_weights(tmp_path)
+    write_weights(tmp_path / shards[1], "float16")
+    checkpoint.check_weights(tmp_path)
+    assert list(checkpoint.stored_tensors(tmp_path)) == [("F16", [2, 3])] * 2
+    before = checkpoint.fingerprint(tmp_path)
+    write_weights(tmp_path / "consolidated.safetensors", "float32")
+    assert checkpoint.fingerprint(tmp_path) == before
+    # A single file goes before an index.
+    write_weights(tmp_path / "model.safetensors", "float32")
+    assert list(checkpoint.stored_tensors(tmp_path)) == [("F32", [2, 3])]
+    assert checkpoint.fingerprint(tmp_path) != before
+
+
+def test_an_index_that_is_none_is_refused(tmp_path: Path) -> None:
+    for text in ("{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'):
+        folder_with(tmp_path, model__safetensors__index__json=text)
+        with pytest.raises(ModelLoadError, match="weight_map"):
+            checkpoint.check_weights(tmp_path)
 
 
 @pytest.mark.parametrize("is_trusted", [False, True])

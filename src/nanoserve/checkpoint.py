@@ -17,6 +17,8 @@ from nanoserve.config import ConfigError, ModelOptions
 CONFIG_FILES = ["config.json"]
 CODE_FILES = ["*.py"]
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 # The same weights once more, in other formats.
 IGNORED_FILES = ["original/*", "consolidated*", "onnx/*"]
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".gguf"}
@@ -70,10 +72,23 @@ def check_config(folder: Path) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        found = f"; found only {', '.join(others[:4])}, and pickles are not loaded" if others else ""
-        raise ModelLoadError(f"{folder} has no *.safetensors file{found}")
+    missing = [path.name for path in weight_files(folder) if not path.is_file()]
+    if missing and (folder / WEIGHTS_INDEX).is_file():
+        raise ModelLoadError(f"{folder} lacks {len(missing)} files of its {WEIGHTS_INDEX}, such as {missing[0]}")
+    if missing:
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in {*PICKLES, ".safetensors"})
+        found = f"; found only {', '.join(others[:4])}, which are not loaded" if others else ""
+        raise ModelLoadError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{found}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that transformers loads: one file, or those of the index. Others may hold the same weights once more."""
+    if (folder / WEIGHTS).is_file() or not (folder / WEIGHTS_INDEX).is_file():
+        return [folder / WEIGHTS]
+    names = read_json(folder / WEIGHTS_INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ModelLoadError(f"{folder / WEIGHTS_INDEX} has no weight_map of tensors to files")
+    return sorted({folder / name for name in names.values()})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, list[int]]]:
     """Of each tensor of the checkpoint: its type as safetensors names it, such as "BF16", and its shape."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             # Not "pt": that asks the system for as much memory as the file is long, and nothing is read here.
             with safe_open(path, "np") as tensors:
@@ -108,7 +123,7 @@ def fingerprint(folder: Path) -> str:
     A hash over the config and over samples of every checkpoint file: the whole would take minutes to read.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

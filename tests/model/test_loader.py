@@ -111,6 +111,7 @@ def test_eos_ids_come_from_the_generation_config_or_the_config(
         ),
         ({"do_sample": True, "temperature": 0.6}, SamplingParams(temperature=0.6)),
         ({"do_sample": False}, SamplingParams(temperature=0.0)),
+        ({"top_p": 0.0, "top_k": -1}, SamplingParams(top_p=0.0)),
     ],
 )
 def test_default_params_are_what_the_checkpoint_advises(
@@ -118,6 +119,26 @@ def test_default_params_are_what_the_checkpoint_advises(
 ) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation))
     assert load(folder).default_params == want
+
+
+def test_advice_that_no_caller_could_give_is_left_out_and_said_so(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = {"temperature": -1, "top_p": 1.5, "top_k": 2.5, "min_p": "0.1", "repetition_penalty": 0, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(wrong))
+    assert load(folder).default_params == SamplingParams()
+    for name in ("temperature is -1", "top_p is 1.5", "top_k is 2.5", "min_p is '0.1'", "repetition_penalty is 0"):
+        assert f"generation_config.json: {name}, and is left out; allowed: " in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(folder: Path, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][3, 4] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=f"{name} has NaN or infinity"):
+        load(folder)
 
 
 def test_the_fingerprint_follows_the_weights(llama_folder: Path, folder: Path) -> None:
@@ -241,7 +262,7 @@ def break_generation_config(folder: Path) -> None:
         (cut_weights, "cannot be read: .*(incomplete|header|metadata)"),
         (drop_a_weight, r"1 missing keys, such as model\.layers\.1\.mlp\.up_proj\.weight"),
         (reshape_a_weight, r"1 mismatched keys, such as .*model\.norm\.weight.*31"),
-        (only_pickles, "no .*safetensors file; found only pytorch_model.bin, and pickles are not loaded"),
+        (only_pickles, "neither model.safetensors nor .*; found only pytorch_model.bin, which are not loaded"),
         (break_generation_config, "is not a JSON object"),
     ],
 )

@@ -146,6 +146,14 @@ def test_nucleus_may_be_wider_than_the_first_candidates(monkeypatch: pytest.Monk
     assert not (shares > 0)[expected == 0].any()
 
 
+@pytest.mark.parametrize("filters", [{"top_p": 0.0}, {"top_p": 1e-30}, {"top_p": 0.0, "top_k": 5}, {"min_p": 1.0}])
+def test_the_most_likely_token_is_always_kept(monkeypatch: pytest.MonkeyPatch, filters: dict[str, float]) -> None:
+    logits = some_logits(3000)
+    shares = drawn_shares(monkeypatch, admission(SamplingParams(**filters)), logits)
+    assert shares.argmax() == logits.argmax()
+    assert shares.max() == 1
+
+
 def test_a_large_top_k_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = some_logits(3000, spread=0.1)
     entry = admission(SamplingParams(top_k=2000, top_p=0.9))

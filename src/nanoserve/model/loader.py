@@ -9,6 +9,7 @@ that the checkpoint lacks is an error.
 """
 
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,7 @@ from nanoserve.model.cpu import (
 from nanoserve.model.narrow import can_narrow, narrow_weights
 from nanoserve.model.packing import can_pack, pack_model
 from nanoserve.model.probe import NotServable, learn_layers
-from nanoserve.request import SamplingParams
+from nanoserve.request import SAMPLING_RANGES, SamplingParams
 
 # Layers of other types keep a state that is no KV cache, or choose the tokens that a query sees by their content.
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -56,6 +57,8 @@ SELECTING_MODULES = ("Indexer", "Compressor")
 SOME_CONTEXT = 2048
 # What a safetensors file calls the types that a model can be computed in.
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
     stored = _stored_dtype(folder)
     narrow_dtype = stored if is_compiled and can_narrow(device, dtype, stored) else None
     model = _load_weights(folder, config, dtype, narrow_dtype, device, options).to(device).eval()
+    _refuse_damaged(model)
     architecture = type(model).__name__
     max_position = _max_position(config)
     vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -145,7 +149,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
         vocab_size=vocab_size,
         max_position=max_position,
         eos_token_ids=_eos_token_ids(generation, config),
-        default_params=_default_params(generation),
+        default_params=_default_params(generation, folder),
         attention_layers=tuple(attention_layers),
         kv_specs=tuple(kv_specs),
         num_parameters=num_parameters,
@@ -285,6 +289,14 @@ def _load_as(
             )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _refuse_damaged(model: PreTrainedModel) -> None:
+    """A single NaN among the weights makes all that is computed NaN."""
+    for name, weight in model.named_parameters():
+        # A sum takes a few hundredths of a second for a gigabyte, and is NaN or infinite if one of its numbers is.
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+            raise ModelLoadError(f"{name} has NaN or infinity: the checkpoint is damaged")
 
 
 def _pack(model: PreTrainedModel, is_compiled: bool) -> None:
@@ -428,14 +440,24 @@ def _eos_token_ids(generation: dict[str, Any], config: PreTrainedConfig) -> froz
     return frozenset(ids) if isinstance(ids, list) else frozenset({ids})
 
 
-def _default_params(generation: dict[str, Any]) -> SamplingParams:
+def _default_params(generation: dict[str, Any], folder: Path) -> SamplingParams:
     """The sampling that the checkpoint's makers advise.
 
     Fields that are there are taken, whatever is not there is off. An explicit "do_sample": false means greedy; without
-    the field the temperature holds, because callers of a server expect samples unless told otherwise.
+    the field the temperature holds, because callers of a server expect samples unless told otherwise. A value that no
+    caller could choose either is left out, and said so; a top_k of -1 is how some write that it is off.
     """
-    fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    advised = {name: generation[name] for name in fields if generation.get(name) is not None}
+    advised: dict[str, Any] = {}
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        value = generation.get(name)
+        if value is None or (name == "top_k" and value == -1):
+            continue
+        kinds = int if name == "top_k" else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds) or value not in SAMPLING_RANGES[name]:
+            where = folder / "generation_config.json"
+            logger.warning("%s: %s is %r, and is left out; allowed: %s", where, name, value, SAMPLING_RANGES[name])
+        else:
+            advised[name] = value
     if generation.get("do_sample") is False:
         advised["temperature"] = 0.0
     return SamplingParams(**advised)

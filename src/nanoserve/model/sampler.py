@@ -331,7 +331,8 @@ def candidates(scores: Tensor, width: int, params: list[SamplingParams]) -> tupl
         everything = scores.exp().sum(dim=1, keepdim=True, dtype=torch.float64)  # [m, 1]
         total = torch.where(top_k < vocab_size, total, everything)
     top_p = _column(weights, [p.top_p if p.top_p < 1 else torch.inf for p in params])
-    weights.masked_fill_(cumulative - weights >= top_p * total, 0)
+    # At least one: with a top_p of 0, or where a small one is lost to rounding, the most likely token.
+    weights[:, 1:].masked_fill_((cumulative - weights >= top_p * total)[:, 1:], 0)
     return token_ids, weights.masked_fill_(weights < _column(weights, [p.min_p for p in params]), 0)
 
 
