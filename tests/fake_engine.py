@@ -11,10 +11,10 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any
 
+from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel, Stats
 from nanoserve.engine.scheduler import SchedulerStats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
-from nanoserve.engine.text import Chat
 from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
@@ -70,7 +70,8 @@ class FakeEngine:
         finally:
             self.num_open -= 1
 
-    async def tokenize(self, prompt: str | Chat) -> tuple[list[int], str]:
+    async def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool | None = None) -> tuple[list[int], str]:
+        self.added_special_tokens = add_special_tokens
         text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt.messages)
         return list(text.encode()), text
 

@@ -54,7 +54,8 @@ class FakeExecutor:
             self.block_tables[s.row].extend(s.new_block_ids)
             for position, token in enumerate(s.token_ids, start=s.start):
                 self.slots[self._slot(s.row, position)] = (token, position)
-        return StepResult([self._result(s.row, s.start + len(s.token_ids), s) for s in plan.sequences])
+        results = [self._result(s.row, s.start + len(s.token_ids), s) for s in plan.sequences]
+        return StepResult(results, num_threads=2)
 
     def _slot(self, row: int, position: int) -> tuple[int, int]:
         return self.block_tables[row][position // self.block_size], position % self.block_size

@@ -377,7 +377,7 @@ async def test_9_a_field_that_the_server_does_not_know_is_refused_at_any_depth(c
 async def test_all_violations_arrive_at_once(contract):
     request = pb.GenerateRequest(
         chat=pb.Chat(messages=[pb.ChatMessage(role=pb.ROLE_USER, content="x"), pb.ChatMessage(content="x")]),
-        sampling=pb.Sampling(temperature=math.nan, top_p=0, logit_bias={3: 101}),
+        sampling=pb.Sampling(temperature=math.nan, top_p=2, logit_bias={3: 101}),
         stopping=pb.Stopping(strings=["ok", "ok", "ok", ""]),
     )
     refusal = await contract.refusal(request.SerializeToString() + UNKNOWN)

@@ -171,15 +171,23 @@ def assemble(
         cache_identity=f"{model.fingerprint} {model.dtype}",
         enable_prefix_cache=options.cache.enable_prefix_cache,
     )
+    eos_token_ids = _eos_token_ids(model, codec)
+    report(Fact("ends with", ", ".join(f"{codec.token(i)!r} ({i})" for i in eos_token_ids) or "nothing: it has no EOS"))
     served = ServedModel(
         name=served_name(options),
         create_time_s=time.time(),
         max_context_tokens=plan.max_context_tokens,
         vocab_size=model.vocab_size,
-        eos_token_ids=tuple(sorted(model.eos_token_ids)),
+        eos_token_ids=eos_token_ids,
         default_params=model.default_params,
     )
     return Built(EngineCore(scheduler, runner), codec, served)
+
+
+def _eos_token_ids(model: LoadedModel, codec: TextCodec) -> tuple[int, ...]:
+    """The checkpoint's, and its tokenizer's: fine-tunes often change only one of the two."""
+    ids = {*model.eos_token_ids, *(() if codec.eos_token_id is None else (codec.eos_token_id,))}
+    return tuple(sorted(token_id for token_id in ids if 0 <= token_id < model.vocab_size))
 
 
 def served_name(options: Options) -> str:

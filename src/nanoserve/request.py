@@ -32,7 +32,7 @@ class SamplingParams:
     n: int = 1
     # 0 = greedy.
     temperature: float = 1.0
-    # (0, 1]; 1 = off.
+    # [0, 1]; the most likely token is always kept; 1 = off.
     top_p: float = 1.0
     # 0 = off.
     top_k: int = 0
@@ -48,7 +48,7 @@ class SamplingParams:
     seed: int | None = None
     # Token id -> what is added to its logit.
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    # Of each sequence. None = what the context leaves, filled in at admission.
+    # Of each sequence; 0 = only the prompt is computed. None = what the context leaves, filled in at admission.
     max_tokens: int | None = None
     # No EOS, stop token or stop string ends the sequence before.
     min_tokens: int = 0
@@ -70,6 +70,35 @@ class SamplingParams:
     detokenize: bool = True
     # Special tokens are left out of the text.
     skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers that are allowed. NaN never is."""
+
+    low: float
+    high: float
+    # `low` itself is refused.
+    is_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.is_open else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{f'above {self.low}, up to' if self.is_open else f'{self.low} to'} {self.high}"
+
+
+# Of numbers in SamplingParams, whoever chooses them: a caller, or a checkpoint's generation_config.json.
+SAMPLING_RANGES = {
+    "temperature": Range(0, 100),
+    "top_p": Range(0, 1),
+    "top_k": Range(0, 2**32 - 1),
+    "min_p": Range(0, 1),
+    "frequency_penalty": Range(-2, 2),
+    "presence_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0, 100, is_open=True),
+    "seed": Range(0, 2**64 - 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +245,7 @@ class FailureReason(enum.Enum):
 
     DEADLINE = "deadline"
     ENGINE_FAILURE = "engine failure"
+    NOT_A_NUMBER = "not a number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +345,7 @@ class Overloaded(RequestError):
 
     def __init__(self, max_waiting: int, retry_after_s: float) -> None:
         super().__init__(f"the queue is full ({max_waiting} requests wait); retry later")
+        self.max_waiting = max_waiting
         self.retry_after_s = retry_after_s
 
 
@@ -344,10 +375,10 @@ class CancelledByOperator(RequestError):
 
 
 class EngineFailure(RequestError):
-    """A step failed or gave NaN. The details are in the server's log."""
+    """A step failed, of which the server's log has the details, or gave NaN."""
 
-    def __init__(self) -> None:
-        super().__init__("the engine failed to compute this request")
+    def __init__(self, why: str = "the engine failed to compute this request") -> None:
+        super().__init__(why)
 
 
 # ---------------------------------------------------------------------------------------- how the start goes

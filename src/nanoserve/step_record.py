@@ -91,7 +91,7 @@ class StepRecord:
     num_free_blocks: int
     num_cached_blocks: int
     num_owned_blocks: int
-    # CPU threads that computed it: fewer while others want the CPUs. None = another device did, or nothing was computed.
+    # CPU threads that computed it: fewer while others want the CPUs. None = another device did, or nothing was.
     num_threads: int | None
     # The step raised: its requests were given up.
     has_failed: bool

@@ -22,6 +22,8 @@ from nanoserve.request import (
     ResetCache,
     SamplingParams,
     SequenceOutput,
+    SequenceResult,
+    StepResult,
 )
 
 BLOCK = 4
@@ -107,6 +109,24 @@ def test_a_failed_step_fails_its_requests_and_the_loop_goes_on(bench, caplog):
     assert "poison" in caplog.text
     bench.core.post(request("good", [1, 2]))
     assert bench.completion("good") == expected_completion([1, 2], 7, 5, 1000)
+
+
+def test_steps_that_give_nothing_but_nan_count_as_failed(bench, monkeypatch):
+    real = bench.executor.execute
+
+    def execute(plan):
+        result = real(plan)
+        is_bad = any(666 in s.token_ids for s in plan.sequences)
+        return StepResult([SequenceResult(is_corrupt=True) for _ in plan.sequences]) if is_bad else result
+
+    monkeypatch.setattr(bench.executor, "execute", execute)
+    for count in (1, 2, 3):
+        bench.core.post(request(f"bad {count}", [1, 666]))
+        assert bench.next_event(RequestFailed) == RequestFailed(f"bad {count}", FailureReason.NOT_A_NUMBER)
+        assert bench.core.state.num_failed_steps == count
+    bench.core.post(request("good", [1, 2]))
+    assert bench.completion("good") == expected_completion([1, 2], 7, 5, 1000)
+    assert bench.core.state.num_failed_steps == 0
 
 
 def test_abort_during_a_step_ends_the_request_after_it(bench):

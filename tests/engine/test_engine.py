@@ -7,9 +7,9 @@ import pytest
 from engine_bench import PROMPT, SECONDS, VOCAB, byte_codec, running
 from fake_executor import expected_completion
 
+from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import LONG_PROMPT_CHARS, RollingSum
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
-from nanoserve.engine.text import Chat
 from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
@@ -76,6 +76,19 @@ async def test_a_slow_reader_gets_the_same_output_in_fewer_deltas():
         events += [e async for e in stream]
     assert len(deltas(events)) < 40
     assert token_ids(events) == expected_completion(PROMPT, 7, 40, VOCAB)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_without_new_tokens_the_prompt_is_computed_and_told_of(n):
+    async with running() as bench:
+        events = await bench.collect(n=n, max_tokens=0, prompt_logprobs=0, logprobs=0)
+        await bench.until_free()
+    given = [event for event in events if isinstance(event, Delta)]
+    assert [(d.text, d.token_ids, d.logprobs) for d in given] == [("", [], [])] * n
+    assert {(d.index, d.finish_reason) for d in given} == {(i, FinishReason.LENGTH) for i in range(n)}
+    told = [token.token_id for event in events if isinstance(event, PromptLogprobs) for token in event.tokens]
+    assert told == PROMPT
+    assert (events[-1].prompt_tokens, events[-1].completion_tokens) == (len(PROMPT), 0)
 
 
 @pytest.mark.parametrize("minimum", [0, 1, 4, 100])
@@ -319,10 +332,10 @@ async def test_operator_cancels_a_request_that_is_being_encoded(monkeypatch):
         encoding, begun = threading.Event(), asyncio.Event()
         loop, real = asyncio.get_running_loop(), bench.codec.encode_prompt
 
-        def slow(prompt):
+        def slow(prompt, **how):
             loop.call_soon_threadsafe(begun.set)
             assert encoding.wait(SECONDS)
-            return real(prompt)
+            return real(prompt, **how)
 
         monkeypatch.setattr(bench.codec, "encode_prompt", slow)
         task = asyncio.create_task(bench.collect("once", request={"label": "x"}))
@@ -375,9 +388,9 @@ async def test_a_long_prompt_does_not_hold_up_other_streams(monkeypatch):
         encoding = threading.Event()
         real = bench.codec.encode_prompt
 
-        def slow(prompt):
+        def slow(prompt, **how):
             assert encoding.wait(SECONDS)
-            return real(prompt)
+            return real(prompt, **how)
 
         monkeypatch.setattr(bench.codec, "encode_prompt", slow)
         waiting = asyncio.create_task(bench.collect("once upon"))
@@ -392,10 +405,10 @@ async def test_long_prompts_do_not_hold_up_short_ones_however_many_they_are(monk
         encoding = threading.Event()
         real = bench.codec.encode_prompt
 
-        def slow_if_long(prompt):
+        def slow_if_long(prompt, **how):
             if prompt != "once upon":
                 assert encoding.wait(SECONDS)
-            return real(prompt)
+            return real(prompt, **how)
 
         monkeypatch.setattr(bench.codec, "encode_prompt", slow_if_long)
         chat = Chat([{"role": "user", "content": "a" * LONG_PROMPT_CHARS}])

@@ -317,7 +317,7 @@ def test_corrupt_sequence_fails_alone_and_its_blocks_are_never_shared():
         for s, outcome in zip(plan.sequences, result.sequences, strict=True)
     ]
     bench.events += bench.scheduler.commit(plan, StepResult(outcomes), 1.0)
-    assert RequestFailed("bad", FailureReason.ENGINE_FAILURE) in bench.events
+    assert RequestFailed("bad", FailureReason.NOT_A_NUMBER) in bench.events
     bench.run()
     bench.expect("good", prompt_of(5, 70), 5)
     bench.add("again", prompt_of(16))

@@ -169,7 +169,7 @@ async def test_the_page_tells_of_every_metric():
         await until(lambda: bench.engine._streams)
         left.cancel()
         bench.executor.gate.set()
-        await until(lambda: len(read.all()) == 19)
+        await until(lambda: len(read.all()) == 20)
         kept = {
             metric.name: (metric.unit, {label for p in metric.data.data_points for label in p.attributes})
             for metric in read.all().values()

@@ -50,7 +50,7 @@ ASSISTANT = {"role": "ROLE_ASSISTANT", "content": "ho"}
     ("path", "lowest", "highest", "too_low", "too_high"),
     [
         ("sampling.temperature", 0, 100, -0.001, 100.01),
-        ("sampling.top_p", 0.001, 1, 0, 1.001),
+        ("sampling.top_p", 0, 1, -0.001, 1.001),
         ("sampling.min_p", 0, 1, -0.001, 1.001),
         ("sampling.frequency_penalty", -2, 2, -2.001, 2.001),
         ("sampling.presence_penalty", -2, 2, -2.001, 2.001),
@@ -58,7 +58,7 @@ ASSISTANT = {"role": "ROLE_ASSISTANT", "content": "ho"}
         ("sampling.logit_bias[7]", -100, 100, -100.01, 100.01),
         ("sampling.top_k", 0, 2**32 - 1, None, None),
         ("sampling.seed", 0, 2**64 - 1, None, None),
-        ("stopping.max_tokens", 1, 2**32 - 1, 0, None),
+        ("stopping.max_tokens", 0, 2**32 - 1, None, None),
         ("stopping.min_tokens", 0, 2**32 - 1, None, None),
         ("output.logprobs", 0, 20, None, 21),
         ("output.prompt_logprobs", 0, 20, None, 21),
@@ -90,8 +90,10 @@ def with_number(path: str, value: float) -> pb.GenerateRequest:
 
 
 def test_a_refusal_says_what_is_allowed():
-    assert refused(sampling={"top_p": 0}) == {"sampling.top_p": "0 is not allowed; allowed: above 0, up to 1"}
-    assert refused(stopping={"max_tokens": 0}) == {"stopping.max_tokens": "0 is not allowed; allowed: 1 to 4294967295"}
+    assert refused(sampling={"repetition_penalty": 0}) == {
+        "sampling.repetition_penalty": "0 is not allowed; allowed: above 0, up to 100"
+    }
+    assert refused(stopping={"max_tokens": 0, "min_tokens": 1}) == {"stopping.min_tokens": "is more than max_tokens, 0"}
     assert refused(sampling={"temperature": 100.1}) == {
         "sampling.temperature": "100.1 is not allowed; allowed: 0 to 100"
     }
@@ -103,7 +105,7 @@ def test_all_violations_are_reported_at_once():
         refused(
             **chat({"role": "ROLE_USER"}, template_kwargs_json="{"),
             sampling={"temperature": -1, "topP": 2, "logitBias": {"7": 200, "300": 1}},
-            stopping={"strings": ["ok", ""], "maxTokens": 0, "timeLimit": "0s"},
+            stopping={"strings": ["ok", ""], "maxTokens": 1, "minTokens": 2, "timeLimit": "0s"},
             output={"logprobs": 21, "omitText": True},
             cache={"salt": "x" * 257},
             n=0,
@@ -118,7 +120,7 @@ def test_all_violations_are_reported_at_once():
         "sampling.logit_bias[300]",
         "stopping.strings",
         "stopping.strings[1]",
-        "stopping.max_tokens",
+        "stopping.min_tokens",
         "stopping.time_limit",
         "output.logprobs",
         "cache.salt",
@@ -340,8 +342,9 @@ def test_tokenization_takes_a_text_or_a_chat():
     def convert(**fields: Any) -> Any:
         return validate.tokenization(model_pb2.TokenizeRequest(**fields), MODEL)
 
-    assert convert(text="") == ""
-    assert convert(chat=pb.Chat(messages=[pb.ChatMessage(role=pb.ROLE_USER, content="x")])).messages
+    assert convert(text="") == ("", None)
+    assert convert(text="a", add_special_tokens=False) == ("a", False)
+    assert convert(chat=pb.Chat(messages=[pb.ChatMessage(role=pb.ROLE_USER, content="x")]))[0].messages
     assert list(violations(convert)) == ["prompt"]
     assert list(violations(lambda: convert(chat=pb.Chat()))) == ["chat.messages"]
     with pytest.raises(ModelNotFound):

@@ -37,7 +37,7 @@ class CoreState:
     last_progress_s: float
     # Work is pending.
     is_busy: bool
-    # How many of the last steps failed, one after the other.
+    # How many of the last steps failed, or gave nothing but NaN, one after the other.
     num_failed_steps: int
     scheduler: SchedulerStats
 
@@ -169,7 +169,9 @@ class EngineCore:
             self._num_failed_steps += 1
             events = self._scheduler.fail(plan, time.monotonic())
         else:
-            self._num_failed_steps = 0
+            # If nothing in it can be used, the next one will hardly be better.
+            is_useless = len(plan.sequences) > 0 and all(outcome.is_corrupt for outcome in result.sequences)
+            self._num_failed_steps = self._num_failed_steps + 1 if is_useless else 0
             events = self._scheduler.commit(plan, result, time.monotonic())
         self._note_progress()
         self._deliver(events)

@@ -2,13 +2,17 @@
 
 A decoder of the `tokenizers` library is a chain of steps, each of which maps the list of all tokens to a list of
 texts. Here are the same steps as streams: each takes the next pieces, gives what no later token can change, and holds
-the rest. So the joined output equals the library's for any tokens, invalid UTF-8 included, at a constant cost a token.
+the rest. So the joined output equals the library's for any tokens, at a constant cost a token; but for runs of byte
+tokens that are no UTF-8, see `_ByteFallback`.
+
+The library decodes whole texts, and some of its steps treat a text's start in a way of its own. A completion has no
+start: it goes on from its prompt. `go_on` tells a step so.
 """
 
 import codecs
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 # What WordPiece's clean-up replaces, in this order.
@@ -50,6 +54,10 @@ class Step(Protocol):
         """What was held back."""
         ...
 
+    def go_on(self) -> None:
+        """Before the first piece: it is not the text's first."""
+        ...
+
     def inside(self, piece: str) -> str | bytes:
         """What becomes of a piece that is neither the first nor the last; bytes if it may be a part of a character."""
         ...
@@ -58,10 +66,13 @@ class Step(Protocol):
 class Chain:
     """A Detokenizer of known steps."""
 
-    def __init__(self, steps: list[Step], token: Callable[[int], str]) -> None:
-        """`token` spells a token; an empty one is passed over."""
+    def __init__(self, steps: list[Step], token: Callable[[int], str], *, goes_on: bool = False) -> None:
+        """`token` spells a token; an empty one is passed over. goes_on: the text has begun before."""
         self._steps = steps
         self._token = token
+        if goes_on:
+            for step in steps:
+                step.go_on()
 
     def feed(self, token_id: int) -> str:
         token = self._token(token_id)
@@ -91,10 +102,11 @@ class Window:
 
     MAX_WAIT = 8
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int] = ()) -> None:
+        """context: the tokens before; of a long text the last few will do."""
         self._decode = decode
-        self._token_ids: list[int] = []
-        self._seen = 0
+        self._token_ids = list(context[-self.MAX_WAIT :])
+        self._seen = len(self._token_ids)
 
     def feed(self, token_id: int) -> str:
         self._token_ids.append(token_id)
@@ -123,6 +135,9 @@ class _Each:
     def __init__(self, change: Callable[[str], str], first: Callable[[str], str] | None = None) -> None:
         self.inside = change
         self._next = change if first is None else first
+
+    def go_on(self) -> None:
+        self._next = self.inside
 
     def feed(self, pieces: list[str]) -> list[str]:
         if not pieces:
@@ -156,6 +171,9 @@ class _ByteLevel:
     def finish(self) -> list[str]:
         return [self._decoder.decode(b"", final=True)]
 
+    def go_on(self) -> None:
+        pass
+
     def inside(self, piece: str) -> bytes:
         try:
             return bytes([self.BYTES[char] for char in piece])
@@ -165,36 +183,32 @@ class _ByteLevel:
 
 
 class _ByteFallback:
-    """Tokens such as <0xE2> are bytes.
+    """Tokens such as <0xE2> are bytes, of which each complete character is text at once.
 
-    A run of them is text if all of it is UTF-8, and else one U+FFFD for each byte. So nothing of a run is certain
-    before its end.
+    The library takes a run of them as one: if any of it is no UTF-8, it gives one U+FFFD for each byte, those of
+    complete characters too. Then nothing of a run would be certain before its end, and an answer that is cut within a
+    character would lose those before.
     """
 
     BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
     def __init__(self) -> None:
-        self._run = bytearray()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, pieces: list[str]) -> list[str]:
         ready: list[str] = []
         for piece in pieces:
-            byte = self.BYTE.fullmatch(piece)
-            if byte:
-                self._run.append(int(byte[1], 16))
+            if byte := self.BYTE.fullmatch(piece):
+                ready.append(self._decoder.decode(bytes([int(byte[1], 16)])))
             else:
                 ready += [*self.finish(), piece]
-        return ready
+        return [piece for piece in ready if piece]
 
     def finish(self) -> list[str]:
-        if not self._run:
-            return []
-        run = bytes(self._run)
-        self._run.clear()
-        try:
-            return [run.decode()]
-        except UnicodeDecodeError:
-            return ["\ufffd"] * len(run)
+        return [self._decoder.decode(b"", final=True)]
+
+    def go_on(self) -> None:
+        pass
 
     def inside(self, piece: str) -> str | bytes:
         byte = self.BYTE.fullmatch(piece)
@@ -220,6 +234,9 @@ class _StripStart:
     def finish(self) -> list[str]:
         return []
 
+    def go_on(self) -> None:
+        self._count = 0
+
     def inside(self, piece: str) -> str:
         return piece
 
@@ -238,6 +255,10 @@ class _EndOfWord:
 
     def finish(self) -> list[str]:
         return [piece.replace(self._suffix, "") for piece in self._last]
+
+    def go_on(self) -> None:
+        # The end of the word before, which is a space if another one follows.
+        self._last = [self._suffix]
 
     def inside(self, piece: str) -> str:
         return piece.replace(self._suffix, " ")

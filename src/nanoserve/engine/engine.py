@@ -7,6 +7,7 @@ caller ◀── RequestStream ◀── text ◀── one call of _deliver per
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import secrets
@@ -16,10 +17,11 @@ from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
 from nanoserve.engine.scheduler import SchedulerStats
 from nanoserve.engine.stream import RequestStream, StreamEvent
-from nanoserve.engine.text import Chat, TextCodec
+from nanoserve.engine.text import TextCodec
 from nanoserve.observer import Observers, RequestRecord
 from nanoserve.request import (
     Abort,
@@ -201,12 +203,13 @@ class Engine:
         timeout_s: float | None = None,
         cache_salt: str = "",
         skip_cache_read: bool = False,
+        add_special_tokens: bool | None = None,
         min_delta_tokens: int = 0,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Run a request: Started, PromptLogprobs, Deltas, Finished.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request. `label` is the caller's id for
-        it, `timeout_s` its hard deadline.
+        it, `timeout_s` its hard deadline; `add_special_tokens` is that of TextCodec.encode_prompt.
 
         Raises a RequestError: before Started if it is refused (InvalidRequest, ContextLengthExceeded, Overloaded,
         NotReady), at any time if it fails (DeadlineExceeded, CancelledByOperator, EngineFailure, NotReady).
@@ -222,7 +225,7 @@ class Engine:
             self._arrivals[id(arrival)] = arrival
             try:
                 threads = self._text_threads if _num_chars(prompt) < LONG_PROMPT_CHARS else self._long_text_thread
-                token_ids, _ = await self._encode(prompt, threads)
+                token_ids, _ = await self._encode(prompt, add_special_tokens, threads)
                 request = self._make_request(
                     token_ids, params, arrival_s, timeout_s, priority, cache_salt, skip_cache_read=skip_cache_read
                 )
@@ -234,7 +237,8 @@ class Engine:
                 del self._arrivals[id(arrival)]
             record.id, record.num_prompt_tokens, record.params = request.id, len(token_ids), request.params
             self._observers.request_posted(record)
-            stream = RequestStream(request, self.codec, record, min_delta_tokens=min_delta_tokens)
+            goes_on = not (isinstance(prompt, Chat) and prompt.begins_message)
+            stream = RequestStream(request, self.codec, record, goes_on=goes_on, min_delta_tokens=min_delta_tokens)
             self._streams[request.id] = stream
             self._is_idle.clear()
             try:
@@ -305,21 +309,24 @@ class Engine:
             skip_cache_read=skip_cache_read,
         )
 
-    async def tokenize(self, prompt: Prompt) -> tuple[list[int], str]:
+    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool | None = None) -> tuple[list[int], str]:
         """Token ids of a prompt as `generate` sees them, and the text they were made of.
 
         Raises InvalidRequest for a prompt of no tokens, or a conversation that the template refuses.
         """
-        return await self._encode(prompt, None)
+        return await self._encode(prompt, add_special_tokens, None)
 
-    async def _encode(self, prompt: Prompt, threads: ThreadPoolExecutor | None) -> tuple[list[int], str]:
+    async def _encode(
+        self, prompt: Prompt, add_special_tokens: bool | None, threads: ThreadPoolExecutor | None
+    ) -> tuple[list[int], str]:
         """On other threads than those of `generate`, tokenizing does not hold up generation. None = asyncio's own."""
         if isinstance(prompt, list):
             name, token_ids, text = "token_ids", prompt, ""
         else:
             name = "chat" if isinstance(prompt, Chat) else "text"
             loop = asyncio.get_running_loop()
-            token_ids, text = await loop.run_in_executor(threads, self.codec.encode_prompt, prompt)
+            encode = functools.partial(self.codec.encode_prompt, prompt, add_special_tokens=add_special_tokens)
+            token_ids, text = await loop.run_in_executor(threads, encode)
         if not token_ids:
             raise InvalidRequest([Violation(name, "the prompt has no tokens; at least one is needed")])
         return token_ids, text
@@ -418,6 +425,8 @@ class Engine:
             case RequestFailed(reason=FailureReason.DEADLINE):
                 phase = "running" if stream.has_started else "waiting"
                 stream.fail(DeadlineExceeded(phase, stream.record.num_completion_tokens))
+            case RequestFailed(reason=FailureReason.NOT_A_NUMBER):
+                stream.fail(EngineFailure("the model computed NaN or infinity for this request"))
             case RequestFailed():
                 stream.fail(EngineFailure())
 
@@ -441,6 +450,4 @@ class Engine:
 
 def _num_chars(prompt: Prompt) -> int:
     """What encoding a prompt takes depends on; of a conversation, the messages' part."""
-    if isinstance(prompt, Chat):
-        return sum(len(message.get("content", "")) for message in prompt.messages)
-    return len(prompt)
+    return prompt.num_chars if isinstance(prompt, Chat) else len(prompt)

@@ -388,7 +388,7 @@ class Scheduler:
     ) -> None:
         if outcome.is_corrupt:
             self.pool.forget(sequence.block_ids)
-            self._events.append(self._fail(sequence.request.id, FailureReason.ENGINE_FAILURE))
+            self._events.append(self._fail(sequence.request.id, FailureReason.NOT_A_NUMBER))
             return
         sequence.num_computed_tokens += len(scheduled.token_ids)
         self._register_full_blocks(sequence, scheduled.start)
@@ -414,6 +414,8 @@ class Scheduler:
     def _append(self, sequence: Sequence, token_ids: list[int]) -> tuple[int, FinishReason | None]:
         """Add sampled tokens up to the one that ends the sequence; returns how many, and why it ended."""
         request = sequence.request
+        if request.params.max_tokens == 0 and token_ids:
+            return 0, FinishReason.LENGTH
         for kept, token_id in enumerate(token_ids, start=1):
             sequence.token_ids.append(token_id)
             if token_id in request.eos_token_ids:

@@ -82,15 +82,24 @@ class RequestStream:
     bounded by the request's own length, and how the output is cut never changes it.
     """
 
-    def __init__(self, request: Request, codec: TextCodec, record: RequestRecord, *, min_delta_tokens: int = 0) -> None:
-        """Fills in the record as things happen."""
+    def __init__(
+        self,
+        request: Request,
+        codec: TextCodec,
+        record: RequestRecord,
+        *,
+        goes_on: bool = False,
+        min_delta_tokens: int = 0,
+    ) -> None:
+        """Fills in the record as things happen. goes_on: its text continues that of the prompt."""
         self.request = request
         self.record = record
         self._min_delta_tokens = min_delta_tokens
         params = request.params
         self._texts: list[TextStream] | None = None
         if params.detokenize:
-            self._texts = [TextStream(codec, params) for _ in range(params.n)]
+            context = request.prompt_token_ids if goes_on else ()
+            self._texts = [TextStream(codec, params, context) for _ in range(params.n)]
         self._events: deque[StreamEvent] = deque()
         # Unread output, by sequence.
         self._pending: dict[int, Delta] = {}

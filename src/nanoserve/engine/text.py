@@ -1,42 +1,31 @@
-"""Text to tokens and back: the tokenizer, chat templates, streaming detokenization, stop strings.
+"""Text to tokens and back: the tokenizer, and the text of a sequence as it grows.
 
-    str or Chat ── TextCodec.encode_prompt ──▶ token ids
+    str or Chat ── TextCodec.encode_prompt ──▶ token ids          conversations: chat_template.py
     token ids ──▶ detokenizer ──▶ certain text ──▶ stop strings ──▶ text that may be shown
                  └──────────────────── one TextStream a sequence ────────────────────┘
 
 `TextCodec` is shared by all threads. A `TextStream` lives on the event loop, with the sequence it belongs to. The
-joined text of a stream is exactly what `TextCodec.decode` makes of its tokens, less what a stop string trims.
+joined text of a stream is what `TextCodec.decode` makes of its tokens, less what a stop string trims; where the
+sequence goes on from a text, it is what those tokens add to that text.
 """
 
-import inspect
 import pickle
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from nanoserve.config import ConfigError
 from nanoserve.engine import detokenizer
+from nanoserve.engine.chat_template import Chat, ChatTemplate
 from nanoserve.engine.detokenizer import Detokenizer, Step
-from nanoserve.request import FinishReason, InvalidRequest, SamplingParams, Violation
+from nanoserve.request import FinishReason, SamplingParams
 
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation for the model's chat template."""
-
-    # As templates know them: {"role": ..., "content": ..., "name", "tool_call_id", "tool_calls"}, the last three and
-    # a missing content left out; the arguments of a tool call are a dict.
-    messages: list[dict[str, Any]]
-    # {"type": "function", "function": {"name", "description", "parameters"}}
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    # Further variables of the template.
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    # The completion extends the last message.
-    continue_final_message: bool = False
+# Of which a folder with a tokenizer has at least one.
+TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
 class TextCodec:
@@ -66,14 +55,17 @@ class TextCodec:
         # Tokens seen so far; the texts of a vocabulary are small, and threads can only write the same twice.
         self._tokens: dict[int, str] = {}
         self._bytes_steps = self._make_steps() if self._make_steps is not None else []
-        parameters = inspect.signature(tokenizer.apply_chat_template).parameters
-        self._reserved_kwargs = {*parameters, "messages", "conversations"} - {"documents"}
+        self._template = ChatTemplate(tokenizer)
 
     @classmethod
     def load(cls, folder: Path, *, trust_remote_code: bool = False) -> "TextCodec":
         """Read the tokenizer of a checkpoint. Raises ConfigError."""
         from transformers import AutoTokenizer  # slow to import, and not needed to use a codec
 
+        missing = f"{folder} has no tokenizer: its tokenizer.json or tokenizer.model is missing"
+        if not any(path for names in TOKENIZER_FILES for path in folder.glob(names)):
+            # transformers would ask for a package to convert what is not there.
+            raise ConfigError(missing)
         try:
             codec = cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
             # Without files transformers makes a tokenizer that has no tokens.
@@ -81,11 +73,17 @@ class TextCodec:
                 return codec
         except Exception as error:  # transformers lets through whatever a broken file provokes
             raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
-        raise ConfigError(f"{folder} has no tokenizer: its tokenizer.json or tokenizer.model is missing")
+        raise ConfigError(missing)
 
     def __reduce__(self) -> tuple[Callable[[bytes], "TextCodec"], tuple[bytes]]:
         """Travels to another process as its tokenizer. Other than `load`, that one need not import torch."""
         return _unpickle_codec, (pickle.dumps(self._tokenizer),)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """What the tokenizer's configuration calls EOS. None = nothing."""
+        token_id: int | None = self._tokenizer.eos_token_id
+        return token_id
 
     @property
     def vocab_size(self) -> int:
@@ -103,46 +101,25 @@ class TextCodec:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
-    def encode_prompt(self, prompt: str | Chat) -> tuple[list[int], str]:
+    def encode_prompt(self, prompt: str | Chat, *, add_special_tokens: bool | None = None) -> tuple[list[int], str]:
         """Token ids of a prompt, and the text that they were made of.
 
-        A text gets special tokens as the tokenizer's configuration says; the template writes a chat's itself. Raises
-        InvalidRequest if the template refuses the chat.
+        add_special_tokens: as the tokenizer's configuration says; None = to a text, and not to a chat, whose template
+        writes them itself. Raises InvalidRequest if the template refuses the chat.
         """
         if isinstance(prompt, str):
-            return self.encode(prompt), prompt
-        text = self.render_chat(prompt)
-        return self.encode(text, add_special_tokens=False), text
+            return self.encode(prompt, add_special_tokens=add_special_tokens is not False), prompt
+        text = self._template.render(prompt)
+        if prompt.parse_special_tokens or not self._template.spells_tokens(prompt):
+            return self.encode(text, add_special_tokens=bool(add_special_tokens)), text
+        token_ids = self._template.encode_as_text(prompt)
+        return self._with_special_tokens(token_ids) if add_special_tokens else token_ids, text
 
-    def render_chat(self, chat: Chat) -> str:
-        """The prompt that the chat template makes of a conversation. Raises InvalidRequest."""
-        reserved = sorted(self._reserved_kwargs & chat.template_kwargs.keys())
-        if reserved:
-            names = ", ".join(reserved)
-            raise InvalidRequest([Violation("chat.template_kwargs_json", f"{names}: cannot be set here")])
-        try:
-            template = self._tokenizer.get_chat_template(tools=chat.tools or None)
-        except ValueError as error:
-            why = "the model has no chat template; send the prompt as text or token_ids"
-            raise InvalidRequest([Violation("chat", why)]) from error
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                [_template_message(message, template) for message in chat.messages],
-                tools=chat.tools or None,
-                tokenize=False,
-                add_generation_prompt=not chat.continue_final_message,
-                continue_final_message=chat.continue_final_message,
-                **chat.template_kwargs,
-            )
-        except Exception as error:
-            # A template raises what it likes, at a conversation that it cannot render.
-            raise InvalidRequest([Violation("chat", f"the chat template refuses it: {error}")]) from error
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            # JSON can spell a character that no text has.
-            raise InvalidRequest([Violation("chat", f"the prompt is not Unicode text: {error}")]) from error
-        return text
+    def _with_special_tokens(self, token_ids: list[int]) -> list[int]:
+        """Those that the tokenizer puts around any text."""
+        bare, around = self.encode("a", add_special_tokens=False), self.encode("a")
+        begin = next(i for i in range(len(around)) if around[i : i + len(bare)] == bare)
+        return around[:begin] + token_ids + around[begin + len(bare) :]
 
     # ------------------------------------------------------------------------------------------------ decode
 
@@ -153,6 +130,10 @@ class TextCodec:
             return str(self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens))
         # As in encode: the batch call runs without the interpreter lock.
         (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+        if "\ufffd" in text and self._make_steps is not None:
+            # Of bytes that are no UTF-8 the library may make another number of these than a stream.
+            stream = self.detokenizer(skip_special_tokens=skip_special_tokens)
+            return "".join([*map(stream.feed, token_ids), stream.finish()])
         return str(text)
 
     def token(self, token_id: int) -> str:
@@ -171,13 +152,15 @@ class TextCodec:
                 piece = step.inside(piece)
         return piece if isinstance(piece, bytes) else piece.encode()
 
-    def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
-        """A fresh one, for one sequence."""
+    def detokenizer(self, *, skip_special_tokens: bool, context: Sequence[int] = ()) -> Detokenizer:
+        """A fresh one, for one sequence. context: tokens whose text it goes on from."""
         if self._make_steps is None:
-            return detokenizer.Window(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens))
+            return detokenizer.Window(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), context)
         skipped = self.special_token_ids if skip_special_tokens else frozenset()
         return detokenizer.Chain(
-            self._make_steps(), lambda token_id: "" if token_id in skipped else self.token(token_id)
+            self._make_steps(),
+            lambda token_id: "" if token_id in skipped else self.token(token_id),
+            goes_on=len(context) > 0,
         )
 
 
@@ -186,17 +169,6 @@ def _unpickle_codec(tokenizer: bytes) -> TextCodec:
 
     init_hf_modules()  # where the code is that a checkpoint brought
     return TextCodec(pickle.loads(tokenizer))
-
-
-def _template_message(message: dict[str, Any], template: str) -> dict[str, Any]:
-    """The message in the words that the template knows."""
-    changes = {}
-    if message.get("content") is None:
-        # Templates concatenate it or search in it, also where there are only tool calls.
-        changes["content"] = ""
-    if message["role"] == "developer" and "developer" not in template:
-        changes["role"] = "system"
-    return {**message, **changes}
 
 
 # ---------------------------------------------------------------------------------------------- output stream
@@ -218,17 +190,23 @@ class TextStream:
 
         |── emitted ──|── pending: the start of a stop string? ──|── in the detokenizer: half a character ──|
 
+    Special tokens that are left out of the text count for stop strings all the same.
+
     The first place in the text at which a stop string is complete ends it; where several are complete at the same
     place, the longest. This depends on the text alone, not on how tokens or pushes cut it, and never waits to see
     whether another stop string gets longer.
     """
 
-    def __init__(self, codec: TextCodec, params: SamplingParams) -> None:
-        self._detokenizer = codec.detokenizer(skip_special_tokens=params.skip_special_tokens)
+    def __init__(self, codec: TextCodec, params: SamplingParams, context: Sequence[int] = ()) -> None:
+        """context: tokens of the prompt, if the sequence goes on from its text."""
+        self._codec = codec
+        self._detokenizer = codec.detokenizer(skip_special_tokens=params.skip_special_tokens, context=context)
         self._params = params
         # Longest first, for where several are complete at the same place.
         self._stops = [_StopSearch(string) for string in sorted(params.stop, key=len, reverse=True)]
         self._pending = ""
+        # Places in it that are not shown.
+        self._hidden: set[int] = set()
         self._num_tokens = 0
         self._is_over = False
 
@@ -247,6 +225,8 @@ class TextStream:
         for i in range(num_shown):
             self._num_tokens += 1
             stop_string = self._append(self._detokenizer.feed(token_ids[i]))
+            if stop_string is None and self._stops and self._params.skip_special_tokens:
+                stop_string = self._append_hidden(token_ids[i])
             if stop_string is not None:
                 return self._stopped(stop_string, i + 1)
         if finish_reason is None:
@@ -269,19 +249,30 @@ class TextStream:
         self._pending += text
         return None
 
+    def _append_hidden(self, token_id: int) -> str | None:
+        """The same for the text of a special token that is not shown; for that of any other, nothing."""
+        if token_id not in self._codec.special_token_ids:
+            return None
+        start = len(self._pending)
+        stop_string = self._append(self._codec.token(token_id))
+        self._hidden.update(range(start, len(self._pending)))
+        return stop_string
+
     def _take(self, *, hold: bool) -> str:
         """Pending text; with `hold`, without the end that may become a stop string."""
         num_held = max((stop.progress for stop in self._stops), default=0) if hold else 0
         end = len(self._pending) - num_held
         text, self._pending = self._pending[:end], self._pending[end:]
+        if self._hidden:
+            text = "".join(char for i, char in enumerate(text) if i not in self._hidden)
+            self._hidden = {i - end for i in self._hidden if i >= end}
         return text
 
     def _stopped(self, stop_string: str, num_tokens: int) -> TextPiece:
         self._is_over = True
+        self._pending = self._pending[: -len(stop_string)]
         text = self._take(hold=False)
-        if not self._params.include_stop:
-            text = text[: -len(stop_string)]
-        return TextPiece(text, num_tokens, stop_string)
+        return TextPiece(text + stop_string if self._params.include_stop else text, num_tokens, stop_string)
 
 
 class _StopSearch:

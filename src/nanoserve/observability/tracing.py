@@ -165,8 +165,9 @@ def _output_messages(request: RequestRecord) -> Iterator[dict[str, Any]]:
         yield _message("assistant", text) | {"finish_reason": reason.value if reason else "error"}
 
 
-def _message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "parts": [{"type": "text", "content": text}]}
+def _message(role: str, content: str | list[str]) -> dict[str, Any]:
+    parts = [content] if isinstance(content, str) else content
+    return {"role": role, "parts": [{"type": "text", "content": part} for part in parts]}
 
 
 def _ns(monotonic_s: float, unix_offset_ns: int) -> int:

@@ -35,6 +35,7 @@ class GenerationService:
             timeout_s=call.context.time_remaining(),
             cache_salt=_cache_salt(call.principal, wanted.cache_salt),
             skip_cache_read=wanted.skip_cache_read,
+            add_special_tokens=wanted.add_special_tokens,
             min_delta_tokens=wanted.min_delta_tokens,
         )
         async with contextlib.aclosing(events):

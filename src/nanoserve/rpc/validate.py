@@ -16,9 +16,9 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
+from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel
-from nanoserve.engine.text import Chat
-from nanoserve.request import InvalidRequest, ModelNotFound, SamplingParams, Violation
+from nanoserve.request import SAMPLING_RANGES, InvalidRequest, ModelNotFound, Range, SamplingParams, Violation
 
 # Checking stops here: a message of 16 MiB has room for millions of violations.
 MAX_VIOLATIONS = 1000
@@ -32,39 +32,9 @@ _MAX_DURATION_S = 315_576_000_000
 _MAX_NANOS = 999_999_999
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Range:
-    """Numbers that are allowed. NaN never is."""
-
-    low: float
-    high: float
-    # `low` itself is refused.
-    is_open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return (self.low < value if self.is_open else self.low <= value) and value <= self.high
-
-    def __str__(self) -> str:
-        return f"{f'above {self.low}, up to' if self.is_open else f'{self.low} to'} {self.high}"
-
-
-UINT32 = Range(0, 2**32 - 1)
-UINT64 = Range(0, 2**64 - 1)
-# Sampling's scalar fields, which bear the names of SamplingParams.
-SAMPLING_RANGES = {
-    "temperature": Range(0, 100),
-    "top_p": Range(0, 1, is_open=True),
-    "top_k": UINT32,
-    "min_p": Range(0, 1),
-    "frequency_penalty": Range(-2, 2),
-    "presence_penalty": Range(-2, 2),
-    "repetition_penalty": Range(0, 100, is_open=True),
-    "seed": UINT64,
-}
 LOGIT_BIAS_RANGE = Range(-100, 100)
 SEQUENCES_RANGE = Range(1, 128)
 PRIORITY_RANGE = Range(-100, 100)
-MAX_TOKENS_RANGE = Range(1, 2**32 - 1)
 ALTERNATIVES_RANGE = Range(0, 20)
 # Of WatchEngine's snapshots, in seconds.
 INTERVAL_RANGE_S = Range(0.05, 60)
@@ -88,6 +58,8 @@ class Generation:
     priority: int
     cache_salt: str
     skip_cache_read: bool
+    # None = as is usual for the prompt's kind.
+    add_special_tokens: bool | None
     min_delta_tokens: int
 
 
@@ -167,6 +139,9 @@ def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> G
     violations.number("priority", request.priority, PRIORITY_RANGE)
     if len(request.cache.salt) > MAX_SALT_CHARS:
         violations.add("cache.salt", f"has more than {MAX_SALT_CHARS} characters")
+    add_special_tokens = _if_set(request, "add_special_tokens")
+    if add_special_tokens is not None and isinstance(prompt, list):
+        violations.add("add_special_tokens", "is not for token_ids, which are used verbatim")
     if request.stopping.strings and request.output.omit_text:
         violations.add("stopping.strings", "cannot be found with output.omit_text")
     changes = {
@@ -182,12 +157,13 @@ def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> G
         priority=request.priority,
         cache_salt=request.cache.salt,
         skip_cache_read=request.cache.skip_read,
+        add_special_tokens=add_special_tokens,
         min_delta_tokens=request.output.min_delta_tokens,
     )
 
 
-def tokenization(request: model_pb2.TokenizeRequest, model: ServedModel) -> str | Chat:
-    """What is to be tokenized. Raises as generation() does."""
+def tokenization(request: model_pb2.TokenizeRequest, model: ServedModel) -> tuple[str | Chat, bool | None]:
+    """What is to be tokenized, and Generation.add_special_tokens. Raises as generation() does."""
     check_model(request.model, model)
     violations = Violations(request)
     prompt: str | Chat = request.text
@@ -196,7 +172,7 @@ def tokenization(request: model_pb2.TokenizeRequest, model: ServedModel) -> str 
     elif not request.HasField("text"):
         violations.add("prompt", "one of text and chat is required")
     violations.raise_if_any()
-    return prompt
+    return prompt, _if_set(request, "add_special_tokens")
 
 
 def detokenization(request: model_pb2.DetokenizeRequest, model: ServedModel) -> list[int]:
@@ -275,17 +251,21 @@ def _chat(chat: generation_pb2.Chat, violations: Violations) -> Chat:
         violations.add("chat.messages", "at least one is required")
     elif chat.continue_final_message:
         last = chat.messages[-1]
-        if last.role != generation_pb2.ROLE_ASSISTANT or not last.HasField("content"):
+        if last.role != generation_pb2.ROLE_ASSISTANT or not (last.HasField("content") or last.content_parts):
             violations.add(
                 "chat.continue_final_message",
                 "the last message must be the assistant's, with content",
             )
+        if chat.add_generation_prompt:
+            violations.add("chat.add_generation_prompt", "cannot be true with continue_final_message")
     kwargs_json = chat.template_kwargs_json
     return Chat(
         messages=messages,
         tools=[_tool(f"chat.tools[{i}]", tool, violations) for i, tool in enumerate(chat.tools)],
         template_kwargs=(violations.json_object("chat.template_kwargs_json", kwargs_json) if kwargs_json else {}),
         continue_final_message=chat.continue_final_message,
+        add_generation_prompt=_if_set(chat, "add_generation_prompt"),
+        parse_special_tokens=chat.parse_special_tokens,
     )
 
 
@@ -294,8 +274,10 @@ def _chat_message(path: str, message: generation_pb2.ChatMessage, violations: Vi
     if message.role not in ROLES:
         allowed = ", ".join(map(generation_pb2.Role.Name, ROLES))
         violations.add(f"{path}.role", f"{message.role} is not allowed; allowed: {allowed}")
-    if not (message.HasField("content") or message.tool_calls):
+    if not (message.HasField("content") or message.content_parts or message.tool_calls):
         violations.add(f"{path}.content", "is required, unless there are tool_calls")
+    if message.HasField("content") and message.content_parts:
+        violations.add(f"{path}.content_parts", "is instead of content, not beside it")
     if message.HasField("tool_call_id") and message.role != generation_pb2.ROLE_TOOL:
         violations.add(f"{path}.tool_call_id", "is for ROLE_TOOL only")
     if message.tool_calls and message.role != generation_pb2.ROLE_ASSISTANT:
@@ -304,6 +286,8 @@ def _chat_message(path: str, message: generation_pb2.ChatMessage, violations: Vi
     for name in ("content", "name", "tool_call_id"):
         if message.HasField(name):
             entry[name] = getattr(message, name)
+    if message.content_parts:
+        entry["content"] = list(message.content_parts)
     if message.tool_calls:
         entry["tool_calls"] = [
             _tool_call(f"{path}.tool_calls[{i}]", call, violations) for i, call in enumerate(message.tool_calls)
@@ -347,10 +331,8 @@ def _sampling(sampling: generation_pb2.Sampling, model: ServedModel, violations:
 
 def _stopping(stopping: generation_pb2.Stopping, model: ServedModel, violations: Violations) -> dict[str, Any]:
     max_tokens = _if_set(stopping, "max_tokens")
-    if max_tokens is not None:
-        violations.number("stopping.max_tokens", max_tokens, MAX_TOKENS_RANGE)
-        if stopping.min_tokens > max_tokens:
-            violations.add("stopping.min_tokens", f"is more than max_tokens, {max_tokens}")
+    if max_tokens is not None and stopping.min_tokens > max_tokens:
+        violations.add("stopping.min_tokens", f"is more than max_tokens, {max_tokens}")
     if violations.count("stopping.strings", stopping.strings, MAX_STOP_STRINGS):
         for i, text in enumerate(stopping.strings):
             if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:

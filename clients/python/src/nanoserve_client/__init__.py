@@ -23,7 +23,15 @@ from nanoserve_client.errors import (
     Unauthenticated,
     Unavailable,
 )
-from nanoserve_client.requests import ChatMessage, GenerateOptions, Tool, ToolCall
+from nanoserve_client.requests import (
+    ChatGenerateOptions,
+    ChatMessage,
+    ChatOptions,
+    GenerateOptions,
+    TokenizeOptions,
+    Tool,
+    ToolCall,
+)
 from nanoserve_client.results import (
     Completion,
     Delta,
@@ -65,7 +73,9 @@ __all__ = [
     "AsyncGenerateStream",
     "CallOptions",
     "Cancelled",
+    "ChatGenerateOptions",
     "ChatMessage",
+    "ChatOptions",
     "Client",
     "Completion",
     "DeadlineExceeded",
@@ -104,6 +114,7 @@ __all__ = [
     "Timing",
     "Tls",
     "TokenLogprob",
+    "TokenizeOptions",
     "Tokens",
     "Tool",
     "ToolCall",

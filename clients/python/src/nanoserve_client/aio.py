@@ -1,9 +1,9 @@
 """The asyncio client: a thin shell that does the input and output; all else is shared with the synchronous client."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message
@@ -11,8 +11,8 @@ from google.protobuf.message import Message
 from nanoserve_client import requests, transport
 from nanoserve_client.errors import NanoserveError, from_status
 from nanoserve_client.progress import Progress
-from nanoserve_client.requests import GenerateOptions, Messages, Tool
-from nanoserve_client.results import Delta, Model, Result, Started, Stats, Tokens
+from nanoserve_client.requests import ChatGenerateOptions, GenerateOptions, Messages, TokenizeOptions
+from nanoserve_client.results import Delta, Model, Result, Started, Stats, TokenLogprob, Tokens
 from nanoserve_client.transport import CallOptions, Envelope, Tls
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from nanoserve_client.v1 import generation_pb2 as pb
@@ -51,18 +51,9 @@ class AsyncClient:
         request = requests.generate_request(prompt, options)
         return self.generate_raw(request, **requests.call_options(options))
 
-    def chat(
-        self,
-        messages: Messages,
-        *,
-        tools: Sequence[Tool | Mapping[str, Any]] = (),
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        **options: Unpack[GenerateOptions],
-    ) -> "AsyncGenerateStream":
+    def chat(self, messages: Messages, **options: Unpack[ChatGenerateOptions]) -> "AsyncGenerateStream":
         """Answer a conversation, rendered with the model's chat template. See Client.chat."""
-        chat = requests.chat_prompt(messages, tools, template_kwargs, continue_final_message)
-        request = requests.generate_request(chat, options)
+        request = requests.chat_request(messages, options)
         return self.generate_raw(request, **requests.call_options(options))
 
     def generate_raw(self, request: pb.GenerateRequest, **options: Unpack[CallOptions]) -> "AsyncGenerateStream":
@@ -71,19 +62,10 @@ class AsyncClient:
         responses = self._generation.Generate(request, timeout=call.timeout, metadata=call.metadata)
         return AsyncGenerateStream(responses, Progress(call.request_id, call.span))
 
-    async def tokenize(
-        self,
-        prompt: Messages,
-        *,
-        model: str | None = None,
-        tools: Sequence[Tool | Mapping[str, Any]] = (),
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        **options: Unpack[CallOptions],
-    ) -> Tokens:
+    async def tokenize(self, prompt: Messages, **options: Unpack[TokenizeOptions]) -> Tokens:
         """Token ids of a text, or of a conversation. See Client.tokenize."""
-        request = requests.tokenize_request(prompt, model, tools, template_kwargs, continue_final_message)
-        return Tokens.of(await self._call(self._models.Tokenize, request, options))
+        request = requests.tokenize_request(prompt, options)
+        return Tokens.of(await self._call(self._models.Tokenize, request, requests.call_options(options)))
 
     async def detokenize(
         self,
@@ -183,6 +165,11 @@ class AsyncGenerateStream(AsyncIterator[Delta]):
     def started(self) -> Started | None:
         """What the server said when it began to run the request; None until the first delta was read."""
         return self._progress.started
+
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprob]:
+        """Of the prompt's tokens, if they were asked for: all of them once the first delta was read."""
+        return self._progress.prompt_logprobs
 
     async def start(self) -> Started:
         """Wait until the server begins to run the request. Raises as reading does, if the server refuses it."""

@@ -1,8 +1,8 @@
 """The synchronous client: a thin shell that does the input and output; all else is shared with the asyncio client."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Self, TypeVar, Unpack, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -10,8 +10,8 @@ from google.protobuf.message import Message
 from nanoserve_client import requests, transport
 from nanoserve_client.errors import from_status
 from nanoserve_client.progress import Progress
-from nanoserve_client.requests import GenerateOptions, Messages, Tool
-from nanoserve_client.results import Delta, Model, Result, Started, Stats, Tokens
+from nanoserve_client.requests import ChatGenerateOptions, GenerateOptions, Messages, TokenizeOptions
+from nanoserve_client.results import Delta, Model, Result, Started, Stats, TokenLogprob, Tokens
 from nanoserve_client.transport import CallOptions, Envelope, Tls
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from nanoserve_client.v1 import generation_pb2 as pb
@@ -69,31 +69,19 @@ class Client:
         request = requests.generate_request(prompt, options)
         return self.generate_raw(request, **requests.call_options(options))
 
-    def chat(
-        self,
-        messages: Messages,
-        *,
-        tools: Sequence[Tool | Mapping[str, Any]] = (),
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        **options: Unpack[GenerateOptions],
-    ) -> "GenerateStream":
+    def chat(self, messages: Messages, **options: Unpack[ChatGenerateOptions]) -> "GenerateStream":
         """Answer a conversation, rendered with the model's chat template.
 
         Returns at once; errors come from reading the stream.
 
         Args:
             messages: ChatMessages or dicts with the same keys, at least one; or a text, for one message of the user.
-            tools: Tools or dicts with the same keys, offered to the template.
-            template_kwargs: Further template variables, e.g. {"enable_thinking": False}.
-            continue_final_message: The completion extends the last message, which must be the assistant's.
-            **options: See GenerateOptions.
+            **options: See ChatOptions and GenerateOptions.
 
         Raises:
             As `generate`; and ValueError for a role that does not exist.
         """
-        chat = requests.chat_prompt(messages, tools, template_kwargs, continue_final_message)
-        request = requests.generate_request(chat, options)
+        request = requests.chat_request(messages, options)
         return self.generate_raw(request, **requests.call_options(options))
 
     def generate_raw(self, request: pb.GenerateRequest, **options: Unpack[CallOptions]) -> "GenerateStream":
@@ -102,26 +90,15 @@ class Client:
         responses = self._generation.Generate(request, timeout=call.timeout, metadata=call.metadata)
         return GenerateStream(responses, Progress(call.request_id, call.span))
 
-    def tokenize(
-        self,
-        prompt: Messages,
-        *,
-        model: str | None = None,
-        tools: Sequence[Tool | Mapping[str, Any]] = (),
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        **options: Unpack[CallOptions],
-    ) -> Tokens:
+    def tokenize(self, prompt: Messages, **options: Unpack[TokenizeOptions]) -> Tokens:
         """Token ids of a prompt, exactly as `generate` (for a text) or `chat` (for messages) would see them.
 
         Args:
             prompt: A text as it stands, or the messages of a conversation.
-            model: Name of a served model. Default: the server's.
-            tools, template_kwargs, continue_final_message: As in `chat`, for a conversation.
-            **options: See CallOptions.
+            **options: See TokenizeOptions.
         """
-        request = requests.tokenize_request(prompt, model, tools, template_kwargs, continue_final_message)
-        return Tokens.of(self._call(self._models.Tokenize, request, options))
+        request = requests.tokenize_request(prompt, options)
+        return Tokens.of(self._call(self._models.Tokenize, request, requests.call_options(options)))
 
     def detokenize(
         self,
@@ -249,6 +226,11 @@ class GenerateStream(Iterator[Delta]):
     def started(self) -> Started | None:
         """What the server said when it began to run the request; None until the first delta was read."""
         return self._progress.started
+
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprob]:
+        """Of the prompt's tokens, if they were asked for: all of them once the first delta was read."""
+        return self._progress.prompt_logprobs
 
     def __next__(self) -> Delta:
         """The next delta.

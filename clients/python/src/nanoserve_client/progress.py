@@ -1,6 +1,7 @@
 """What one stream has said so far. Pure: the two clients' streams read the events, and this makes sense of them."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import grpc
 
@@ -43,6 +44,11 @@ class Progress:
             case "finished":
                 self._finished = response.finished
         return None
+
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprob]:
+        """Those that have come."""
+        return self._prompt_logprobs
 
     def end(self) -> None:
         """Note that the stream ended, by itself with status OK or earlier with `fail`.

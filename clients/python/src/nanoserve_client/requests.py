@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -45,8 +45,8 @@ class ChatMessage:
     """One message of a conversation. A dict with the same keys serves as well."""
 
     role: RoleName
-    # The text. May be None only beside tool_calls.
-    content: str | None = None
+    # The text, or its parts. May be None only beside tool_calls.
+    content: str | Sequence[str] | None = None
     # The speaker's name, for templates that know one.
     name: str | None = None
     # The id of the call that this message answers; role "tool" only.
@@ -69,6 +69,26 @@ class Tool:
 Messages = str | Sequence[ChatMessage | Mapping[str, Any]]
 
 
+class ChatOptions(TypedDict, total=False):
+    """What a conversation may have besides its messages. A key that is absent or None takes the default.
+
+    Attributes:
+        tools: Tools or dicts with the same keys, offered to the template. Default: none.
+        template_kwargs: Further template variables, e.g. {"enable_thinking": False}. Default: none.
+        continue_final_message: The completion extends the last message, which must be the assistant's. Default False.
+        add_generation_prompt: The template ends the prompt with the beginning of the assistant's message. Default True,
+            or False with continue_final_message.
+        parse_special_tokens: Text of the conversation that spells a special token, such as <|im_end|>, becomes that
+            token. Default False: it stays text.
+    """
+
+    tools: Sequence[Tool | Mapping[str, Any]] | None
+    template_kwargs: Mapping[str, Any] | None
+    continue_final_message: bool | None
+    add_generation_prompt: bool | None
+    parse_special_tokens: bool | None
+
+
 class GenerateOptions(CallOptions, total=False):
     """What `generate` and `chat` take besides the prompt; CallOptions' keys too.
 
@@ -81,7 +101,7 @@ class GenerateOptions(CallOptions, total=False):
         priority: -100 to 100, default 0. Higher runs first, and may preempt lower.
 
         temperature: 0 to 100. 0 = greedy.
-        top_p: Above 0, up to 1. Keeps the smallest set of most likely tokens whose probability reaches it. 1 = all.
+        top_p: 0 to 1. Keeps the smallest set of most likely tokens whose probability reaches it, at least one. 1 = all.
         top_k: Keeps that many most likely tokens. 0 = all.
         min_p: 0 to 1. Keeps tokens with at least that part of the probability of the most likely one. 0 = all.
         frequency_penalty: -2 to 2, for each time a token was generated. 0 = off.
@@ -90,7 +110,7 @@ class GenerateOptions(CallOptions, total=False):
         seed: 0 to 2**64 - 1. Sequence i draws with seed + i. Default: random. `Started.sampling.seed` reports it.
         logit_bias: Token id to what is added to its logit, -100 to 100; at most 1024 entries.
 
-        max_tokens: Most tokens of each sequence, at least 1. Default: what the context leaves.
+        max_tokens: Most tokens of each sequence. 0 = only the prompt is computed. Default: what the context leaves.
         min_tokens: No EOS, stop token or stop string ends a sequence before. Default 0.
         stop: Text or texts that end a sequence: at most 16 of at most 1,024 characters. They may span tokens.
         stop_token_ids: Tokens that end a sequence, besides EOS; at most 1024.
@@ -107,6 +127,9 @@ class GenerateOptions(CallOptions, total=False):
 
         skip_cache_read: Compute the whole prompt anew. Default False.
         cache_salt: Share cached prefixes only with requests of the same salt; at most 256 characters. Default "".
+
+        add_special_tokens: The tokenizer adds its special tokens, such as BOS. Default True for a text, as the
+            tokenizer's configuration says, and False for a chat, whose template writes them. Not for token ids.
     """
 
     model: str | None
@@ -139,6 +162,24 @@ class GenerateOptions(CallOptions, total=False):
 
     skip_cache_read: bool | None
     cache_salt: str | None
+
+    add_special_tokens: bool | None
+
+
+class ChatGenerateOptions(GenerateOptions, ChatOptions, total=False):
+    """What `chat` takes besides the messages: GenerateOptions' keys and ChatOptions'."""
+
+
+class TokenizeOptions(CallOptions, ChatOptions, total=False):
+    """What `tokenize` takes besides the prompt: CallOptions' keys and, for a conversation, ChatOptions'.
+
+    Attributes:
+        model: Name of a served model. Default: the server's.
+        add_special_tokens: As in GenerateOptions.
+    """
+
+    model: str | None
+    add_special_tokens: bool | None
 
 
 def generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOptions) -> pb.GenerateRequest:
@@ -180,6 +221,7 @@ def _generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOp
         cache=pb.CacheOptions(skip_read=bool(options.get("skip_cache_read")), salt=options.get("cache_salt") or ""),
         n=options.get("n"),
         priority=options.get("priority") or 0,
+        add_special_tokens=options.get("add_special_tokens"),
     )
     if isinstance(prompt, str):
         request.text = prompt
@@ -224,29 +266,39 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-def call_options(options: GenerateOptions) -> CallOptions:
+def call_options(options: Mapping[str, Any]) -> CallOptions:
     """The part that concerns the call, not the request."""
     shared = {key: value for key, value in options.items() if key in CallOptions.__optional_keys__}
     return cast(CallOptions, shared)
 
 
-def chat_prompt(
-    messages: Messages,
-    tools: Sequence[Tool | Mapping[str, Any]],
-    template_kwargs: Mapping[str, Any] | None,
-    continue_final_message: bool,
-) -> pb.Chat:
+def chat_request(messages: Messages, options: ChatGenerateOptions) -> pb.GenerateRequest:
+    """The request for a conversation. Raises as `generate_request` and `chat_prompt` do."""
+    others = {key: value for key, value in options.items() if key not in ChatOptions.__optional_keys__}
+    return generate_request(chat_prompt(messages, _chat_options(options)), cast(GenerateOptions, others))
+
+
+def _chat_options(options: Mapping[str, Any]) -> ChatOptions:
+    """Those of ChatOptions, as far as they are given."""
+    chosen = {key: value for key, value in options.items() if key in ChatOptions.__optional_keys__}
+    return cast(ChatOptions, chosen)
+
+
+def chat_prompt(messages: Messages, options: ChatOptions) -> pb.Chat:
     """A conversation; a text stands for one message of the user.
 
     Raises TypeError for a key and ValueError for a role that does not exist.
     """
+    refuse_unknown(options, ChatOptions.__optional_keys__)
     if isinstance(messages, str):
         messages = [ChatMessage("user", messages)]
     return pb.Chat(
         messages=[_message(m if isinstance(m, ChatMessage) else ChatMessage(**m)) for m in messages],
-        tools=[_tool(t if isinstance(t, Tool) else Tool(**t)) for t in tools],
-        template_kwargs_json=_json(template_kwargs),
-        continue_final_message=continue_final_message,
+        tools=[_tool(t if isinstance(t, Tool) else Tool(**t)) for t in options.get("tools") or ()],
+        template_kwargs_json=_json(options.get("template_kwargs")),
+        continue_final_message=bool(options.get("continue_final_message")),
+        add_generation_prompt=options.get("add_generation_prompt"),
+        parse_special_tokens=bool(options.get("parse_special_tokens")),
     )
 
 
@@ -256,7 +308,8 @@ def _message(message: ChatMessage) -> pb.ChatMessage:
     calls = [c if isinstance(c, ToolCall) else ToolCall(**c) for c in message.tool_calls]
     return pb.ChatMessage(
         role=_ROLES[message.role],
-        content=message.content,
+        content=message.content if isinstance(message.content, str) else None,
+        content_parts=[] if isinstance(message.content, str) else message.content or (),
         name=message.name,
         tool_call_id=message.tool_call_id,
         tool_calls=[pb.ToolCall(id=c.id, name=c.name, arguments_json=_json(c.arguments)) for c in calls],
@@ -274,20 +327,23 @@ def _json(value: Mapping[str, Any] | str | None) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def tokenize_request(
-    prompt: Messages,
-    model: str | None,
-    tools: Sequence[Tool | Mapping[str, Any]],
-    template_kwargs: Mapping[str, Any] | None,
-    continue_final_message: bool,
-) -> model_pb2.TokenizeRequest:
-    """The request for a text or a conversation. Raises TypeError if a text comes with what only a chat has."""
+def tokenize_request(prompt: Messages, options: TokenizeOptions) -> model_pb2.TokenizeRequest:
+    """The request for a text or a conversation.
+
+    Raises TypeError for an option that does not exist, or that a text cannot have.
+    """
+    refuse_unknown(options, TokenizeOptions.__optional_keys__)
+    request = model_pb2.TokenizeRequest(
+        model=options.get("model") or "", add_special_tokens=options.get("add_special_tokens")
+    )
+    of_chat = _chat_options(options)
     if not isinstance(prompt, str):
-        chat = chat_prompt(prompt, tools, template_kwargs, continue_final_message)
-        return model_pb2.TokenizeRequest(model=model or "", chat=chat)
-    if tools or template_kwargs or continue_final_message:
-        raise TypeError("tools, template_kwargs and continue_final_message are for messages")
-    return model_pb2.TokenizeRequest(model=model or "", text=prompt)
+        request.chat.CopyFrom(chat_prompt(prompt, of_chat))
+        return request
+    if given := sorted(key for key, value in of_chat.items() if value):
+        raise TypeError(f"{', '.join(given)}: for messages only")
+    request.text = prompt
+    return request
 
 
 def watch_request(interval: float | None) -> admin_pb2.WatchEngineRequest:

@@ -111,15 +111,21 @@ class GenerateRequest(_message.Message):
     CACHE_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a served model, as ListModels gives it. Empty = the server's default model."""
     text: _builtins.str
-    """Plain text, tokenized as is; special tokens are added as the tokenizer's configuration says. Not empty."""
+    """Plain text, tokenized as is: what spells a special token becomes one. Not empty."""
     n: _builtins.int
     """Number of completions (sequences), 1 to 128. Unset = 1. The prompt is computed once and shared."""
     priority: _builtins.int
     """Requests of a higher priority run first, and may preempt lower ones; -100 to 100. Default 0; equal priorities run
     in order of arrival.
+    """
+    add_special_tokens: _builtins.bool
+    """Whether the tokenizer adds its special tokens, such as BOS, to a text or to what the template made of a chat. Unset =
+    to a text, as the tokenizer's configuration says; not to a chat, whose template writes them itself. Not with
+    token_ids.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -158,15 +164,20 @@ class GenerateRequest(_message.Message):
         cache: Global___CacheOptions | None = ...,
         n: _builtins.int | None = ...,
         priority: _builtins.int = ...,
+        add_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache", b"cache", "chat", b"chat", "n", b"n", "output", b"output", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "n", b"n", "output", b"output", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache", b"cache", "chat", b"chat", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
     @_typing.overload
@@ -208,10 +219,20 @@ class Chat(_message.Message):
     TOOLS_FIELD_NUMBER: _builtins.int
     TEMPLATE_KWARGS_JSON_FIELD_NUMBER: _builtins.int
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
+    ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
+    PARSE_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     template_kwargs_json: _builtins.str
     """A JSON object of further template variables, e.g. {"enable_thinking": false}. Empty = none."""
     continue_final_message: _builtins.bool
     """The completion extends the last message, which must be the assistant's, instead of starting a new one."""
+    add_generation_prompt: _builtins.bool
+    """Whether the template ends the prompt with the beginning of the assistant's message. Unset = yes, unless
+    continue_final_message, with which it cannot be true.
+    """
+    parse_special_tokens: _builtins.bool
+    """Text of the conversation that spells a special token, such as <|im_end|>, becomes that token. By default it stays
+    text, so that nobody can end a message and begin another within it; what the template itself writes is not touched.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """In order, at least one."""
@@ -227,12 +248,16 @@ class Chat(_message.Message):
         tools: _abc.Iterable[Global___Tool] | None = ...,
         template_kwargs_json: _builtins.str = ...,
         continue_final_message: _builtins.bool = ...,
+        add_generation_prompt: _builtins.bool | None = ...,
+        parse_special_tokens: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_final_message", b"continue_final_message", "messages", b"messages", "template_kwargs_json", b"template_kwargs_json", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages", "parse_special_tokens", b"parse_special_tokens", "template_kwargs_json", b"template_kwargs_json", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
+    _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_generation_prompt) -> _WhichOneofReturnType__add_generation_prompt | None: ...
 
 Global___Chat: _TypeAlias = Chat  # noqa: Y015
 
@@ -247,10 +272,11 @@ class ChatMessage(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    CONTENT_PARTS_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     """Who speaks. Required."""
     content: _builtins.str
-    """The text. Required unless tool_calls are given."""
+    """The text. Required unless content_parts or, of the assistant, tool_calls are given."""
     name: _builtins.str
     """The speaker's name, for templates that know one."""
     tool_call_id: _builtins.str
@@ -258,6 +284,12 @@ class ChatMessage(_message.Message):
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
         """Calls that the assistant made; ROLE_ASSISTANT only."""
+
+    @_builtins.property
+    def content_parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The text in parts, instead of content. A template that reads parts gets them as they are; for any other they are
+        joined by line breaks.
+        """
 
     def __init__(
         self,
@@ -267,10 +299,11 @@ class ChatMessage(_message.Message):
         name: _builtins.str | None = ...,
         tool_call_id: _builtins.str | None = ...,
         tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
+        content_parts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "_name", b"_name", "_tool_call_id", b"_tool_call_id", "content", b"content", "name", b"name", "tool_call_id", b"tool_call_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "_name", b"_name", "_tool_call_id", b"_tool_call_id", "content", b"content", "name", b"name", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "_name", b"_name", "_tool_call_id", b"_tool_call_id", "content", b"content", "content_parts", b"content_parts", "name", b"name", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__content: _TypeAlias = _typing.Literal["content"]  # noqa: Y015
     _WhichOneofArgType__content: _TypeAlias = _typing.Literal["_content", b"_content"]  # noqa: Y015
@@ -387,7 +420,7 @@ class Sampling(_message.Message):
     temperature: _builtins.float
     """Divides the logits; 0 to 100. 0 = greedy: the most likely token."""
     top_p: _builtins.float
-    """Keeps the smallest set of most likely tokens whose probability reaches top_p; above 0, up to 1. 1 = all."""
+    """Keeps the smallest set of most likely tokens whose probability reaches top_p, at least one; 0 to 1. 1 = all."""
     top_k: _builtins.int
     """Keeps the top_k most likely tokens. 0 = the whole vocabulary."""
     min_p: _builtins.float
@@ -474,7 +507,9 @@ class Stopping(_message.Message):
     INCLUDE_MATCH_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Most tokens of each sequence; at least 1. Unset = what the context leaves."""
+    """Most tokens of each sequence. 0 = the prompt is computed and nothing generated, as for its log-probabilities.
+    Unset = what the context leaves.
+    """
     min_tokens: _builtins.int
     """No EOS or stop token is drawn, and no stop string matched, before this many tokens; at most max_tokens. Unset = 0."""
     ignore_eos: _builtins.bool
