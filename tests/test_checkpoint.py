@@ -26,7 +26,7 @@ def refusal(path: Path | str, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "/no/where", "./owner/name", "a/b/c"])
+@pytest.mark.parametrize("path", ["/no/where", "./owner/name", "a/b/c", "a b", "/name", "owner/"])
 def test_a_path_that_is_neither_a_folder_nor_a_hub_id(path: str) -> None:
     assert refusal(path) == f"there is no folder {path!r}, and it is not a Hub id such as 'owner/name'"
 
@@ -38,7 +38,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 
 def test_what_may_be_a_model_is_not_refused(tmp_path: Path) -> None:
-    for path in (BUILTIN_MODEL, folder_with(tmp_path, config__json="{}"), "owner/name"):
+    for path in (BUILTIN_MODEL, folder_with(tmp_path, config__json="{}"), "owner/name", "gpt2"):
         checkpoint.check_path(ModelOptions(path=str(path)))
 
 

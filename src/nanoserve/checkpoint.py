@@ -5,6 +5,7 @@ A path that cannot be served is refused here at once, before the seconds that im
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 # The same weights once more, in other formats.
 IGNORED_FILES = ["original/*", "consolidated*", "onnx/*"]
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".gguf"}
+# The oldest models have no owner.
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 # Of each checkpoint file, for the fingerprint.
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 4096
@@ -38,7 +41,7 @@ def check_path(options: ModelOptions) -> None:
         if options.revision is not None:
             raise ModelLoadError(f"--revision is for a Hub id, and {folder} is a folder")
         check_config(folder)
-    elif folder.is_absolute() or options.path.count("/") != 1 or options.path.startswith("."):
+    elif not HUB_ID.fullmatch(options.path):
         raise ModelLoadError(f"there is no folder {options.path!r}, and it is not a Hub id such as 'owner/name'")
 
 

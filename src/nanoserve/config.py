@@ -46,7 +46,7 @@ class ModelOptions:
 
     path: str = option(
         str(BUILTIN_MODEL),
-        "A folder in Hugging Face format, or a Hub id such as Qwen/Qwen3-0.6B. Default: the built-in model.",
+        "A folder in Hugging Face format, or a Hub id such as Qwen/Qwen3-0.6B or gpt2. Default: the built-in model.",
         flag="model",
     )
     revision: str | None = option(None, "Branch, tag or commit of a Hub id.")
@@ -103,12 +103,12 @@ class SchedulerConfig:
 class ServerConfig:
     """The gRPC server, and OpenAI's API beside it."""
 
-    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 = all.")
+    host: str = option("127.0.0.1", "Address of gRPC; 0.0.0.0 = all. OpenAI's API has --http-host.")
     grpc_port: int = option(50051, "0 = any free port.", at_least=0)
-    http_host: str = option("127.0.0.1", "Address of OpenAI's API; 0.0.0.0 = all.")
+    http_host: str = option("127.0.0.1", "Address of OpenAI's API; 0.0.0.0 = all. gRPC has --host.")
     http_port: int = option(8000, "Port of OpenAI's API, in the clear. 0 = it is not served.", at_least=0)
     http_cors_origins: str | None = option(
-        None, "Origins, with commas between them, whose pages may call OpenAI's API; * = all. Default: none."
+        None, "Origins, with commas between them, whose pages may call OpenAI's API; * = all. Default: its own."
     )
     http_max_body_bytes: int = option(
         16 * 2**20, "Largest request of OpenAI's API.", flag="--http-max-body", at_least=1

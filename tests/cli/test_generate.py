@@ -88,7 +88,7 @@ def test_a_request_that_fails_is_told_of_and_the_others_are_answered(generate, c
 
 def test_a_value_out_of_range_is_told_of(generate):
     done = generate("Hello", "--top-p", "2")
-    assert "top_p: 2 is not allowed; allowed: above 0, up to 1" in done.stderr
+    assert "top_p: 2 is not allowed; allowed: 0 to 1" in done.stderr
     assert done.returncode == 1
     done = generate("Hello", "--top-k", "-1")
     assert "a value does not fit its parameter: top_k is -1: " in done.stderr

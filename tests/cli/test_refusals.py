@@ -73,7 +73,7 @@ def check_refusal(code, error, words):
         (truncate, "incomplete metadata, file not fully covered"),
         (truncate_and_hide_dtype, "incomplete metadata, file not fully covered"),
         (scramble, "cannot be read: Error while deserializing header"),
-        (pickle, "found only pytorch_model.bin, and pickles are not loaded"),
+        (pickle, "found only pytorch_model.bin, which are not loaded"),
         (change_architecture, "falcon cannot be served: its attention cannot be replaced"),
         (invent_architecture, "nonsense cannot be served: transformers"),
         (see_pictures, "vit cannot be served: it is no language model that writes text"),

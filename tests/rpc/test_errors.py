@@ -96,6 +96,12 @@ async def test_errors_that_pass_say_when_to_retry(served, failure_of, error):
     assert failure.trailers["grpc-retry-pushback-ms"] == "250"
 
 
+async def test_a_full_queue_says_how_many_may_wait(served, failure_of):
+    served.engine.script = raising(Overloaded(5, 0.25))
+    failure = await failure_of(served.generation.Generate(HI))
+    assert failure.details["ErrorInfo"].metadata["max_waiting"] == "5"
+
+
 async def test_other_errors_do_not_speak_of_retries(served, failure_of):
     served.engine.script = raising(EngineFailure())
     failure = await failure_of(served.generation.Generate(HI))

@@ -8,6 +8,7 @@ from nanoserve_client.v1 import admin_pb2, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 
 from nanoserve.request import NotReady
+from nanoserve.rpc import model
 
 
 async def test_the_served_model_is_listed_with_its_defaults(served):
@@ -24,6 +25,13 @@ async def test_the_served_model_is_listed_with_its_defaults(served):
 async def test_a_text_is_tokenized(served):
     answer = await served.model.Tokenize(model_pb2.TokenizeRequest(text="hé"))
     assert answer == model_pb2.TokenizeResponse(token_ids=[104, 0xC3, 0xA9], tokens=[b"h", b"\xc3", b"\xa9"], text="hé")
+
+
+async def test_a_long_answer_is_made_in_pieces_that_join(served, monkeypatch):
+    monkeypatch.setattr(model, "PIECE_TOKENS", 2)
+    text = "abcabca"
+    answer = await served.model.Tokenize(model_pb2.TokenizeRequest(text=text))
+    assert bytes(answer.token_ids) == b"".join(answer.tokens) == text.encode()
 
 
 async def test_a_chat_is_rendered_and_tokenized(served):

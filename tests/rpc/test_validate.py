@@ -365,3 +365,39 @@ def test_detokenization_takes_ids_of_the_vocabulary():
 def test_a_cancellation_names_a_request():
     assert validate.cancellation(admin_pb2.CancelRequest(request_id="r")) == "r"
     assert list(violations(validate.cancellation, admin_pb2.CancelRequest())) == ["request_id"]
+
+
+# ------------------------------------------------------------------------------------------- special tokens, parts
+
+
+def test_special_tokens_are_not_added_to_token_ids():
+    assert generation(token_ids={"ids": [1, 2]}, add_special_tokens=False).add_special_tokens is False
+    assert refused(token_ids={"ids": [1]}, addSpecialTokens=True) == {
+        "add_special_tokens": "is not for token_ids, which are used verbatim"
+    }
+    for wanted in (True, False):
+        assert generation(text="a", add_special_tokens=wanted).add_special_tokens is wanted
+    assert generation(text="a").add_special_tokens is None
+
+
+def test_a_message_may_have_parts_instead_of_content():
+    parts = {"role": "ROLE_USER", "contentParts": ["What is", "TTFT?"]}
+    prompt = validate.generation(json_format.ParseDict(chat(parts), pb.GenerateRequest()), MODEL).prompt
+    assert prompt.messages == [{"role": "user", "content": ["What is", "TTFT?"]}]
+    assert list(refused(**chat(parts | {"content": "a"}))) == ["chat.messages[0].content_parts"]
+
+
+def test_the_beginning_of_an_answer_does_not_go_with_a_continued_one():
+    both = chat(USER, ASSISTANT, continueFinalMessage=True, addGenerationPrompt=True)
+    assert refused(**both) == {"chat.add_generation_prompt": "cannot be true with continue_final_message"}
+    for wanted in (None, False):
+        one = chat(USER, ASSISTANT, continueFinalMessage=True, addGenerationPrompt=wanted)
+        prompt = validate.generation(json_format.ParseDict(one, pb.GenerateRequest()), MODEL).prompt
+        assert prompt.add_generation_prompt is wanted
+
+
+def test_special_tokens_of_a_conversation_are_text_unless_asked_for():
+    for wanted in (False, True):
+        one = chat(USER, parseSpecialTokens=wanted)
+        prompt = validate.generation(json_format.ParseDict(one, pb.GenerateRequest()), MODEL).prompt
+        assert prompt.parse_special_tokens is wanted

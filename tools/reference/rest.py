@@ -14,14 +14,14 @@ INTRODUCTION = """\
 `nanoserve serve` opens it on `http://127.0.0.1:8000/v1`, `nanoserve-gateway --target ADDRESS` anywhere else. The tables
 are those that the gateway checks requests with, so nothing is ignored: a field is served; or it is a label, which is
 taken and changes no token; or it is refused with status 400 and the reason given here. A field that stands in no table
-is refused as unknown; so is a parameter of the query, and only the endpoints of the last tables have any. `null` is the
-same as absent.
+is refused as unknown. A parameter of the query that is a field or a parameter elsewhere is refused too; any other asks
+for nothing here. `null` is the same as absent, at every depth.
 
 | header of a request | what it does |
 |---|---|
 | `authorization` | `Bearer KEY`; the gRPC service decides |
 | `x-request-timeout` | seconds until the request ends with 504; default: the server's `--http-timeout` |
-| `x-request-id` | the caller's label, echoed |
+| `x-request-id` | the caller's label, up to 128 characters; every answer has it, or a made one, and so has the log |
 | `traceparent` | W3C trace context, passed on |
 """
 

@@ -140,7 +140,7 @@ def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> G
     if len(request.cache.salt) > MAX_SALT_CHARS:
         violations.add("cache.salt", f"has more than {MAX_SALT_CHARS} characters")
     add_special_tokens = _if_set(request, "add_special_tokens")
-    if add_special_tokens is not None and isinstance(prompt, list):
+    if add_special_tokens and isinstance(prompt, list):
         violations.add("add_special_tokens", "is not for token_ids, which are used verbatim")
     if request.stopping.strings and request.output.omit_text:
         violations.add("stopping.strings", "cannot be found with output.omit_text")

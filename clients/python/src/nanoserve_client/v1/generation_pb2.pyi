@@ -124,8 +124,8 @@ class GenerateRequest(_message.Message):
     """
     add_special_tokens: _builtins.bool
     """Whether the tokenizer adds its special tokens, such as BOS, to a text or to what the template made of a chat. Unset =
-    to a text, as the tokenizer's configuration says; not to a chat, whose template writes them itself. Not with
-    token_ids.
+    to a text, as the tokenizer's configuration says; not to a chat, whose template writes them itself. With token_ids it
+    cannot be true.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
