@@ -235,7 +235,10 @@ def test_as_many_threads_as_may_run(
     monkeypatch.setattr(os, "cpu_count", lambda: all_cpus)
     monkeypatch.setattr(threads, "TORCH_THREADS", by_torch)
     monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert usable_cpus() == (want, why)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(by_torch))
+    assert usable_cpus() == (want, "OMP_NUM_THREADS" if why.startswith("of") else why)
 
 
 def test_helping_threads_end_when_they_are_released() -> None:

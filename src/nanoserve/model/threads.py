@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from nanoserve.config import environment
+
 # How often the machine is looked at.
 SAMPLE_S = 0.25
 # A sample over a longer time is of an idle engine, and says nothing.
@@ -222,7 +224,8 @@ def usable_cpus() -> tuple[int, str]:
         return max(1, math.floor(quota)), f"the CPU quota is {quota:g}"
     if num_cpus < min(num_all, TORCH_THREADS + 1):
         return num_cpus, f"the process may use {num_cpus} of {num_all} CPUs"
-    return min(num_cpus, TORCH_THREADS), f"of {num_all} CPUs"
+    why = "OMP_NUM_THREADS" if "OMP_NUM_THREADS" in environment() else f"of {num_all} CPUs"
+    return min(num_cpus, TORCH_THREADS), why
 
 
 def cpu_quota() -> float | None:
