@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 import httpx
-from nanoserve_gateway.app import GatewayConfig
+from nanoserve_gateway.config import GatewayConfig
 from nanoserve_gateway.server import GatewayServer, listen
 from scripted_server import Script
 

@@ -12,6 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 from nanoserve_client.v1 import model_pb2
 from nanoserve_gateway import pages
+from nanoserve_gateway.fields import NO_QUERY, QUERIES
 from scripted_gateway import scripted_gateway
 from scripted_server import RichStatus, delta, hello, overloaded, started
 
@@ -112,7 +113,7 @@ def test_headers_of_a_stream_wait_for_started_alone(scripted, path, body):
         # No token has been made.
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert answer.headers["cache-control"] == "no-cache"
-        assert answer.headers["x-request-id"] == "made-by-server"
+        assert answer.headers["x-request-id"] == scripted.script.metadata[0]["x-request-id"]
         go_on.set()
         assert b"lo" in b"".join(answer.iter_bytes())
 
@@ -298,7 +299,7 @@ def connect(gateway, sent=b""):
     return contextlib.closing(connection)
 
 
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
 
 
 @pytest.mark.parametrize("sent", [b"", HEAD, HEAD + b"content-length: 100\r\n\r\n{"])
@@ -319,7 +320,7 @@ def drip(connection):
 @pytest.mark.parametrize("path", [b"/nothing", b"/v1/models", b"/v1/chat/completions"])
 def test_a_body_without_an_end_is_not_read_for_ever_after_its_answer(path):
     with scripted_gateway(receive_timeout_s=0.2) as gateway:
-        head = b"POST " + path + b" HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        head = b"POST " + path + b" HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
         with connect(gateway, head) as connection:
             assert connection.recv(65536).splitlines()[0].split()[1] in (b"404", b"405", b"408")
             connection.settimeout(0.05)
@@ -412,24 +413,44 @@ def test_without_a_server_behind_it_the_answer_is_503():
         assert gateway.http.get("/version").status_code == 200
 
 
-def test_tokens_there_and_back(scripted):
-    scripted.script.unary = lambda _request, _context: model_pb2.TokenizeResponse(
-        token_ids=[5, 6], tokens=[b"a", b"\xff"], text="a?"
-    )
-    assert scripted.http.post("/tokenize", json={"messages": CHAT["messages"]}).json() == {
-        "count": 2,
-        "tokens": [5, 6],
-        "token_strs": ["a", "\ufffd"],
-        "text": "a?",
-    }
-    assert scripted.script.requests[-1].chat.messages[0].content == "hi"
-    assert scripted.http.post("/tokenize", json={}).status_code == 400
-    scripted.script.unary = lambda _request, _context: model_pb2.DetokenizeResponse(text="a")
-    assert scripted.http.post("/detokenize", json={"tokens": [5]}).json() == {"prompt": "a"}
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ("chat", "messages"),
+        ("prompt", "messages"),
+        ("chat.messages[1].tool_calls[0].arguments_json", "messages[1].tool_calls[0].function.arguments"),
+        ("chat.messages[1].tool_calls[0].name", "messages[1].tool_calls[0].function.name"),
+        ("chat.messages[1].name", "messages[1].name"),
+        ("chat.messages[1].content_parts[0]", "messages[1].content[0]"),
+        ("chat.template_kwargs_json", "chat_template_kwargs"),
+        ("chat.continue_final_message", "continue_final_message"),
+        ("output.prompt_logprobs", "prompt_logprobs"),
+        ("add_special_tokens", "add_special_tokens"),
+    ],
+)
+def test_no_field_is_called_what_the_contract_alone_calls_it(scripted, field, param):
+    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description="is wrong")
+    bad = error_details_pb2.BadRequest(field_violations=[violation])
+    scripted.script.generate = fail_with(status(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", bad))
+    assert scripted.http.post("/v1/chat/completions", json=CHAT).json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize(("method", "path"), pages.ENDPOINTS)
-def test_no_endpoint_ignores_a_parameter_of_the_query(scripted, method, path):
-    answer = scripted.http.request(method, path.format(id="x", name="tiny"), params={"limitt": 1})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limitt")
+def test_a_field_in_the_query_is_refused_where_it_does_nothing(scripted, method, path):
+    query = QUERIES.get((method, path), NO_QUERY)
+    for name in ("temperature", "limit"):
+        if name not in query.fields:
+            answer = scripted.http.request(method, path.format(id="x", name="tiny"), params={name: 1})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
     assert scripted.script.requests == []
+
+
+def test_a_parameter_of_the_query_that_no_api_has_is_passed_over(scripted):
+    # As clients of Azure's send it with every request.
+    version = {"api-version": "2024-06-01"}
+    scripted.script.unary = lambda _request, _context: model_pb2.ListModelsResponse()
+    for path, body in PATHS.items():
+        assert scripted.http.post(path, json=body, params=version).status_code == 200
+    made = scripted.http.post("/v1/responses", json=PATHS["/v1/responses"], params=version).json()["id"]
+    for path in ("/v1/models", f"/v1/responses/{made}", f"/v1/responses/{made}/input_items", "/version"):
+        assert scripted.http.get(path, params=version).status_code == 200

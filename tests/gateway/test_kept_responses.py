@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import httpx
 import pytest
+from nanoserve_client.v1 import model_pb2
+from nanoserve_gateway import conversations
 from scripted_gateway import scripted_gateway
-from scripted_server import RichStatus, hello, started
+from scripted_server import RichStatus, hello, overloaded, started
 
 WAIT_S = 30
 
@@ -59,6 +61,14 @@ def test_a_response_is_found_listed_and_forgotten_by_its_own_key_alone(scripted)
     assert scripted.http.get(url, headers=mine).status_code == 404
 
 
+def test_a_key_owns_its_responses_however_its_scheme_is_written(scripted):
+    body = {"model": "tiny", "input": "hi"}
+    made = scripted.http.post("/v1/responses", json=body, headers={"authorization": "Bearer a"}).json()
+    for scheme, status in (("bearer", 200), ("BEARER ", 200), ("Basic", 404), ("", 404)):
+        headers = {"authorization": f"{scheme} a".strip()}
+        assert scripted.http.get(f"/v1/responses/{made['id']}", headers=headers).status_code == status
+
+
 def test_the_items_of_a_response_come_in_pages(scripted):
     items = [{"role": "user", "content": str(number)} for number in range(25)]
     made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": items}).json()
@@ -91,7 +101,9 @@ def test_a_response_to_no_new_input_has_no_items(scripted):
     ("path", "query", "param"),
     [
         ("", "stream=true", "stream"),
+        ("", "stream=perhaps", "stream"),
         ("", "starting_after=3", "starting_after"),
+        ("", "stream=true&starting_after=-1", "starting_after"),
         ("", "include[]=message.output_text.logprobs", "include"),
         ("/input_items", "limit=0", "limit"),
         ("/input_items", "limit=101", "limit"),
@@ -99,13 +111,19 @@ def test_a_response_to_no_new_input_has_no_items(scripted):
         ("/input_items", "limit=1&limit=2", "limit"),
         ("/input_items", "order=random", "order"),
         ("/input_items", "after=nothing", "after"),
-        ("/input_items", "before=x", "before"),
+        ("/input_items", "input=x", "input"),
     ],
 )
 def test_a_parameter_of_a_query_is_served_or_refused_by_name(scripted, path, query, param):
     made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi"}).json()
     answer = scripted.http.get(f"/v1/responses/{made['id']}{path}?{query}")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_a_response_that_is_written_on_a_thread_is_kept_when_it_comes(scripted, monkeypatch):
+    monkeypatch.setattr("nanoserve_gateway.app.LARGE_NUM_LOGPROBS", 0)
+    for _ in range(20):
+        assert status_of(scripted, create(scripted).json()["id"]) == 200
 
 
 def test_a_streamed_response_is_kept_and_one_that_says_no_is_not(scripted):
@@ -149,7 +167,8 @@ def test_a_response_in_the_background_answers_at_once_and_is_there_when_it_ended
     go_on = hold_after_start(scripted)
     body = {"model": "tiny", "input": "hi", "background": True}
     made = scripted.http.post("/v1/responses", json=body).json()
-    assert (made["status"], made["output"]) == ("in_progress", [])
+    assert (made["status"], made["output"]) == ("queued", [])
+    until(lambda: scripted.http.get(f"/v1/responses/{made['id']}").json()["status"] == "in_progress")
     continued = scripted.http.post("/v1/responses", json={**body, "previous_response_id": made["id"]})
     assert "in_progress" in continued.json()["error"]["message"]
     go_on.set()
@@ -180,6 +199,105 @@ def test_who_forgets_a_response_in_the_background_ends_it(scripted):
     assert scripted.http.delete(f"/v1/responses/{made['id']}").json()["deleted"]
     assert scripted.script.ended.wait(WAIT_S)
     assert scripted.http.get(f"/v1/responses/{made['id']}").status_code == 404
+
+
+def test_a_response_in_the_background_is_queued_until_the_service_begins(scripted, monkeypatch):
+    monkeypatch.setattr(conversations, "QUEUED_AFTER_S", 0.05)
+    begin = threading.Event()
+
+    def generate(request, context):
+        assert begin.wait(WAIT_S)
+        yield from hello(request, context)
+
+    scripted.script.generate = generate
+    made = create(scripted, background=True).json()
+    assert made["status"] == scripted.http.get(f"/v1/responses/{made['id']}").json()["status"] == "queued"
+    begin.set()
+    until(lambda: scripted.http.get(f"/v1/responses/{made['id']}").json()["status"] == "completed")
+
+
+def test_a_queued_response_can_be_cancelled_and_one_that_is_refused_late_has_failed(scripted, monkeypatch):
+    monkeypatch.setattr(conversations, "QUEUED_AFTER_S", 0.05)
+    refuse = threading.Event()
+
+    def generate(_request, context):
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        while not (refuse.is_set() or gone.wait(0.01)):
+            pass
+        context.abort_with_status(overloaded(1000))
+        yield
+
+    scripted.script.generate = generate
+    cancelled, refused = (create(scripted, background=True).json()["id"] for _ in range(2))
+    assert scripted.http.post(f"/v1/responses/{cancelled}/cancel").json()["status"] == "cancelled"
+    refuse.set()
+    until(lambda: scripted.http.get(f"/v1/responses/{refused}").json()["status"] == "failed")
+    assert "queue is full" in scripted.http.get(f"/v1/responses/{refused}").json()["error"]["message"]
+
+
+def test_a_response_in_the_background_that_is_refused_at_once_is_a_refusal(scripted):
+    def generate(_request, context):
+        context.abort_with_status(overloaded(1000))
+        yield
+
+    scripted.script.generate = generate
+    for is_streamed in (False, True):
+        assert create(scripted, background=True, stream=is_streamed).status_code == 429
+
+
+def events_of(lines):
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+
+
+def stream_of(gateway, id, **query):
+    answer = gateway.http.get(f"/v1/responses/{id}", params={"stream": "true", **query})
+    assert answer.status_code == 200, answer.text
+    return events_of(answer.text.splitlines())
+
+
+def test_a_stream_in_the_background_goes_on_without_its_reader_and_is_read_again(scripted):
+    go_on = hold_after_start(scripted)
+    body = {"model": "tiny", "input": "hi", "background": True, "stream": True}
+    with scripted.http.stream("POST", "/v1/responses", json=body) as answer:
+        id = events_of([next(line for line in answer.iter_lines() if line.startswith("data: "))])[0]["response"]["id"]
+    assert status_of(scripted, id) == 200
+    go_on.set()
+    events = stream_of(scripted, id)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds[:3] == ["created", "queued", "in_progress"]
+    assert kinds[-1] == "completed"
+    assert [event["response"]["status"] for event in events[:3]] == ["queued", "queued", "in_progress"]
+    assert events[-1]["response"] == scripted.http.get(f"/v1/responses/{id}").json()
+    assert stream_of(scripted, id, starting_after=4) == events[5:]
+    assert stream_of(scripted, id, starting_after=1000) == []
+
+
+def test_a_stream_in_the_background_gives_signs_of_life_and_ends_when_it_is_cancelled():
+    with scripted_gateway(keep_alive_s=0.05) as gateway:
+        gateway.script.generate = silent
+        body = {"model": "tiny", "input": "hi", "background": True, "stream": True}
+        with gateway.http.stream("POST", "/v1/responses", json=body) as answer:
+            lines = answer.iter_lines()
+            id = events_of([next(line for line in lines if line.startswith("data: "))])[0]["response"]["id"]
+            assert ": keep-alive" in lines
+            assert httpx.post(f"{gateway.url}/v1/responses/{id}/cancel").json()["status"] == "cancelled"
+            assert not [line for line in lines if "completed" in line]
+        assert gateway.script.ended.wait(WAIT_S)
+        assert stream_of(gateway, id)[-1]["type"] == "response.content_part.added"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_stream_that_is_kept_takes_room(is_streamed):
+    with scripted_gateway(max_stored_bytes=12_000) as gateway:
+        ids = []
+        for _ in range(4):
+            answer = create(gateway, background=True, stream=is_streamed)
+            made = events_of(answer.text.splitlines())[-1]["response"] if is_streamed else answer.json()
+            ids.append(made["id"])
+            until(lambda id=made["id"]: gateway.http.get(f"/v1/responses/{id}").json()["status"] == "completed")
+        assert [status_of(gateway, id) for id in ids] == [404 if is_streamed else 200, 200, 200, 200]
 
 
 def test_a_response_in_the_background_that_fails_says_so(scripted):
@@ -250,6 +368,57 @@ def test_two_may_continue_one_response_at_once(scripted):
     for text, response in zip(("a", "b"), made, strict=True):
         assert create(scripted, "and", previous_response_id=response["id"]).status_code == 200
         assert last_conversation(scripted) == ["0", "Hello", text, "Hello", "and"]
+
+
+def refer(gateway, *ids, **headers):
+    items = [{"type": "item_reference", "id": id} for id in ids]
+    body = {"model": "tiny", "input": [*items, {"role": "user", "content": "and"}]}
+    return gateway.http.post("/v1/responses", json=body, headers=headers)
+
+
+def test_an_item_that_is_kept_may_stand_for_itself(scripted):
+    made = create(scripted, [{"role": "user", "content": "hi", "id": "msg_mine"}]).json()
+    [answer] = made["output"]
+    second = refer(scripted, "msg_mine", answer["id"])
+    assert second.status_code == 200, second.text
+    assert last_conversation(scripted) == ["hi", "Hello", "and"]
+    # And from there again, whatever happens to the first.
+    scripted.http.delete(f"/v1/responses/{made['id']}")
+    items = scripted.http.get(f"/v1/responses/{second.json()['id']}/input_items?order=asc").json()["data"]
+    assert [item["id"] for item in items[:2]] == ["msg_mine", answer["id"]]
+    assert refer(scripted, "msg_mine", answer["id"]).status_code == 200
+
+
+def test_an_item_that_is_gone_or_another_keys_is_not_found(scripted):
+    made = create(scripted).json()
+    id = made["output"][0]["id"]
+    for gone in (refer(scripted, id, authorization="Bearer other"), refer(scripted, "msg_nothing")):
+        error = gone.json()["error"]
+        assert (gone.status_code, error["param"]) == (404, "input[0]")
+    assert "'msg_nothing'" in error["message"]
+    scripted.http.delete(f"/v1/responses/{made['id']}")
+    assert refer(scripted, id).status_code == 404
+
+
+def test_who_is_referred_to_is_used():
+    with scripted_gateway(max_stored_responses=2) as gateway:
+        first, second = create(gateway).json(), create(gateway).json()
+        assert refer(gateway, first["output"][0]["id"]).status_code == 200
+        assert [status_of(gateway, made["id"]) for made in (first, second)] == [200, 404]
+
+
+def test_the_tokens_of_what_a_response_would_answer_to_are_counted(scripted):
+    made = create(scripted).json()
+    scripted.script.unary = lambda _request, _context: model_pb2.TokenizeResponse(token_ids=[1, 2, 3])
+    reference = {"type": "item_reference", "id": made["output"][0]["id"]}
+    body = {"input": [reference, {"role": "user", "content": "and"}], "instructions": "Be brief."}
+    body |= {"previous_response_id": made["id"], "model": "tiny"}
+    answer = scripted.http.post("/v1/responses/input_tokens", json=body)
+    assert answer.json() == {"object": "response.input_tokens", "input_tokens": 3}
+    asked = scripted.script.requests[-1]
+    assert asked.model == "tiny"
+    assert [message.content for message in asked.chat.messages] == ["Be brief.", "hi", "Hello", "Hello", "and"]
+    assert scripted.http.post("/v1/responses/input_tokens", json={"input": "hi", "n": 2}).status_code == 400
 
 
 # ------------------------------------------------------------------------------------------------------- the room

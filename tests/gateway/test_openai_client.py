@@ -64,6 +64,46 @@ def test_echo_and_logprobs_of_the_prompt(client):
     assert all(len(top) <= 3 for top in choice.logprobs.top_logprobs[1:])
 
 
+@pytest.mark.parametrize("echoed", ["text", "ids"])
+def test_a_prompt_is_scored_without_a_token_more(client, echoed):
+    ids = client.post("/../tokenize", body={"prompt": "Paged attention"}, cast_to=object)["tokens"]
+    prompt = "Paged attention" if echoed == "text" else [ids]
+    fields = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 0, "echo": True, "logprobs": 1}
+    [choice] = client.completions.create(**fields).choices
+    assert (choice.text, choice.finish_reason) == ("Paged attention", "length")
+    assert len(choice.logprobs.tokens) == len(ids)
+    for token, logprob, top in list(zip(*(list(v) for v in lists_of(choice.logprobs)), strict=True))[1:]:
+        assert top[token] == logprob <= max(top.values())
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**fields, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == choice.text
+    assert [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.tokens] == choice.logprobs.tokens
+
+
+def lists_of(logprobs):
+    return logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs
+
+
+def test_a_conversation_can_be_sent_back_as_it_came(client):
+    first = chat(client).choices[0].message
+    more = {"role": "user", "content": "What is a KV cache?"}
+    # Some send objects of the package, some all of their fields.
+    for sent in (first, first.model_dump()):
+        assert chat(client, messages=[*QUESTION, sent, more]).choices[0].message.content
+
+
+def test_an_answer_goes_on_from_its_beginning(client):
+    begun = [*QUESTION, {"role": "assistant", "content": "TTFT, the"}]
+    answer = chat(client, messages=begun, extra_body={"continue_final_message": True})
+    assert answer.choices[0].message.content.startswith(" time to first token")
+
+
+def test_usage_so_far_ends_at_the_usage(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = chat(client, stream=True, stream_options=options, n=2, seed=1)
+    assert chunks[-1].usage == last.usage
+    assert chunks[0].usage.completion_tokens == 0
+
+
 def test_n_choices_differ_and_a_seed_repeats_them(client):
     def texts(seed):
         answer = chat(client, n=3, temperature=50, seed=seed)

@@ -14,7 +14,7 @@ import pytest
 from authority import Authority
 from caller import Caller, occupied, until
 from logged_process import LoggedProcess
-from nanoserve_gateway.app import GatewayConfig
+from nanoserve_gateway.config import GatewayConfig
 from nanoserve_gateway.server import main
 from serve_process import free_port, serving, starting
 from servers import MAX_WAITING, USERS

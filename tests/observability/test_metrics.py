@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from engine_bench import PROMPT
 from nanoserve_client import Client, NanoserveError
+from nanoserve_gateway.errors import bad_request
+from nanoserve_gateway.refusals import Refusals
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_CUMULATIVE
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -32,7 +34,10 @@ class Read:
 
     def __init__(self):
         self._reader = InMemoryMetricReader()
-        self.metrics = Metrics(MeterProvider([self._reader]))
+        provider = MeterProvider([self._reader])
+        self.metrics = Metrics(provider)
+        # Of the gateway.
+        self.refusals = Refusals(provider)
 
     def all(self):
         data = self._reader.get_metrics_data()
@@ -151,6 +156,7 @@ async def test_the_page_tells_of_every_metric():
     """Name, unit and labels of each row of its table."""
     read = Read()
     read.metrics.server_ready("model", 1.0)
+    read.refusals.note({"method": "GET", "raw_path": b"/", "state": {"request_id": "x"}}, bad_request(None, "no"))
     async with watched(read.metrics, max_waiting=2, num_blocks=32) as (bench, client):
         # One of everything: two that preempt each other, one that is refused, one that is late, one that leaves.
         bench.executor.gate.clear()
@@ -169,7 +175,7 @@ async def test_the_page_tells_of_every_metric():
         await until(lambda: bench.engine._streams)
         left.cancel()
         bench.executor.gate.set()
-        await until(lambda: len(read.all()) == 20)
+        await until(lambda: len(read.all()) == 21)
         kept = {
             metric.name: (metric.unit, {label for p in metric.data.data_points for label in p.attributes})
             for metric in read.all().values()

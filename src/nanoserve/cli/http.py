@@ -38,7 +38,7 @@ async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemet
         yield [Fact("OpenAI", why), *_telemetry_facts(telemetry, None)]
         return
     # Imported here, because openai's types take a moment.
-    from nanoserve_gateway.app import GatewayConfig
+    from nanoserve_gateway.config import GatewayConfig
     from nanoserve_gateway.server import GatewayServer, listen
 
     try:
@@ -52,12 +52,14 @@ async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemet
         gateway = GatewayServer(
             GatewayConfig(
                 target=server.listen_on_socket(),
+                host=config.http_host,
                 cors_origins=tuple(filter(None, (config.http_cors_origins or "").replace(" ", "").split(","))),
                 max_body_bytes=config.http_max_body_bytes,
                 timeout_s=config.http_timeout_s,
             ),
             takes_signals=False,
             routes=[_metrics_route(telemetry)] if telemetry.has_metrics else [],
+            meter_provider=telemetry.meter_provider,
         )
         serving = asyncio.create_task(gateway.serve([listener]))
         url = f"http://{config.http_host}:{config.http_port}"

@@ -71,6 +71,11 @@ class Telemetry:
     def has_metrics(self) -> bool:
         return self._meter_provider is not None
 
+    @property
+    def meter_provider(self) -> MeterProvider | None:
+        """For the gateway, which has a counter of its own. None = there are no metrics."""
+        return self._meter_provider
+
     async def exposition(self, accept: str) -> tuple[bytes, str]:
         """All metrics in a format that `accept` allows, and its content type."""
         encode, content_type = choose_encoder(accept)

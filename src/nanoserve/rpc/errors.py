@@ -134,7 +134,12 @@ def _request_not_found(error: RequestNotFound, cut: _Cut) -> _Extra:
     return _Extra(details=[resource])
 
 
-def _retry(error: Overloaded | NotReady, _cut: _Cut) -> _Extra:
+def _overloaded(error: Overloaded, _cut: _Cut) -> _Extra:
+    # A caller who sends more at once than may wait learns that another attempt is of no use.
+    return _Extra(metadata={"max_waiting": str(error.max_waiting)}, retry_after_s=error.retry_after_s)
+
+
+def _not_ready(error: NotReady, _cut: _Cut) -> _Extra:
     return _Extra(retry_after_s=error.retry_after_s)
 
 
@@ -154,8 +159,8 @@ _TABLE: dict[type[RequestError], _Row] = {
     InvalidRequest: _Row(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", _invalid_request),
     ContextLengthExceeded: _Row(grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_LENGTH_EXCEEDED", _context_length),
     ModelNotFound: _Row(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", _model_not_found),
-    Overloaded: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", _retry),
-    NotReady: _Row(grpc.StatusCode.UNAVAILABLE, "NOT_READY", _retry),
+    Overloaded: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", _overloaded),
+    NotReady: _Row(grpc.StatusCode.UNAVAILABLE, "NOT_READY", _not_ready),
     DeadlineExceeded: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE", _deadline),
     CancelledByOperator: _Row(grpc.StatusCode.ABORTED, "CANCELLED_BY_OPERATOR"),
     EngineFailure: _Row(grpc.StatusCode.INTERNAL, "ENGINE_FAILURE"),

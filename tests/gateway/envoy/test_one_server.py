@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import grpc
+import httpx
 import openai
 import pytest
 from caller import port_of
@@ -288,10 +289,19 @@ def test_openais_client_gets_responses_and_models(openai_client):
 
 def test_openais_client_gets_errors_as_its_own_exceptions(openai_client):
     with pytest.raises(openai.BadRequestError) as refusal:
-        ask(openai_client, top_p=0)
+        ask(openai_client, top_p=2)
     assert refusal.value.param == "top_p"
     with pytest.raises(openai.AuthenticationError):
         ask(openai_client.with_options(api_key="wrong"))
+
+
+def test_envoy_goes_by_any_name_but_no_page_calls_through_it(envoy):
+    url = f"http://127.0.0.1:{envoy.port}/v1/models"
+    statuses = [
+        httpx.get(url, headers={**KEY, "host": "api.example", **origin}).status_code
+        for origin in ({}, {"origin": "https://evil.example"})
+    ]
+    assert statuses == [200, 403]
 
 
 def test_a_stream_that_openais_client_closes_frees_its_blocks(openai_client, admin):

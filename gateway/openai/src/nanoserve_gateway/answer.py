@@ -7,11 +7,24 @@ fields ─▶ Answer.requests ─▶ Generate ─▶ Started* Delta* Result* ─
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, cast
 
 import pydantic_core
-from nanoserve_client import Delta, FinishReason, GenerateOptions, Result, Started, TokenLogprob
+from nanoserve_client import (
+    ChatOptions,
+    Completion,
+    Delta,
+    FinishReason,
+    GenerateOptions,
+    Result,
+    Started,
+    TokenizeOptions,
+    TokenLogprob,
+)
+from nanoserve_client.requests import Messages
 from nanoserve_client.v1 import generation_pb2 as pb
 from openai.types import CompletionUsage
 from openai.types.completion_usage import PromptTokensDetails
@@ -29,8 +42,31 @@ _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 _SAME = frozenset(
     {"model", "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty"}
     | {"repetition_penalty", "logit_bias", "stop", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos"}
-    | {"priority", "cache_salt"}
+    | {"priority", "cache_salt", "add_special_tokens", "prompt_logprobs"}
 )
+# Fields that ChatOptions has, and what it calls them.
+OF_CHAT = {
+    "chat_template_kwargs": "template_kwargs",
+    "continue_final_message": "continue_final_message",
+    "add_generation_prompt": "add_generation_prompt",
+    "parse_special_tokens": "parse_special_tokens",
+}
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One prompt of an answer, and what the service tells of it, which whoever calls the service notes here."""
+
+    # A text, a conversation's messages, or token ids.
+    given: Messages | Sequence[int]
+    # With which it is tokenized.
+    options: TokenizeOptions
+    # The answer tells its token ids.
+    is_told: bool
+    # Set before `begin` if they are told. None = they are not known.
+    token_ids: Sequence[int] | None = None
+    # Of its tokens, as far as they were asked for; set before the first `delta`.
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 class Answer(Protocol):
@@ -68,7 +104,16 @@ def options(fields: Mapping[str, Any]) -> GenerateOptions:
     chosen = {name: fields[name] for name in _SAME if name in fields}
     if "seed" in fields:
         chosen["seed"] = fields["seed"] % 2**64
+    if fields.get("top_k") == -1:
+        chosen["top_k"] = 0
+    chosen["keep_special_tokens"] = not fields.get("skip_special_tokens", True)
+    chosen["include_stop"] = fields.get("include_stop_str_in_output")
     return cast(GenerateOptions, chosen)
+
+
+def chat_options(fields: Mapping[str, Any]) -> ChatOptions:
+    """What a conversation has besides its messages, for the client."""
+    return cast(ChatOptions, {ours: fields[name] for name, ours in OF_CHAT.items() if name in fields})
 
 
 def check(*rules: tuple[bool, str, str]) -> None:
@@ -77,8 +122,15 @@ def check(*rules: tuple[bool, str, str]) -> None:
         raise BadRequest(broken)
 
 
-def stream_rules(fields: Mapping[str, Any]) -> tuple[bool, str, str]:
-    return "stream_options" in fields and not fields.get("stream"), "stream_options", "is for stream only"
+def stream_rules(fields: Mapping[str, Any]) -> Sequence[tuple[bool, str, str]]:
+    """What chat and completions refuse of a stream, or without one."""
+    is_streamed, asked = bool(fields.get("stream")), fields.get("stream_options", {})
+    is_lonely = bool(asked.get("continuous_usage_stats") and not asked.get("include_usage"))
+    return (
+        (bool(asked) and not is_streamed, "stream_options", "is for stream only"),
+        (is_lonely, "stream_options.continuous_usage_stats", "is for include_usage only"),
+        (is_streamed and "prompt_logprobs" in fields, "prompt_logprobs", "come with a whole answer only, not a stream"),
+    )
 
 
 def new_id(prefix: str) -> str:
@@ -102,21 +154,41 @@ class Chunks:
     """The frames of a streamed chat or completion: objects with one head, the usage if it was asked for, and DONE."""
 
     def __init__(self, kind: str, id: str, created: int, fields: Mapping[str, Any]) -> None:
-        self._head = {"id": id, "object": kind, "created": created, "model": fields["model"]}
-        self._has_usage = bool(fields.get("stream_options", {}).get("include_usage"))
+        self._head = {"id": id, "object": kind, "created": created, "model": fields.get("model", "")}
+        asked = fields.get("stream_options", {})
+        self._has_usage = bool(asked.get("include_usage"))
+        self._has_usage_so_far = bool(asked.get("continuous_usage_stats"))
+        self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
 
-    def begin(self, started: Started) -> None:
+    def begin(self, starts: Sequence[Started]) -> None:
         """From now on they name the model that serves."""
-        self._head["model"] = started.model
+        self._head["model"] = starts[0].model
+        self._prompt_tokens = sum(started.prompt_tokens for started in starts)
+        self._cached_tokens = sum(started.cached_tokens for started in starts)
 
-    def chunk(self, choice: Mapping[str, Any]) -> bytes:
-        chunk = {**self._head, "choices": [choice]}
-        return frame({**chunk, "usage": None} if self._has_usage else chunk)
+    def count(self, delta: Delta) -> None:
+        """Its tokens are part of the usage from now on."""
+        self._completion_tokens += len(delta.token_ids)
+
+    def chunk(self, choice: Mapping[str, Any], fields: Mapping[str, Any] = MappingProxyType({})) -> bytes:
+        """fields: what stands beside the choices."""
+        chunk = {**self._head, "choices": [choice], **fields}
+        if self._has_usage:
+            chunk["usage"] = self._usage_so_far() if self._has_usage_so_far else None
+        return frame(chunk)
 
     def end(self, results: Sequence[Result]) -> Iterator[bytes]:
         if self._has_usage:
             yield frame({**self._head, "choices": [], "usage": usage_of(results).model_dump(exclude_unset=True)})
         yield DONE
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+        }
 
 
 def to_json(answer: BaseModel) -> str:
@@ -142,8 +214,37 @@ def finish_reason(reason: FinishReason) -> str:
     return "stop" if reason in (FinishReason.EOS, FinishReason.STOP) else "length"
 
 
+def stop_reason(end: Delta | Completion) -> str | int | None:
+    """The stop string or stop token that ended a choice. EOS is none of them, as vLLM has it."""
+    if end.finish_reason is not FinishReason.STOP:
+        return None
+    return end.stop_token_id if end.stop_string is None else end.stop_string
+
+
 def text_of(token: TokenLogprob) -> str:
     return token.token.decode("utf-8", "replace")
+
+
+def naming(fields: Mapping[str, Any], name: Callable[[TokenLogprob], str]) -> Callable[[TokenLogprob], str]:
+    """What tokens are called in log-probabilities: by `name`, unless the caller wants their ids."""
+    return _id_of if fields.get("return_tokens_as_token_ids") else name
+
+
+def _id_of(token: TokenLogprob) -> str:
+    return f"token_id:{token.token_id}"
+
+
+def prompt_logprobs_of(tokens: Sequence[TokenLogprob], count: int) -> list[dict[str, Any] | None]:
+    """As vLLM has them: of each token of the prompt itself and `count` alternatives, by id. None for the first, which
+    nothing predicts."""
+    return [None if token.logprob is None else _by_id((token, *token.top[:count])) for token in tokens]
+
+
+def _by_id(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    return {
+        str(token.token_id): {"logprob": token.logprob, "rank": token.rank, "decoded_token": text_of(token)}
+        for token in tokens
+    }
 
 
 def usage_of(results: Sequence[Result]) -> CompletionUsage:

@@ -8,19 +8,16 @@ are the gRPC service's.
 
 import asyncio
 import contextlib
-import functools
 import importlib.metadata
-import json
 import logging
-import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from nanoserve_client import AsyncClient, CallOptions, NanoserveError, Tls, transport
+from nanoserve_client import AsyncClient, NanoserveError, Result, Tokens, transport
 from nanoserve_client import Model as ServedModel
+from nanoserve_client.requests import Messages
 from openai.types import Model
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -30,68 +27,70 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from nanoserve_gateway import live, pages, tracing
-from nanoserve_gateway.answer import Answer, to_json
-from nanoserve_gateway.chat import ChatAnswer, messages_of
+from nanoserve_gateway import live, pages, pieces, tracing
+from nanoserve_gateway.answer import OF_CHAT, Answer, Prompt, check, to_json
+from nanoserve_gateway.chat import ChatAnswer, messages_of, tokenize_options
 from nanoserve_gateway.completions import CompletionAnswer
-from nanoserve_gateway.errors import Problem, bad_request, problem_of
-from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QUERIES, RESPONSES, TOKENIZE
-from nanoserve_gateway.responses import Remembered, ResponseAnswer, page_of
-from nanoserve_gateway.schema import BadRequest, Schema, Violation, parse_json
-from nanoserve_gateway.store import ResponseStore
-from nanoserve_gateway.streaming import EventStream, Generation, unless_gone
+from nanoserve_gateway.config import GatewayConfig
+from nanoserve_gateway.conversations import Conversations
+from nanoserve_gateway.edge import REQUEST_ID, Pages, RequestIds
+from nanoserve_gateway.errors import Problem, Refused, bad_request, is_own, problem_of, refused
+from nanoserve_gateway.exchange import Incoming, json_answer, parse_query
+from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QUERIES, TOKENIZE
+from nanoserve_gateway.refusals import Refusals
+from nanoserve_gateway.schema import BadRequest, Schema, Violation
+from nanoserve_gateway.streaming import EventStream, Generation, all_of, unless_gone
 
-# Larger bodies are parsed on a thread, so that other streams do not wait; and only for callers whom the service knows.
-LARGE_BODY_BYTES = 64 * 1024
-# Of a header that is passed on: gRPC takes 8 KiB of them all.
-MAX_HEADER_CHARS = 2048
-NOT_KEPT = "no response {id!r} is kept: it has not ended yet, was deleted, or made room for others"
+# Of an answer. A thousand take some 5 ms.
+LARGE_NUM_LOGPROBS = 2000
 HEALTH_TIMEOUT_S = 2.0
 HEALTH_SERVICE = "nanoserve.v1.GenerationService"
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class GatewayConfig:
-    """What an operator may choose."""
-
-    # Address of the gRPC service.
-    target: str
-    tls: Tls | None = None
-    # Origins whose pages may call, for browsers; "*" = all.
-    cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 16 * 2**20
-    # Of a request whose caller gives no `x-request-timeout`.
-    timeout_s: float = 600.0
-    # Until a whole request has come.
-    receive_timeout_s: float = 60.0
-    # Of silence in a stream, before a sign of life.
-    keep_alive_s: float = 15.0
-    max_stored_responses: int = 1000
-    max_stored_bytes: int = 64 * 2**20
-
-
-def build_app(config: GatewayConfig, routes: Sequence[BaseRoute] = ()) -> Starlette:
-    """The application; it connects when it starts. routes: further ones, beside the API's.
+def build_app(
+    config: GatewayConfig, routes: Sequence[BaseRoute] = (), meter_provider: "MeterProvider | None" = None
+) -> Starlette:
+    """The application; it connects when it starts. routes: further ones, beside the API's. meter_provider: as Refusals
+    takes it.
 
     Who runs it sets `state.is_stopping`, an event, when it takes no more requests: streams without an end of their own
     then end.
     """
     gateway = Gateway(config)
+    refusals = Refusals(meter_provider)
     origins = list(config.cors_origins)
     cors = Middleware(
         CORSMiddleware,
         allow_origins=origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["x-request-id", "retry-after", "retry-after-ms"],
+        expose_headers=[REQUEST_ID, "retry-after", "retry-after-ms"],
     )
+
+    async def on_refusal(request: Request, error: Exception) -> Response:
+        problem = problem_of(error)
+        if is_own(error):
+            refusals.note(request.scope, problem)
+        return _answer_of(problem)
+
     app = Starlette(
         routes=[*gateway.routes(), *live.routes(gateway.client), *routes],
         lifespan=gateway.lifespan,
-        middleware=[Middleware(tracing.Tracing), *([cors] if origins else [])],
-        exception_handlers={HTTPException: _on_http_error, Exception: _on_error},
+        middleware=[
+            Middleware(RequestIds),
+            Middleware(Pages, config.host, config.cors_origins, refusals),
+            Middleware(tracing.Tracing),
+            *([cors] if origins else []),
+        ],
+        exception_handlers={
+            **dict.fromkeys((BadRequest, HTTPException, NanoserveError, Refused), on_refusal),
+            Exception: _on_error,
+        },
     )
     app.state.is_stopping = asyncio.Event()
     return app
@@ -105,7 +104,8 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
-        self._store = ResponseStore(config.max_stored_responses, config.max_stored_bytes)
+        self._incoming = Incoming(config, self.client)
+        self._conversations = Conversations(config, self._incoming, self.client, self._generation, self._reply)
 
     def client(self) -> AsyncClient:
         """Of the gRPC service, once the application has started."""
@@ -116,14 +116,16 @@ class Gateway:
             query = QUERIES.get((method, path), NO_QUERY)
             return Route(path, _answering(endpoint, query), methods=[method])
 
+        conversations = self._conversations
         return [
             route("POST", "/v1/chat/completions", self.create_chat),
             route("POST", "/v1/completions", self.create_completion),
-            route("POST", "/v1/responses", self.create_response),
-            route("GET", "/v1/responses/{id}", self.get_response),
-            route("DELETE", "/v1/responses/{id}", self.delete_response),
-            route("POST", "/v1/responses/{id}/cancel", self.cancel_response),
-            route("GET", "/v1/responses/{id}/input_items", self.list_input_items),
+            route("POST", "/v1/responses", conversations.create),
+            route("POST", "/v1/responses/input_tokens", conversations.count_tokens),
+            route("GET", "/v1/responses/{id}", conversations.get),
+            route("DELETE", "/v1/responses/{id}", conversations.delete),
+            route("POST", "/v1/responses/{id}/cancel", conversations.cancel),
+            route("GET", "/v1/responses/{id}/input_items", conversations.list_input_items),
             route("GET", "/v1/models", self.list_models),
             route("GET", "/v1/models/{name:path}", self.get_model),
             route("POST", "/tokenize", self.tokenize),
@@ -150,133 +152,82 @@ class Gateway:
     # ------------------------------------------------------------------------------------------- generation
 
     async def create_chat(self, request: Request) -> Response:
-        return await self._reply(request, ChatAnswer(await self._fields(request, CHAT)))
+        answer = ChatAnswer(await self._incoming.fields(request, CHAT))
+        return await self._reply(request, answer, answer.prompts)
 
     async def create_completion(self, request: Request) -> Response:
-        return await self._reply(request, CompletionAnswer(await self._fields(request, COMPLETIONS)))
+        answer = CompletionAnswer(await self._incoming.fields(request, COMPLETIONS))
+        return await self._reply(request, answer, answer.prompts)
 
-    async def create_response(self, request: Request) -> Response:
-        fields = await self._fields(request, RESPONSES)
-        owner = _owner(request)
-        answer = ResponseAnswer(fields, self._previous(owner, fields), functools.partial(self._store.put, owner))
-        if answer.is_background:
-            return await self._begin_in_background(request, answer)
-        return await self._reply(request, answer)
-
-    async def _reply(self, request: Request, answer: Answer) -> Response:
-        generation = self._generation(request, answer)
+    async def _reply(self, request: Request, answer: Answer, prompts: Sequence[Prompt] = ()) -> Response:
+        """prompts: those of which the answer may tell more than was sent."""
+        generation = self._generation(request, answer, prompts)
         with contextlib.ExitStack() as leaving:
             leaving.enter_context(generation)
             try:
                 async with unless_gone(request.receive):
                     starts = await generation.start()
+                    await self._tokenize_told(request, prompts)
                     results = [] if answer.is_streamed else await generation.results()
             except NanoserveError as error:
-                return _refusal(problem_of(error, answer.names))
+                raise refused(error, answer.names, len(answer.requests)) from error
             if answer.is_streamed:
                 leaving.pop_all()
                 return EventStream(generation, answer, starts, self._config.keep_alive_s)
-        return _json(to_json(answer.whole(results)), {"x-request-id": starts[0].request_id})
+        return json_answer(await _written(answer, results))
 
-    async def _begin_in_background(self, request: Request, answer: ResponseAnswer) -> Response:
-        owner, generation = _owner(request), self._generation(request, answer)
+    def _generation(self, request: Request, answer: Answer, prompts: Sequence[Prompt] = ()) -> Generation:
+        call = self._incoming.call_options(request)
+        return Generation([self._client.generate_raw(each, **call) for each in answer.requests], prompts)
 
-        async def go_on() -> None:
-            with generation:
-                try:
-                    answer.whole(await generation.results())
-                except Exception as error:
-                    if not isinstance(error, NanoserveError):
-                        logger.exception("unexpected error")
-                    answer.failed(problem_of(error, answer.names))
+    async def _tokenize_told(self, request: Request, prompts: Sequence[Prompt]) -> None:
+        """So that answers can tell the ids. The service would tell them with log-probabilities too, but to compute
+        those it takes the whole vocabulary for each token of the prompt, and no prefix from the cache.
 
-        with contextlib.ExitStack() as leaving:
-            leaving.enter_context(generation)
-            try:
-                async with unless_gone(request.receive):
-                    starts = await generation.start()
-            except NanoserveError as error:
-                return _refusal(problem_of(error, answer.names))
-            leaving.pop_all()
-        begun = answer.snapshot("in_progress")
-        self._store.put(owner, answer.remembered(begun), asyncio.create_task(go_on()))
-        return _json(to_json(begun), {"x-request-id": starts[0].request_id})
+        Raises NanoserveError.
+        """
 
-    def _generation(self, request: Request, answer: Answer) -> Generation:
-        call = self._call_options(request)
-        return Generation([self._client.generate_raw(each, **call) for each in answer.requests])
+        async def tokenize(prompt: Prompt) -> None:
+            given = cast(Messages, prompt.given)  # other than token ids, which are known
+            options: dict[str, Any] = {**prompt.options, **self._incoming.call_options(request)}
+            tokens = await self._client.tokenize(given, **options)
+            prompt.token_ids = tokens.token_ids
 
-    # ------------------------------------------------------------------------------------ responses that are kept
-
-    async def get_response(self, request: Request) -> Response:
-        return _json(to_json(self._remembered(request).response))
-
-    async def list_input_items(self, request: Request) -> Response:
-        return JSONResponse(page_of(self._remembered(request).items, request.state.query))
-
-    async def delete_response(self, request: Request) -> Response:
-        remembered = self._remembered(request)
-        self._stop(request)
-        self._store.remove(_owner(request), remembered.response.id)
-        return _json(json.dumps({"id": remembered.response.id, "object": "response", "deleted": True}))
-
-    async def cancel_response(self, request: Request) -> Response:
-        remembered = self._remembered(request)
-        if not remembered.response.background:
-            raise BadRequest([Violation("id", "only responses in the background can be cancelled")])
-        if self._stop(request):
-            cancelled = remembered.response.model_copy(update={"status": "cancelled"})
-            remembered = Remembered(cancelled, remembered.items, remembered.messages)
-            self._store.put(_owner(request), remembered)
-        return _json(to_json(remembered.response))
-
-    def _stop(self, request: Request) -> bool:
-        """Whether it was running."""
-        task = self._store.task(_owner(request), request.path_params["id"])
-        return task is not None and task.cancel()
-
-    def _remembered(self, request: Request) -> Remembered:
-        """Raises HTTPException."""
-        if (found := self._store.get(_owner(request), id := request.path_params["id"])) is None:
-            raise HTTPException(404, NOT_KEPT.format(id=id))
-        return found
-
-    def _previous(self, owner: str, fields: Mapping[str, Any]) -> Remembered | None:
-        """Raises BadRequest."""
-        if (id := fields.get("previous_response_id")) is None:
-            return None
-        found = self._store.get(owner, id)
-        if found is None:
-            raise BadRequest([Violation("previous_response_id", NOT_KEPT.format(id=id))])
-        if found.response.status not in ("completed", "incomplete"):
-            raise BadRequest([Violation("previous_response_id", f"{id!r} is {found.response.status}")])
-        return found
+        await all_of([tokenize(prompt) for prompt in prompts if prompt.is_told and prompt.token_ids is None])
 
     # ------------------------------------------------------------------------------------------- models, tokens
 
     async def list_models(self, request: Request) -> Response:
-        models = await self._client.list_models(**self._call_options(request))
-        return JSONResponse({"object": "list", "data": [_model(model).to_dict() for model in models]})
+        models = await self._client.list_models(**self._incoming.call_options(request))
+        return JSONResponse({"object": "list", "data": [_model(model) for model in models]})
 
     async def get_model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        for model in await self._client.list_models(**self._call_options(request)):
+        if not (name := request.path_params["name"]):  # many a client ends the list's path with a stroke
+            return await self.list_models(request)
+        for model in await self._client.list_models(**self._incoming.call_options(request)):
             if model.name == name:
-                return JSONResponse(_model(model).to_dict())
-        return _refusal(bad_request("model", f"no served model is called {name!r}", status=404, code="model_not_found"))
+                return JSONResponse(_model(model))
+        why = f"no served model is called {name!r}"
+        raise Refused(bad_request("model", why, status=404, code="model_not_found"))
 
     async def tokenize(self, request: Request) -> Response:
-        fields = await self._fields(request, TOKENIZE)
+        fields = await self._incoming.fields(request, TOKENIZE)
         if ("prompt" in fields) == ("messages" in fields):
             raise BadRequest([Violation("prompt", "either prompt or messages is required")])
-        prompt = messages_of(fields["messages"]) if "messages" in fields else fields["prompt"]
-        tokens = await self._client.tokenize(prompt, model=fields.get("model"), **self._call_options(request))
-        texts = [token.decode("utf-8", "replace") for token in tokens.tokens]
-        return JSONResponse({"count": len(texts), "tokens": tokens.token_ids, "token_strs": texts, "text": tokens.text})
+        is_text = "prompt" in fields
+        check(*((is_text and name in fields, name, "is for messages only") for name in OF_CHAT))
+        prompt = fields["prompt"] if is_text else messages_of(fields["messages"])
+        options: dict[str, Any] = {**tokenize_options(fields), **self._incoming.call_options(request)}
+        tokens = await self._client.tokenize(prompt, **options)
+        models = await self._client.list_models(**self._incoming.call_options(request))
+        name = fields.get("model") or models[0].name
+        most = next(model.max_context_tokens for model in models if model.name == name)
+        has_texts = fields.get("return_token_strs", True)
+        return json_answer(await asyncio.to_thread(_tokens_json, tokens, most, has_texts=has_texts))
 
     async def detokenize(self, request: Request) -> Response:
-        fields = await self._fields(request, DETOKENIZE)
-        call = self._call_options(request)
+        fields = await self._incoming.fields(request, DETOKENIZE)
+        call = self._incoming.call_options(request)
         text = await self._client.detokenize(fields["tokens"], model=fields.get("model"), **call)
         return JSONResponse({"prompt": text})
 
@@ -301,94 +252,68 @@ class Gateway:
     async def openapi(self, _request: Request) -> Response:
         return JSONResponse(pages.openapi())
 
-    # ------------------------------------------------------------------------------------------- what comes in
 
-    async def _fields(self, request: Request, schema: Schema) -> dict[str, Any]:
-        """Raises BadRequest, or HTTPException."""
-        try:
-            async with asyncio.timeout(self._config.receive_timeout_s):
-                body = await self._body(request)
-        except TimeoutError:
-            raise HTTPException(408, f"the request did not come within {self._config.receive_timeout_s:g} s") from None
-        if len(body) < LARGE_BODY_BYTES:
-            return schema.parse(parse_json(body))
-        return await asyncio.to_thread(lambda: schema.parse(parse_json(body)))
-
-    async def _body(self, request: Request) -> bytes:
-        body = bytearray()
-        async for piece in request.stream():
-            if len(body) < LARGE_BODY_BYTES <= len(body) + len(piece):
-                # Any call would do: a wrong key is refused before there is more to read.
-                await self._client.list_models(**self._call_options(request))
-            body += piece
-            if len(body) > (most := self._config.max_body_bytes):
-                raise HTTPException(413, f"the request has more than {most} bytes")
-        return bytes(body)
-
-    def _call_options(self, request: Request) -> CallOptions:
-        """What travels beside the request; the service looks at it. Raises BadRequest."""
-        options: CallOptions = {"timeout": self._timeout_s(request), "request_id": request.headers.get("x-request-id")}
-        if not tracing.IS_INSTALLED:  # else the client sends that of its own span
-            options["traceparent"] = request.headers.get("traceparent")
-        if (authorization := request.headers.get("authorization")) is not None:
-            options["metadata"] = {"authorization": authorization}
-        for name in ("x-request-id", "traceparent", "authorization"):
-            value = request.headers.get(name, "")
-            if not (value.isascii() and value.isprintable() and len(value) <= MAX_HEADER_CHARS):
-                wanted = f"must be at most {MAX_HEADER_CHARS} characters of printable ASCII"
-                raise BadRequest([Violation(f"header {name}", wanted)])
-        return options
-
-    def _timeout_s(self, request: Request) -> float:
-        header = request.headers.get("x-request-timeout")
-        if header is None:
-            return self._config.timeout_s
-        try:
-            timeout_s = float(header)
-        except ValueError:
-            timeout_s = math.nan
-        if not 0 < timeout_s < 2**31:
-            raise BadRequest([Violation("header x-request-timeout", "must be seconds, above 0")])
-        return timeout_s
+def _model(model: ServedModel) -> dict[str, Any]:
+    """As OpenAI has it, and with what clients of vLLM's read."""
+    created = int(model.create_time.timestamp())
+    named = Model(id=model.name, object="model", created=created, owned_by="nanoserve")
+    permission = {
+        "id": f"modelperm-{model.name}",
+        "object": "model_permission",
+        "created": created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    more = {"root": model.name, "parent": None, "max_model_len": model.max_context_tokens, "permission": [permission]}
+    return {**named.to_dict(), **more}
 
 
-def _owner(request: Request) -> str:
-    return request.headers.get("authorization", "")
+def _tokens_json(tokens: Tokens, max_context_tokens: int, *, has_texts: bool) -> bytes:
+    return pieces.of_members(
+        {
+            "count": b"%d" % len(tokens.token_ids),
+            "max_model_len": b"%d" % max_context_tokens,
+            "tokens": pieces.array(tokens.token_ids),
+            "token_strs": pieces.array(tokens.tokens, _text_of_bytes) if has_texts else b"null",
+            "text": pieces.text(tokens.text),
+        }
+    )
 
 
-def _model(model: ServedModel) -> Model:
-    return Model(id=model.name, object="model", created=int(model.create_time.timestamp()), owned_by="nanoserve")
+def _text_of_bytes(token: bytes) -> str:
+    return token.decode("utf-8", "replace")
 
 
-def _json(text: str, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(text, media_type="application/json", headers=headers)
+async def _written(answer: Answer, results: Sequence[Result]) -> str:
+    """An answer that is not streamed. Many log-probabilities are written on a thread, so that other streams go on."""
+    told = [each.logprobs for result in results for each in result.completions]
+    told += [result.prompt_logprobs for result in results]
+    num_logprobs = sum(1 + len(token.top) for tokens in told for token in tokens)
+    if num_logprobs < LARGE_NUM_LOGPROBS:
+        return to_json(answer.whole(results))
+    return await asyncio.to_thread(lambda: to_json(answer.whole(results)))
 
 
-def _refusal(problem: Problem) -> Response:
+def _answer_of(problem: Problem) -> Response:
     return JSONResponse(problem.as_json(), problem.status, headers=dict(problem.headers))
-
-
-def _parse_query(schema: Schema, request: Request) -> dict[str, Any]:
-    """Raises BadRequest. OpenAI's clients write a list as `name[]=a&name[]=b`."""
-    given: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if name in given:
-            raise BadRequest([Violation(name, "is given more than once")])
-        given[name.removesuffix("[]")] = value
-    return schema.parse(given)
 
 
 def _answering(
     endpoint: Callable[[Request], Awaitable[Response]], query: Schema
 ) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint, whose refusals are answers; it finds the checked parameters in request.state.query."""
+    """The endpoint, which finds the checked parameters in request.state.query."""
 
     async def answer(request: Request) -> Response:
         try:
-            request.state.query = _parse_query(query, request)
+            request.state.query = parse_query(query, request)
             return await endpoint(request)
-        except (BadRequest, NanoserveError) as error:
-            return _refusal(problem_of(error))
         except ClientDisconnect:
             # Nobody reads it.
             return Response(status_code=499)
@@ -396,12 +321,9 @@ def _answering(
     return answer
 
 
-async def _on_http_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    problem = bad_request(None, error.detail, status=error.status_code, code=f"http_{error.status_code}")
-    return JSONResponse(problem.as_json(), error.status_code, headers=error.headers)
-
-
-async def _on_error(_request: Request, error: Exception) -> Response:
-    logger.error("unexpected error", exc_info=error)
-    return _refusal(problem_of(error))
+async def _on_error(request: Request, error: Exception) -> Response:
+    logger.error("request %s: unexpected error", request.state.request_id, exc_info=error)
+    answer = _answer_of(problem_of(error))
+    # It is made outside of all middleware.
+    answer.headers[REQUEST_ID] = request.state.request_id
+    return answer

@@ -1,9 +1,9 @@
 """/v1/chat/completions. Pure."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
-from nanoserve_client import Completion, Delta, Result, Started, TokenLogprob
+from nanoserve_client import Completion, Delta, Result, Started, TokenizeOptions, TokenLogprob
 from nanoserve_client.requests import Messages, chat_prompt, generate_request
 from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
@@ -11,12 +11,17 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
 from nanoserve_gateway.answer import (
     Chunks,
+    Prompt,
+    chat_options,
     check,
     error_frame,
     finish_reason,
+    naming,
     new_id,
     now,
     options,
+    prompt_logprobs_of,
+    stop_reason,
     stream_rules,
     text_of,
     usage_of,
@@ -31,46 +36,57 @@ class ChatAnswer:
         """fields: as CHAT.parse returns them. Raises BadRequest."""
         limit, other = fields.get("max_tokens"), fields.get("max_completion_tokens")
         check(
-            stream_rules(fields),
+            *stream_rules(fields),
             (None not in (limit, other) and limit != other, "max_tokens", "differs from max_completion_tokens"),
-            ("top_logprobs" in fields and not fields.get("logprobs"), "top_logprobs", "is for logprobs only"),
+            (bool(fields.get("top_logprobs")) and not fields.get("logprobs"), "top_logprobs", "is for logprobs only"),
         )
         chosen = options(fields)
         if other is not None:
             chosen["max_tokens"] = other
         if fields.get("logprobs"):
             chosen["logprobs"] = fields.get("top_logprobs", 0)
-        prompt = chat_prompt(messages_of(fields["messages"]), (), None, False)
-        self.requests = [generate_request(prompt, chosen)]
+        messages, template = messages_of(fields["messages"]), chat_options(fields)
+        self.requests = [generate_request(chat_prompt(messages, template), chosen)]
+        self._has_token_ids = bool(fields.get("return_token_ids"))
+        self.prompts = [Prompt(messages, tokenize_options(fields), self._has_token_ids)]
         self.is_streamed = bool(fields.get("stream"))
         self.names = {
             "output.logprobs": "top_logprobs",
+            "output.prompt_logprobs": "prompt_logprobs",
             "stopping.max_tokens": "max_tokens" if other is None else "max_completion_tokens",
+            "prompt": "messages",
         }
+        self._name = naming(fields, text_of)
         self._has_logprobs = bool(fields.get("logprobs"))
-        self._has_token_ids = bool(fields.get("return_token_ids"))
+        self._prompt_logprobs: int | None = fields.get("prompt_logprobs")
         self._metadata = fields.get("metadata")
         self._id, self._created = new_id("chatcmpl-"), now()
         self._chunks = Chunks("chat.completion.chunk", self._id, self._created, fields)
 
     def begin(self, starts: Sequence[Started]) -> Iterator[bytes]:
-        self._chunks.begin(starts[0])
+        self._chunks.begin(starts)
+        told = self._prompt_token_ids()
         for index in range(self.requests[0].n or 1):
-            yield self._chunks.chunk(
-                {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-            )
+            delta = {"role": "assistant", "content": ""}
+            yield self._chunks.chunk({"index": index, "delta": delta, "finish_reason": None}, told)
 
     def delta(self, _prompt: int, delta: Delta) -> Iterator[bytes]:
-        """One chunk; none for tokens whose text is still to come, unless they are told themselves."""
-        fields: dict[str, Any] = {}
+        """A chunk with what is new, unless it is tokens whose text is still to come and that are not told themselves;
+        and one with the end, because many clients read no text there."""
+        self._chunks.count(delta)
+        told: dict[str, Any] = {}
         if self._has_logprobs and delta.logprobs:
-            fields["logprobs"] = {"content": [logprob_of(token) for token in delta.logprobs], "refusal": None}
-        if self._has_token_ids:
-            fields["token_ids"] = delta.token_ids
-        reason = None if delta.finish_reason is None else finish_reason(delta.finish_reason)
-        if delta.text or reason or fields:
-            content = {"content": delta.text} if delta.text else {}
-            yield self._chunks.chunk({"index": delta.index, "delta": content, "finish_reason": reason, **fields})
+            tokens = [logprob_of(token, self._name) for token in delta.logprobs]
+            told["logprobs"] = {"content": tokens, "refusal": None}
+        if self._has_token_ids and delta.token_ids:
+            told["token_ids"] = delta.token_ids
+        if delta.text or told:
+            content = {"content": delta.text}
+            yield self._chunks.chunk({"index": delta.index, "delta": content, "finish_reason": None, **told})
+        if delta.finish_reason is not None:
+            end = {"finish_reason": finish_reason(delta.finish_reason), "stop_reason": stop_reason(delta)}
+            told = {"token_ids": ()} if self._has_token_ids else {}
+            yield self._chunks.chunk({"index": delta.index, "delta": {}, **end, **told})
 
     def end(self, results: Sequence[Result]) -> Iterator[bytes]:
         return self._chunks.end(results)
@@ -79,25 +95,34 @@ class ChatAnswer:
         yield error_frame(problem)
 
     def whole(self, results: Sequence[Result]) -> ChatCompletion:
-        labels = {} if self._metadata is None else {"metadata": self._metadata}
+        [result] = results
+        extra = self._prompt_token_ids()
+        if self._metadata is not None:
+            extra["metadata"] = self._metadata
+        if self._prompt_logprobs is not None:
+            extra["prompt_logprobs"] = prompt_logprobs_of(result.prompt_logprobs, self._prompt_logprobs)
         return ChatCompletion(
             id=self._id,
             object="chat.completion",
             created=self._created,
-            model=results[0].started.model,
-            choices=[self._choice(completion) for completion in results[0].completions],
+            model=result.started.model,
+            choices=[self._choice(completion) for completion in result.completions],
             usage=usage_of(results),
-            **labels,
+            **extra,
         )
 
+    def _prompt_token_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self.prompts[0].token_ids} if self._has_token_ids else {}
+
     def _choice(self, completion: Completion) -> Choice:
-        tokens = [logprob_of(token) for token in completion.logprobs]
+        tokens = [logprob_of(token, self._name) for token in completion.logprobs]
         extra: dict[str, Any] = {"token_ids": completion.token_ids} if self._has_token_ids else {}
         return Choice(
             index=completion.index,
             finish_reason=finish_reason(completion.finish_reason),  # type: ignore[arg-type]
             message=ChatCompletionMessage(role="assistant", content=completion.text, refusal=None),
             logprobs=ChoiceLogprobs(content=tokens) if self._has_logprobs else None,
+            stop_reason=stop_reason(completion),  # type: ignore[call-arg]
             **extra,
         )
 
@@ -107,21 +132,39 @@ def messages_of(messages: Sequence[Mapping[str, Any]]) -> Messages:
     return [_message(message) for message in messages]
 
 
+def tokenize_options(fields: Mapping[str, Any]) -> TokenizeOptions:
+    """How a conversation is tokenized, for the client."""
+    own = {name: fields[name] for name in ("model", "add_special_tokens") if name in fields}
+    return cast(TokenizeOptions, {**own, **chat_options(fields)})
+
+
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     taken = {key: message[key] for key in ("role", "name", "tool_call_id") if message.get(key) is not None}
-    taken["content"] = content_text(message.get("content"))
-    calls = message.get("tool_calls") or ()
-    taken["tool_calls"] = [{"id": call["id"], **call["function"]} for call in calls]
+    taken["tool_calls"] = [_tool_call(call) for call in message.get("tool_calls") or ()]
+    taken["content"] = content_of(message.get("content"))
+    if taken["content"] is None and not taken["tool_calls"]:
+        # An assistant who said nothing; the service wants a text of whoever makes no calls.
+        taken["content"] = ""
     return taken
 
 
-def content_text(content: str | Sequence[Mapping[str, Any]] | None) -> str | None:
-    """The text of a message; parts are joined as they are."""
-    return content if isinstance(content, str) or content is None else "".join(part["text"] for part in content)
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Models and clients write no arguments as an empty text, which is no JSON."""
+    function = call["function"]
+    arguments = function["arguments"] if function["arguments"].strip() else "{}"
+    return {"id": call["id"], "name": function["name"], "arguments": arguments}
 
 
-def logprob_of(token: TokenLogprob) -> ChatCompletionTokenLogprob:
-    top = [TopLogprob(token=text_of(t), bytes=list(t.token), logprob=t.logprob or 0.0) for t in token.top]
+def content_of(content: str | Sequence[Mapping[str, Any]] | None) -> str | list[str] | None:
+    """The text of a message, or its parts: what stands between them is for the model's template to say."""
+    if isinstance(content, str) or content is None:
+        return content
+    texts = [part["text"] for part in content]
+    return texts if len(texts) > 1 else "".join(texts)
+
+
+def logprob_of(token: TokenLogprob, name: Callable[[TokenLogprob], str]) -> ChatCompletionTokenLogprob:
+    top = [TopLogprob(token=name(t), bytes=list(t.token), logprob=t.logprob or 0.0) for t in token.top]
     return ChatCompletionTokenLogprob(
-        token=text_of(token), bytes=list(token.token), logprob=token.logprob or 0.0, top_logprobs=top
+        token=name(token), bytes=list(token.token), logprob=token.logprob or 0.0, top_logprobs=top
     )

@@ -1,25 +1,29 @@
 """/v1/completions: one prompt or several, text or token ids. Pure."""
 
 import codecs
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from nanoserve_client import Completion as Sequence_
-from nanoserve_client import Delta, Result, Started, TokenLogprob
+from nanoserve_client import Delta, GenerateOptions, Result, Started, TokenizeOptions, TokenLogprob
 from nanoserve_client.requests import generate_request
+from nanoserve_client.v1 import generation_pb2 as pb
 from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs
 
 from nanoserve_gateway.answer import (
     Chunks,
+    Prompt,
     check,
     error_frame,
     finish_reason,
+    naming,
     new_id,
     now,
     options,
+    prompt_logprobs_of,
+    stop_reason,
     stream_rules,
-    text_of,
     unchecked,
     usage_of,
 )
@@ -33,50 +37,96 @@ class CompletionAnswer:
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         """fields: as COMPLETIONS.parse returns them. Raises BadRequest."""
-        self._prompts = prompts_of(fields["prompt"])
-        self._echo = bool(fields.get("echo"))
-        self._has_logprobs = "logprobs" in fields
-        self.is_streamed = bool(fields.get("stream"))
-        # Then the prompt comes back as tokens, which the server tells of when it has computed them.
-        is_echo_told = self._echo and (self._has_logprobs or not isinstance(self._prompts[0], str))
+        given = prompts_of(fields["prompt"])
         check(
-            stream_rules(fields),
-            (len(self._prompts) > MAX_PROMPTS, "prompt", f"has {len(self._prompts)} prompts; at most {MAX_PROMPTS}"),
-            (is_echo_told and self.is_streamed, "echo", "of token ids, or with logprobs, is not streamed"),
+            *stream_rules(fields),
+            (len(given) > MAX_PROMPTS, "prompt", f"has {len(given)} prompts; at most {MAX_PROMPTS}"),
         )
-        chosen = options(fields)
-        if self._has_logprobs:
-            chosen["logprobs"] = fields["logprobs"]
-        if is_echo_told:
-            chosen["prompt_logprobs"] = fields.get("logprobs", 0)
-        self.requests = [generate_request(prompt, chosen) for prompt in self._prompts]
-        self.names: Mapping[str, str] = {"output.logprobs": "logprobs"}
-        self._n = fields.get("n", 1)
+        self.is_streamed = bool(fields.get("stream"))
+        self._echo = bool(fields.get("echo"))
+        self._logprobs: int | None = fields.get("logprobs")
+        self._prompt_logprobs: int | None = fields.get("prompt_logprobs")
+        self._name = naming(fields, _name_of)
         self._has_token_ids = bool(fields.get("return_token_ids"))
+        own = {name: fields[name] for name in ("model", "add_special_tokens") if name in fields}
+        self.prompts = [
+            Prompt(each, cast(TokenizeOptions, own), self._has_token_ids, None if isinstance(each, str) else each)
+            for each in given
+        ]
+        chosen = options(fields)
+        chosen["logprobs"] = self._logprobs
+        self.requests = [self._request(prompt, chosen) for prompt in self.prompts]
+        self.names: Mapping[str, str] = {
+            "output.logprobs": "logprobs",
+            "output.prompt_logprobs": "logprobs" if self._prompt_logprobs is None else "prompt_logprobs",
+        }
+        self._n = fields.get("n", 1)
         self._id, self._created = new_id("cmpl-"), now()
         self._chunks = Chunks("text_completion", self._id, self._created, fields)
-        self._scribes: dict[tuple[int, int], _Scribe] = {}
+        self._scribes: dict[int, _Scribe] = {}
+        # Numbers of the prompts that are still to be echoed.
+        self._unsaid = set(range(len(given))) if self._echo else set()
+
+    def _request(self, prompt: Prompt, chosen: GenerateOptions) -> pb.GenerateRequest:
+        wanted = [count for count in (self._prompt_logprobs, self._echoed(prompt)) if count is not None]
+        given = cast(str | Sequence[int], prompt.given)
+        return generate_request(given, {**chosen, "prompt_logprobs": max(wanted, default=None)})
+
+    def _echoed(self, prompt: Prompt) -> int | None:
+        """With how many alternatives the service has to tell the prompt's tokens so that they can be echoed; None if it
+        need not."""
+        is_told = self._echo and (self._logprobs is not None or not isinstance(prompt.given, str))
+        return (self._logprobs or 0) if is_told else None
 
     def begin(self, starts: Sequence[Started]) -> Iterator[bytes]:
-        self._chunks.begin(starts[0])
-        for number, prompt in enumerate(self._prompts if self._echo else ()):
-            for index in range(self._n):
-                place = number * self._n + index
-                yield self._chunks.chunk({"index": place, "text": prompt, "logprobs": None, "finish_reason": None})
+        """A chunk for each choice whose prompt has something to tell already."""
+        self._chunks.begin(starts)
+        for number, prompt in enumerate(self.prompts):
+            is_echoed = self._echo and self._echoed(prompt) is None
+            fields: dict[str, Any] = {"text": prompt.given if is_echoed else "", "logprobs": None}
+            if self._has_token_ids:
+                fields |= {"token_ids": (), "prompt_token_ids": prompt.token_ids}
+            if is_echoed:
+                self._unsaid.discard(number)
+            if is_echoed or self._has_token_ids:
+                yield from self._for_each_choice(number, fields)
 
     def delta(self, prompt: int, delta: Delta) -> Iterator[bytes]:
-        """One chunk; none for tokens whose text is still to come, unless they are told themselves."""
-        fields: dict[str, Any] = {"logprobs": None, "finish_reason": None}
-        if self._has_logprobs and delta.logprobs:
-            scribe = self._scribes.setdefault((prompt, delta.index), _Scribe())
-            fields["logprobs"] = scribe.write(delta.logprobs)
-        if self._has_token_ids:
-            fields["token_ids"] = delta.token_ids
+        """A chunk with what is new, unless it is tokens whose text is still to come and that are not told themselves;
+        and one with the end, because many clients read no text there."""
+        if prompt in self._unsaid:
+            self._unsaid.discard(prompt)
+            yield from self._late_echo(prompt)
+        self._chunks.count(delta)
+        index = prompt * self._n + delta.index
+        told: dict[str, Any] = {"token_ids": delta.token_ids} if self._has_token_ids else {}
+        logprobs = self._scribe(index).write(delta.logprobs) if self._logprobs is not None and delta.logprobs else None
+        if delta.text or logprobs or told.get("token_ids"):
+            new = {"text": delta.text, "logprobs": logprobs, "finish_reason": None}
+            yield self._chunks.chunk({"index": index, **new, **told})
         if delta.finish_reason is not None:
-            fields["finish_reason"] = finish_reason(delta.finish_reason)
-        if delta.text or any(value is not None for value in fields.values()):
-            index = prompt * self._n + delta.index
-            yield self._chunks.chunk({"index": index, "text": delta.text, **fields})
+            end = {"finish_reason": finish_reason(delta.finish_reason), "stop_reason": stop_reason(delta)}
+            told = {"token_ids": ()} if self._has_token_ids else {}
+            yield self._chunks.chunk({"index": index, "text": "", "logprobs": None, **end, **told})
+
+    def _late_echo(self, number: int) -> Iterator[bytes]:
+        """Of a prompt that the service told of when it had computed it."""
+        tokens = self.prompts[number].logprobs
+        fields: dict[str, Any] = {"text": self._prompt_text(number, tokens), "logprobs": None}
+        if self._has_token_ids:
+            fields["token_ids"] = ()
+        for choice in range(self._n):
+            if self._logprobs is not None:
+                fields["logprobs"] = self._scribe(number * self._n + choice).write(tokens)
+        yield from self._for_each_choice(number, fields)
+
+    def _for_each_choice(self, number: int, fields: Mapping[str, Any]) -> Iterator[bytes]:
+        """The same chunk for each choice of a prompt."""
+        for index in range(number * self._n, (number + 1) * self._n):
+            yield self._chunks.chunk({"index": index, "finish_reason": None, **fields})
+
+    def _scribe(self, index: int) -> "_Scribe":
+        return self._scribes.setdefault(index, _Scribe(self._logprobs or 0, self._name))
 
     def end(self, results: Sequence[Result]) -> Iterator[bytes]:
         return self._chunks.end(results)
@@ -103,32 +153,40 @@ class CompletionAnswer:
     def _choice(self, prompt: int, result: Result, sequence: Sequence_) -> CompletionChoice:
         text, tokens = sequence.text, sequence.logprobs
         if self._echo:
-            text = self._prompt_text(prompt, result) + text
+            text = self._prompt_text(prompt, result.prompt_logprobs) + text
             tokens = result.prompt_logprobs + tokens
-        extra: dict[str, Any] = {"token_ids": sequence.token_ids} if self._has_token_ids else {}
+        logprobs = None if self._logprobs is None else _Scribe(self._logprobs, self._name).write(tokens)
+        extra: dict[str, Any] = {}
+        if self._has_token_ids:
+            extra |= {"token_ids": sequence.token_ids, "prompt_token_ids": self.prompts[prompt].token_ids}
+        if self._prompt_logprobs is not None:
+            extra["prompt_logprobs"] = prompt_logprobs_of(result.prompt_logprobs, self._prompt_logprobs)
         return unchecked(
             CompletionChoice,
             index=prompt * self._n + sequence.index,
             text=text,
             finish_reason=finish_reason(sequence.finish_reason),
-            logprobs=_Scribe().write(tokens) if self._has_logprobs else None,
+            stop_reason=stop_reason(sequence),
+            logprobs=logprobs,
             **extra,
         )
 
-    def _prompt_text(self, prompt: int, result: Result) -> str:
-        given = self._prompts[prompt]
+    def _prompt_text(self, number: int, tokens: Sequence[TokenLogprob]) -> str:
+        given = self.prompts[number].given
         if isinstance(given, str):
             return given
-        return b"".join(token.token for token in result.prompt_logprobs).decode("utf-8", "replace")
+        return b"".join(token.token for token in tokens).decode("utf-8", "replace")
 
 
 class _Scribe:
     """Writes the log-probabilities of one choice, and knows where in its text each token begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int, name: Callable[[TokenLogprob], str]) -> None:
+        """count: of alternatives. name: what a token is called."""
         # A token may end within a character.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
+        self._count, self._name = count, name
 
     def write(self, tokens: Sequence[TokenLogprob]) -> Logprobs:
         offsets = []
@@ -137,22 +195,34 @@ class _Scribe:
             self._offset += len(self._decoder.decode(token.token))
         return unchecked(
             Logprobs,
-            tokens=[text_of(token) for token in tokens],
+            tokens=[self._name(token) for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[_alternatives(token) for token in tokens],
+            top_logprobs=[self._top(token) for token in tokens],
             text_offset=offsets,
         )
 
+    def _top(self, token: TokenLogprob) -> dict[str, float] | None:
+        """The alternatives by name, and the token itself, as OpenAI has it: up to one more than were asked for. Of two
+        tokens with one name the likelier stays. None for the prompt's first token, which nothing predicts."""
+        if token.logprob is None:
+            return None
+        top: dict[str, float] = {}
+        for each in (*token.top[: self._count], token):
+            name, logprob = self._name(each), each.logprob or 0.0
+            top[name] = max(logprob, top.get(name, logprob))
+        return top
 
-def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
-    """By text. None for the prompt's first token, which nothing predicts."""
-    return None if token.logprob is None else {text_of(other): other.logprob or 0.0 for other in token.top}
+
+def _name_of(token: TokenLogprob) -> str:
+    """As OpenAI's completions name tokens that are no text by themselves, so that they can be told apart."""
+    try:
+        return token.token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + token.token.decode("utf-8", "backslashreplace")
 
 
 def prompts_of(prompt: str | list[Any]) -> Sequence[str | list[int]]:
     """The prompts, one by one. An empty list is one empty prompt, which the server refuses."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
         return [prompt]
-    if prompt and not isinstance(prompt[0], int):
-        return prompt
-    return [prompt]
+    return prompt

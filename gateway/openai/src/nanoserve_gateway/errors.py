@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 from nanoserve_client import NanoserveError
+from starlette.exceptions import HTTPException
 
 from nanoserve_gateway.schema import BadRequest
 
@@ -34,6 +35,15 @@ class Problem:
     def as_json(self) -> dict[str, Any]:
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
+
+
+class Refused(Exception):
+    """The request is turned away, with this answer."""
+
+    def __init__(self, problem: Problem, *, is_own: bool = True) -> None:
+        """is_own: by the gateway, not the service."""
+        super().__init__(problem.message)
+        self.problem, self.is_own = problem, is_own
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +79,23 @@ _NAMES = {
     "output.prompt_logprobs": "logprobs",
     "chat.messages": "messages",
     "cache.salt": "cache_salt",
+    "chat.template_kwargs_json": "chat_template_kwargs",
 }
+# Within a message.
+_CALL = re.compile(r"(\.tool_calls\[\d+\])\.(name|arguments)(_json)?$")
 _SECTION = re.compile(r"^(sampling|stopping|output|chat)\.")
+# What calls fail with that the service never saw, besides errors without a reason.
+_TOO_LARGE = "REQUEST_TOO_LARGE"
 
 
-def problem_of(error: Exception, names: Mapping[str, str] | None = None) -> Problem:
-    """The answer for an exception. names: what the API calls fields of the contract that have other names there."""
+def problem_of(error: Exception, names: Mapping[str, str] | None = None, num_prompts: int = 1) -> Problem:
+    """The answer for an exception. names: what the API calls fields of the contract that have other names there.
+    num_prompts: that the request has."""
+    if isinstance(error, Refused):
+        return error.problem
+    if isinstance(error, HTTPException):
+        code = f"http_{error.status_code}"
+        return Problem(error.status_code, "invalid_request_error", code, error.detail, headers=error.headers or {})
     if isinstance(error, BadRequest):
         return _bad_request([(v.param, v.message) for v in error.violations], len(error.violations))
     if not isinstance(error, NanoserveError):
@@ -82,9 +103,24 @@ def problem_of(error: Exception, names: Mapping[str, str] | None = None) -> Prob
     if error.violations:
         count = int(error.metadata.get("violations", len(error.violations)))
         return _bad_request([(_rest_name(f, names or {}), d) for f, d in error.violations], count)
+    if num_prompts > (most := int(error.metadata.get("max_waiting", num_prompts))):
+        # However often it is tried again.
+        return bad_request("prompt", f"has {num_prompts} prompts; the server lets {most} requests wait (--max-waiting)")
     row = _TABLE.get(error.code, _Row(500, "server_error"))
     code = row.code or (error.reason or error.code.name).lower()
     return Problem(row.status, row.type, code, error.message or error.code.name.lower(), headers=_headers(error, row))
+
+
+def is_own(error: Exception) -> bool:
+    """Whether the gateway says so, and not the service, which has a line in its log for each call that it refuses."""
+    if isinstance(error, Refused):
+        return error.is_own
+    return not isinstance(error, NanoserveError) or error.reason in (None, _TOO_LARGE)
+
+
+def refused(error: NanoserveError, names: Mapping[str, str], num_prompts: int = 1) -> Refused:
+    """The error in the words of the API that was called. The others as problem_of takes them."""
+    return Refused(problem_of(error, names, num_prompts), is_own=is_own(error))
 
 
 def bad_request(param: str | None, message: str, *, status: int = 400, code: str = "invalid_request") -> Problem:
@@ -99,19 +135,19 @@ def _bad_request(violations: list[tuple[str, str]], count: int) -> Problem:
 
 
 def _headers(error: NanoserveError, row: _Row) -> dict[str, str]:
-    headers = {}
     if row.retry_after_s is not None:
         # OpenAI's clients read milliseconds if they are there; others read whole seconds.
         retry_after_s = row.retry_after_s if error.retry_after is None else error.retry_after
-        headers = {"retry-after": str(max(1, round(retry_after_s))), "retry-after-ms": str(round(retry_after_s * 1000))}
-    elif row.status in (409, 500, 504):
-        headers = {"x-should-retry": "false"}
-    return headers | ({"x-request-id": error.request_id} if error.request_id else {})
+        return {"retry-after": str(max(1, round(retry_after_s))), "retry-after-ms": str(round(retry_after_s * 1000))}
+    return {"x-should-retry": "false"} if row.status in (409, 500, 504) else {}
 
 
 def _rest_name(path: str, names: Mapping[str, str]) -> str:
     """A field of the contract as the API's callers know it."""
-    for ours, theirs in {**_NAMES, **names}.items():
+    if path == "chat":  # as a whole, as when the template refuses it
+        path = "chat.messages"
+    # The longest that fits: a message may be known otherwise than all of them.
+    for ours, theirs in sorted({**_NAMES, **names}.items(), key=lambda name: -len(name[0])):
         if path == ours or path.startswith((f"{ours}[", f"{ours}.")):
-            return theirs + path[len(ours) :]
+            return theirs + _CALL.sub(r"\1.function.\2", path[len(ours) :]).replace(".content_parts", ".content")
     return _SECTION.sub("", path)

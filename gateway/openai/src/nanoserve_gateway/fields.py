@@ -4,7 +4,7 @@ status.
 A test walks the openai package's parameter types and fails if one of their fields has no line here.
 """
 
-from typing import Annotated, Any, Required
+from typing import Annotated, Any, Literal, Required
 
 from openai.types import completion_create_params
 from openai.types.chat import (
@@ -27,19 +27,26 @@ from openai.types.responses import (
     ResponseInputTextParam,
     ResponseOutputMessageParam,
     ResponseOutputTextParam,
+    ResponseTextConfigParam,
     input_item_list_params,
+    input_token_count_params,
     response_create_params,
     response_retrieve_params,
 )
-from openai.types.responses.response_input_param import Message
+from openai.types.responses.response_create_params import StreamOptions
+from openai.types.responses.response_input_param import ItemReference
+from openai.types.shared_params import Reasoning
 from pydantic import Discriminator, Field, Strict, Tag
 
+from nanoserve_gateway.schema import Field as Line
 from nanoserve_gateway.schema import Schema, label, refused, served
 
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 TokenId = Uint32
 # A JSON object's keys are texts.
 TokenKey = Annotated[int, Strict(False), Field(ge=0, le=2**32 - 1)]
+# -1 is vLLM's word for all of them.
+TopK = Annotated[int, Field(ge=-1, le=2**32 - 1)]
 # OpenAI's are signed; the engine's have the same bits without a sign.
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
@@ -51,14 +58,14 @@ RETENTION = "the prefix cache keeps what it can, for as long as it can"
 LABEL = "A label; it changes no token."
 
 _SAMPLING = (
-    served("model", "Name of a served model.", Required[str]),
+    served("model", "Name of a served model. Default: the server's.", str),
     served("temperature", "0 to 100. Default: the model's own."),
-    served("top_p", "Above 0, up to 1. Default: the model's own."),
+    served("top_p", "0 to 1. Default: the model's own."),
     label("user", LABEL),
     served("stream", "Server-sent events.", bool),
 )
 _EXTENSIONS = (
-    served("top_k", "Extension. Keeps that many most likely tokens; 0 = all.", Uint32),
+    served("top_k", "Extension. Keeps that many most likely tokens; 0 or -1 = all.", TopK),
     served("min_p", "Extension. Keeps tokens with at least min_p times the highest probability.", float),
     served("repetition_penalty", "Extension. Above 0, up to 100; 1 = off.", float),
     served("stop_token_ids", "Extension. Tokens that end a choice, besides EOS.", list[TokenId]),
@@ -66,7 +73,33 @@ _EXTENSIONS = (
     served("min_tokens", "Extension. Nothing ends a choice before that many tokens.", Uint32),
     served("priority", "Extension. -100 to 100; higher runs first.", Annotated[int, Field(ge=-100, le=100)]),
     served("cache_salt", "Extension. Cached prefixes are shared within a salt only.", str),
-    served("return_token_ids", "Extension. Each choice has the `token_ids` of its text.", bool),
+    served("skip_special_tokens", "Extension. Special tokens are left out of the text. Default true.", bool),
+    served("include_stop_str_in_output", "Extension. The text keeps what ended it.", bool),
+)
+_TOKEN_IDS = "Extension. Each choice has the `token_ids` of its text"
+_TEMPLATE_KWARGS = served(
+    "chat_template_kwargs",
+    "Extension. Variables of the model's template, such as `enable_thinking`.",
+    dict[str, Any],
+)
+# Of a conversation that becomes a prompt.
+_TEMPLATE = (
+    _TEMPLATE_KWARGS,
+    served("continue_final_message", "Extension. Goes on with the last message, the assistant's.", bool),
+    served("add_generation_prompt", "Extension. Begins a message of the assistant's. Default true.", bool),
+    served("parse_special_tokens", "Extension. Text that spells a special token becomes that token.", bool),
+)
+_ADD_SPECIAL_TOKENS = served(
+    "add_special_tokens",
+    "Extension. The tokenizer adds its own, such as BOS. Default: as its configuration says; false for messages.",
+    bool,
+)
+# vLLM's, which chat and completions share.
+_REPORTS = (
+    _ADD_SPECIAL_TOKENS,
+    served("prompt_logprobs", "Extension. Alternatives for each token of the prompt, 0 to 20. Not streamed.", Uint32),
+    served("return_tokens_as_token_ids", "Extension. Tokens in log-probabilities are `token_id:5`.", bool),
+    served("return_token_ids", f"{_TOKEN_IDS}, and the answer the `prompt_token_ids`.", bool),
 )
 # What chat and completions share.
 _CHOICES = (
@@ -76,11 +109,14 @@ _CHOICES = (
     served("stop", "At most 16 texts of at most 1,024 characters."),
     served("seed", "-2^63 to 2^64 - 1. Choice i draws with seed + i.", Seed),
     served("logit_bias", "Token id to -100 to 100, at most 1,024.", dict[TokenKey, float]),
-    served("max_tokens", "At least 1. Default: what the context leaves, for completions too.", Uint32),
+    served("max_tokens", "0 = the prompt alone. Default: what the context leaves, for completions too.", Uint32),
     served("stream_options", "`include_usage`. Only with `stream`."),
 )
 _MESSAGES = (refused("prompt_cache_breakpoint", RETENTION),)
-_STREAM_OPTIONS = (refused("include_obfuscation", "nothing is padded", False),)
+_STREAM_OPTIONS = (
+    refused("include_obfuscation", "nothing is padded", False),
+    served("continuous_usage_stats", "Extension. Every chunk has the usage so far. With `include_usage`.", bool),
+)
 
 CHAT = Schema(
     "ChatCompletionRequest",
@@ -104,7 +140,7 @@ CHAT = Schema(
         refused("prediction", "predicted output is not served"),
         refused("prompt_cache_options", RETENTION),
         refused("prompt_cache_retention", RETENTION),
-        refused("reasoning_effort", "the model takes no such instruction"),
+        refused("reasoning_effort", "what the model's template knows goes into chat_template_kwargs"),
         refused("response_format", FORMAT, {"type": "text"}),
         refused("service_tier", "all requests are alike; see priority", "auto", "default"),
         refused("store", "chat completions are not stored; responses are", False),
@@ -113,6 +149,8 @@ CHAT = Schema(
         refused("verbosity", "the model takes no such instruction"),
         refused("web_search_options", HOSTED),
         *_EXTENSIONS,
+        *_REPORTS,
+        *_TEMPLATE,
     ),
     {
         ChatCompletionSystemMessageParam: (),
@@ -122,6 +160,7 @@ CHAT = Schema(
             refused("audio", MEDIA),
             refused("function_call", "use tool_calls"),
             refused("refusal", "the model's template knows none"),
+            refused("annotations", "the model's template knows none", []),
         ),
         ChatCompletionToolMessageParam: (),
         ChatCompletionMessageFunctionToolCallParam: (),
@@ -137,8 +176,8 @@ COMPLETIONS = Schema(
     (
         served(
             "prompt",
-            "A text, token ids, or up to 128 of either.",
-            Required[str | list[str] | list[TokenId] | list[list[TokenId]]],
+            "A text, token ids, or up to 128 of either, mixed or not.",
+            Required[str | list[TokenId] | list[str | list[TokenId]]],
         ),
         *_SAMPLING,
         *_CHOICES,
@@ -147,81 +186,112 @@ COMPLETIONS = Schema(
         refused("best_of", "every choice is returned; use n", 1),
         refused("suffix", "the model fills no gaps", ""),
         *_EXTENSIONS,
+        *_REPORTS,
     ),
     {ChatCompletionStreamOptionsParam: _STREAM_OPTIONS},
 )
 
 
 def _kind_of_item(item: Any) -> str | None:
-    """Which of the types of a message an input item must have."""
-    if not isinstance(item, dict) or item.get("type", "message") != "message":
+    """Which of the served types an input item must have."""
+    if not isinstance(item, dict):
         return None
-    if item.get("role") == "assistant" and isinstance(item.get("content"), list):
-        return "output"
-    return "status" if "status" in item else "message"
+    kind = item.get("type")
+    if kind == "item_reference" or (kind is None and item.get("role") is None and "id" in item):
+        return "reference"
+    if kind not in (None, "message"):
+        return None
+    return "output" if item.get("role") == "assistant" and isinstance(item.get("content"), list) else "message"
 
 
 _InputItem = Annotated[
     Annotated[EasyInputMessageParam, Tag("message")]
-    | Annotated[Message, Tag("status")]
-    | Annotated[ResponseOutputMessageParam, Tag("output")],
+    | Annotated[ResponseOutputMessageParam, Tag("output")]
+    | Annotated[ItemReference, Tag("reference")],
     Discriminator(
-        _kind_of_item, custom_error_type="item", custom_error_message="only items of the type message are served"
+        _kind_of_item,
+        custom_error_type="item",
+        custom_error_message="only items of the types message and item_reference are served: no tools, no reasoning",
     ),
 ]
-_PHASE = refused("phase", "the model's template knows none")
+# Of a message. Many clients send back what they were given, and as many only the words of it.
+_ITEM = (
+    served("id", "Any, or none.", str),
+    served("status", "Any, or none.", Literal["in_progress", "completed", "incomplete"]),
+    served("type", "May be left out.", Literal["message"]),
+    refused("phase", "the model's template knows none"),
+)
+_CONVERSATION = (
+    served("instructions", "A system message before all others; not carried over to the next response."),
+    served("previous_response_id", "Continues that conversation."),
+    refused("conversation", "use previous_response_id"),
+    label("parallel_tool_calls", "Without tools it changes nothing."),
+    served("reasoning", "Only without anything in it."),
+    served("text", "Plain text alone."),
+    refused("tool_choice", TOOLS, "none", "auto"),
+    refused("tools", TOOLS, []),
+    refused("truncation", "a prompt that is too long is refused", "disabled"),
+    _TEMPLATE_KWARGS,
+)
+_NO_INSTRUCTION = "the model takes no such instruction"
+_IN_TEMPLATE = "what the model's template knows goes into chat_template_kwargs"
+_OF_CONVERSATION: dict[type, tuple[Line, ...]] = {
+    EasyInputMessageParam: _ITEM,
+    ResponseOutputMessageParam: _ITEM,
+    ItemReference: (served("type", "May be left out.", Literal["item_reference"]),),
+    ResponseInputTextParam: _MESSAGES,
+    ResponseOutputTextParam: (
+        refused("annotations", "the model cites nothing", []),
+        label("logprobs", "Of the answer that comes back; not read."),
+    ),
+    ResponseTextConfigParam: (
+        refused("format", FORMAT, {"type": "text"}),
+        refused("verbosity", _NO_INSTRUCTION, "medium"),
+    ),
+    Reasoning: (
+        refused("context", _IN_TEMPLATE, "auto"),
+        refused("effort", _IN_TEMPLATE),
+        refused("generate_summary", "none are made"),
+        refused("mode", _IN_TEMPLATE),
+        refused("summary", "none are made"),
+    ),
+}
 
 RESPONSES = Schema(
     "ResponseRequest",
     response_create_params.ResponseCreateParamsNonStreaming,
     (
-        served("input", "A text, or messages of text.", Required[str | list[_InputItem]]),
-        served("instructions", "A system message before all others; not carried over to the next response."),
+        served("input", "A text, or messages of text, or references to kept ones.", Required[str | list[_InputItem]]),
         *_SAMPLING,
-        served("max_output_tokens", "At least 1. Default: what the context leaves.", Uint32),
+        served("max_output_tokens", "0 = the prompt alone. Default: what the context leaves.", Uint32),
         served("top_logprobs", "0 to 20. Only with `include`.", Uint32),
-        served("include", "`message.output_text.logprobs`.", list[str]),
-        served("previous_response_id", "Continues that conversation."),
+        served("include", "`message.output_text.logprobs`; whatever else it knows is never made here.", list[str]),
         served("store", "Whether it can be retrieved and continued, while there is room. Default true."),
-        served("background", "Answers at once, and goes on; retrieve it, or cancel it. Not with `stream`."),
+        served("background", "Answers at once, and goes on; retrieve it, or cancel it."),
         label("metadata", "Returned; it changes no token."),
         label("safety_identifier", LABEL),
         label("prompt_cache_key", "The prefix cache finds by itself what prompts share."),
         refused("access_programs", HOSTED),
         refused("background_options", HOSTED),
         refused("context_management", "nothing is compacted", []),
-        refused("conversation", "use previous_response_id"),
         refused("image", MEDIA),
-        refused("max_tool_calls", TOOLS),
+        label("max_tool_calls", "Without tools it changes nothing."),
         refused("moderation", HOSTED),
-        refused("parallel_tool_calls", TOOLS),
         refused("prompt", "there are no stored prompts"),
         refused("prompt_cache_options", RETENTION),
         refused("prompt_cache_retention", RETENTION),
-        refused("reasoning", "the model takes no such instruction", {}),
         refused("service_tier", "all requests are alike; see priority", "auto", "default"),
-        refused("stream_options", "nothing is padded", {}, {"include_obfuscation": False}),
-        refused("text", FORMAT, {}, {"format": {"type": "text"}}),
-        refused("tool_choice", TOOLS, "none", "auto"),
-        refused("tools", TOOLS, []),
-        refused("truncation", "a prompt that is too long is refused", "disabled"),
+        served("stream_options", "Only without anything in it."),
+        *_CONVERSATION,
         *_EXTENSIONS,
+        served("return_token_ids", f"{_TOKEN_IDS}.", bool),
         served("frequency_penalty", "Extension. -2 to 2.", float),
         served("presence_penalty", "Extension. -2 to 2.", float),
         served("stop", "Extension. At most 16 texts of at most 1,024 characters.", str | list[str]),
         served("seed", "Extension. -2^63 to 2^64 - 1.", Seed),
         served("logit_bias", "Extension. Token id to -100 to 100, at most 1,024.", dict[TokenKey, float]),
     ),
-    {
-        EasyInputMessageParam: (_PHASE,),
-        Message: (),
-        ResponseOutputMessageParam: (_PHASE,),
-        ResponseInputTextParam: _MESSAGES,
-        ResponseOutputTextParam: (
-            refused("annotations", "the model cites nothing", []),
-            label("logprobs", "Of the answer that comes back; not read."),
-        ),
-    },
+    {**_OF_CONVERSATION, StreamOptions: (refused("include_obfuscation", "nothing is padded", False),)},
 )
 
 _MODEL = served("model", "Name of a served model. Default: the server's.", str)
@@ -232,29 +302,44 @@ TOKENIZE = Schema(
         _MODEL,
         served("prompt", "A text. This or messages.", str),
         served("messages", "A conversation, rendered with the model's template.", list[ChatCompletionMessageParam]),
+        _ADD_SPECIAL_TOKENS,
+        *_TEMPLATE,
+        served("return_token_strs", "False leaves out the tokens' texts. Default true.", bool),
     ),
     CHAT.objects,
+)
+INPUT_TOKENS = Schema(
+    "InputTokensRequest",
+    input_token_count_params.InputTokenCountParams,
+    (
+        _MODEL,
+        served("input", "As of a response.", str | list[_InputItem]),
+        *_CONVERSATION,
+        refused("personality", _NO_INSTRUCTION),
+    ),
+    _OF_CONVERSATION,
 )
 DETOKENIZE = Schema("DetokenizeRequest", None, (_MODEL, served("tokens", "Token ids.", Required[list[TokenId]])))
 SCHEMAS = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETIONS,
     "/v1/responses": RESPONSES,
+    "/v1/responses/input_tokens": INPUT_TOKENS,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
 }
 
 # Parameters of a query are texts.
 _PageSize = Annotated[int, Strict(False), Field(ge=1, le=100)]
+_Place = Annotated[int, Strict(False), Field(ge=0)]
 _AS_MADE = "a response is given as it was made"
-_WHOLE = "a response that is kept is given whole"
 RETRIEVE = Schema(
     "RetrieveQuery",
     response_retrieve_params.ResponseRetrieveParamsNonStreaming,
     (
         refused("include", _AS_MADE),
-        refused("stream", _WHOLE, "false"),
-        refused("starting_after", _WHOLE),
+        served("stream", "Its events, if it was streamed in the background.", Annotated[bool, Strict(False)]),
+        served("starting_after", "Only those after the one with this number. Only with `stream`.", _Place),
         refused("include_obfuscation", "nothing is padded", "false"),
     ),
 )
@@ -274,3 +359,5 @@ QUERIES = {
     ("GET", "/v1/responses/{id}/input_items"): INPUT_ITEMS,
 }
 NO_QUERY = Schema("NoQuery", None, ())
+# What anything is called anywhere in the API. A parameter of a query that bears another name changes nothing here.
+NAMES = frozenset(name for schema in (*SCHEMAS.values(), *QUERIES.values()) for name in schema.fields)

@@ -15,6 +15,7 @@ ENDPOINTS = {
     ("POST", "/v1/chat/completions"): "Answer a conversation.",
     ("POST", "/v1/completions"): "Complete texts or token ids.",
     ("POST", "/v1/responses"): "Answer, and remember the conversation.",
+    ("POST", "/v1/responses/input_tokens"): "Count the tokens of what a response would answer to.",
     ("GET", "/v1/responses/{id}"): "A response that is kept.",
     ("DELETE", "/v1/responses/{id}"): "Forget it.",
     ("POST", "/v1/responses/{id}/cancel"): "End one that runs in the background.",

@@ -1,12 +1,13 @@
 """/v1/responses: conversations that the gateway remembers, and a stream of typed events. Pure.
 
-    response.created ─▶ in_progress ─▶ output_item.added ─▶ content_part.added ─▶ output_text.delta*
+    response.created ─▶ (queued ─▶) in_progress ─▶ output_item.added ─▶ content_part.added ─▶ output_text.delta*
       ─▶ output_text.done ─▶ content_part.done ─▶ output_item.done ─▶ completed | incomplete
 
-A response has one output item, the assistant's message, with one part, its text.
+A response has one output item, the assistant's message, with one part, its text. In the background it is queued first.
 """
 
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +23,14 @@ from openai.types.responses import (
     ResponseError,
     ResponseErrorEvent,
     ResponseFailedEvent,
+    ResponseIncludable,
     ResponseIncompleteEvent,
     ResponseInProgressEvent,
     ResponseOutputItemAddedEvent,
     ResponseOutputItemDoneEvent,
     ResponseOutputMessage,
     ResponseOutputText,
+    ResponseQueuedEvent,
     ResponseTextDoneEvent,
     ResponseUsage,
 )
@@ -37,11 +40,14 @@ from openai.types.responses.response_text_delta_event import Logprob as DeltaLog
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 from pydantic import BaseModel
 
-from nanoserve_gateway.answer import check, frame, new_id, options, text_of, unchecked
-from nanoserve_gateway.chat import content_text
+from nanoserve_gateway.answer import chat_options, check, frame, new_id, options, text_of, unchecked
+from nanoserve_gateway.background import Recording
+from nanoserve_gateway.chat import content_of
 from nanoserve_gateway.errors import Problem
 
 LOGPROBS = "message.output_text.logprobs"
+# What may be asked for beside it names what is never made here.
+INCLUDABLE = typing.get_args(ResponseIncludable)
 # Fields of a request that its response repeats.
 _REPEATED = (
     *("instructions", "max_output_tokens", "metadata", "previous_response_id", "prompt_cache_key"),
@@ -58,6 +64,13 @@ class Remembered:
     items: Sequence[Mapping[str, Any]]
     # All messages up to its answer, without instructions.
     messages: Sequence[Mapping[str, Any]]
+    # Of its events, if it was streamed in the background.
+    recording: Recording | None = None
+
+    def all_items(self) -> dict[str, Mapping[str, Any]]:
+        """Of its input and its output, by id."""
+        outputs = [item.model_dump(exclude_unset=True, warnings=False) for item in self.response.output]
+        return {item["id"]: item for item in (*self.items, *outputs)}
 
 
 @dataclass(slots=True)
@@ -84,38 +97,47 @@ class ResponseAnswer:
         self._is_kept = fields.get("store", True)
         self._keep = keep
         self._has_logprobs = LOGPROBS in fields.get("include", ())
-        unknown = [name for name in fields.get("include", ()) if name != LOGPROBS]
+        unknown = [name for name in fields.get("include", ()) if name not in INCLUDABLE]
         check(
-            (bool(unknown), "include", f"{', '.join(unknown)} is not served; served: {LOGPROBS}"),
+            (bool(unknown), "include", f"{', '.join(unknown)} is not known; there are: {', '.join(INCLUDABLE)}"),
             ("top_logprobs" in fields and not self._has_logprobs, "top_logprobs", f"needs {LOGPROBS} in include"),
-            (self.is_background and self.is_streamed, "background", "is not for stream"),
             (self.is_background and not self._is_kept, "background", "needs store"),
         )
+        self.recording = Recording() if self.is_background and self.is_streamed else None
         self._items = items_of(fields["input"])
-        self._messages = [*(previous.messages if previous else ()), *map(_message, self._items)]
-        instructions = fields.get("instructions")
-        system = [{"role": "system", "content": instructions}] if instructions else []
+        self._messages = messages_after(self._items, previous)
         chosen = options(fields)
         chosen["max_tokens"] = fields.get("max_output_tokens")
         if self._has_logprobs:
             chosen["logprobs"] = fields.get("top_logprobs", 0)
-        prompt = chat_prompt([*system, *self._messages], (), None, False)
+        prompt = chat_prompt(conversation(fields, self._messages), chat_options(fields))
         self.requests = [generate_request(prompt, chosen)]
-        self.names: Mapping[str, str] = {
-            "output.logprobs": "top_logprobs",
-            "stopping.max_tokens": "max_output_tokens",
-            "chat.messages": "input",
-        }
         self._fields = fields
         self._has_token_ids = bool(fields.get("return_token_ids"))
-        self._model, self._created = fields["model"], time.time()
+        self._model, self._created = fields.get("model", ""), time.time()
         self.id, self._item_id = new_id("resp_"), new_id("msg_")
         self._draft = _Draft()
         self._number = -1
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        names = {"output.logprobs": "top_logprobs", "stopping.max_tokens": "max_output_tokens", "prompt": "input"}
+        return {**names, **places(self._fields, len(self._items), len(self._messages))}
+
+    def queue(self) -> Iterator[bytes]:
+        """Frames of a response in the background, before the service begins with it."""
+        yield self._event(ResponseCreatedEvent, response=self.snapshot("queued"))
+        yield self._event(ResponseQueuedEvent, response=self.snapshot("queued"))
+
+    def begun(self, started: Started) -> Response:
+        """What is kept of it until it has ended, in the background."""
+        self._model = started.model
+        return self.snapshot("in_progress")
+
     def begin(self, starts: Sequence[Started]) -> Iterator[bytes]:
         self._model = starts[0].model
-        yield self._event(ResponseCreatedEvent, response=self.snapshot("in_progress"))
+        if not self.is_background:
+            yield self._event(ResponseCreatedEvent, response=self.snapshot("in_progress"))
         yield self._event(ResponseInProgressEvent, response=self.snapshot("in_progress"))
         yield self._event(ResponseOutputItemAddedEvent, output_index=0, item=self._item("in_progress", []))
         yield self._event(ResponseContentPartAddedEvent, **self._place, part=self._part(_Draft()))
@@ -149,7 +171,8 @@ class ResponseAnswer:
 
     def remembered(self, response: Response) -> Remembered:
         answer = {"role": "assistant", "content": response.output_text}
-        return Remembered(response, self._items, [*self._messages, answer] if response.output else self._messages)
+        messages = [*self._messages, answer] if response.output else self._messages
+        return Remembered(response, self._items, messages, self.recording)
 
     def snapshot(self, status: str, **fields: Any) -> Response:
         """The response as it stands."""
@@ -163,7 +186,7 @@ class ResponseAnswer:
             model=self._model,
             background=self.is_background,
             store=self._is_kept,
-            parallel_tool_calls=False,
+            parallel_tool_calls=self._fields.get("parallel_tool_calls", False),
             tool_choice="none",
             tools=[],
             truncation="disabled",
@@ -232,6 +255,32 @@ def items_of(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [_item_of(message) for message in messages]
 
 
+def messages_after(items: Sequence[Mapping[str, Any]], previous: Remembered | None) -> list[Mapping[str, Any]]:
+    """Of what was said before, and of the items."""
+    return [*(previous.messages if previous else ()), *map(_message, items)]
+
+
+def conversation(fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages, below the instructions."""
+    instructions = fields.get("instructions")
+    return [*([{"role": "system", "content": instructions}] if instructions else []), *messages]
+
+
+def places(fields: Mapping[str, Any], num_items: int, num_messages: int) -> dict[str, str]:
+    """What callers call the messages of the contract, which counts instructions and what was said before too. Of the
+    messages the last ones are the request's items."""
+    before = ["instructions"] if fields.get("instructions") else []
+    before += ["previous_response_id"] * (num_messages - num_items)
+    given = fields.get("input", ())
+    texts = [*before, "input"] if isinstance(given, str) else before
+    items = range(0 if isinstance(given, str) else num_items)
+    return {
+        "chat.messages": "input",
+        **{f"chat.messages[{place}].content": name for place, name in enumerate(texts)},
+        **{f"chat.messages[{len(before) + place}]": f"input[{place}]" for place in items},
+    }
+
+
 def page_of(items: Sequence[Mapping[str, Any]], query: Mapping[str, Any]) -> dict[str, Any]:
     """A page of a list. query: as INPUT_ITEMS.parse returns it. Raises BadRequest."""
     ordered = list(items) if query.get("order") == "asc" else list(reversed(items))
@@ -258,7 +307,7 @@ def _item_of(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _message(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {"role": item["role"], "content": content_text(item["content"])}
+    return {"role": item["role"], "content": content_of(item["content"])}
 
 
 def _logprob(token: TokenLogprob) -> Logprob:

@@ -3,14 +3,16 @@
     JSON ─▶ parse_json ─▶ Schema.parse ─▶ the fields that are set, checked; or BadRequest with every violation
 
 A schema is made of a table with a line for each field. Nothing is ignored: a field is served, or a label that changes
-no token, or refused with its reason; one that no line has is refused as unknown. The types become pydantic models that
-forbid what they do not name. The same table makes the reference page and the OpenAPI schema.
+no token, or refused with its reason; one that no line has is refused as unknown. null is the same as absent, in objects
+within the request too. The types become pydantic models that forbid what they do not name. The same table makes the
+reference page and the OpenAPI schema.
 """
 
 import collections.abc
 import functools
 import json
 import operator
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +21,8 @@ from typing import Annotated, Any, Literal, NotRequired, Required
 
 import pydantic
 from openai._types import SequenceNotStr
-from pydantic import ConfigDict, Discriminator
+from pydantic import BeforeValidator, ConfigDict, Discriminator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import is_typeddict
 
 # Of one JSON object; the largest that is served has 1,024. What is wrong with each is found before it is counted.
@@ -109,7 +112,7 @@ class Schema:
         objects: Mapping[type, Sequence[Field]] = types.MappingProxyType({}),
     ) -> None:
         """params: the TypedDict of the openai package. objects: which objects within it are served, each with what it
-        refuses; of a choice between objects the others are left out."""
+        refuses, and with what is served beyond its type; of a choice between objects the others are left out."""
         self.name = name
         self.fields = {field.name: field for field in fields}
         self.params = params
@@ -152,22 +155,27 @@ class Schema:
     @functools.cache  # noqa: B019 - schemas live as long as the process
     def _object(self, hint: Any) -> type[pydantic.BaseModel]:
         """The model of an object within the request, without what it refuses."""
+        lines = {field.name: field for field in self.objects.get(hint, ())}
         # A label within an object is dropped with what is refused: nothing reads it.
-        refusals = {field.name: field for field in self.objects.get(hint, ())}
-        hints = _hints(hint)
+        dropped = {name: line for name, line in lines.items() if line.status != "served"}
+        added = {name: line.type for name, line in lines.items() if line.status == "served"}
+        hints = {name: kind for name, kind in (_hints(hint) | added).items() if name not in dropped}
+        kinds = _literals(hints.get("type"))
 
         def check(value: Any) -> Any:
             if not isinstance(value, dict):
                 return value
-            kinds = _literals(hints.get("type"))
-            if kinds and isinstance(value.get("type"), str) and value["type"] not in kinds:
-                raise ValueError(f"type {value['type']!r} is not served; served: {', '.join(kinds)}")
-            wrong = _refusals({k: v for k, v in value.items() if k in refusals}, refusals, "")
-            if text := "; ".join(f"{violation.param} {violation.message}" for violation in wrong):
-                raise ValueError(text)
-            return {k: v for k, v in value.items() if k not in refusals}
+            given = {name: member for name, member in value.items() if member is not None}
+            if "type" in given:
+                # Of another kind all fields are wrong.
+                _raise(hint.__name__, _not_one_of(given, "type", kinds))
+            there_are = f"is not a field here; there are: {', '.join(hints)}"
+            unknown = [Violation(name, there_are) for name in given if name not in hints and name not in dropped]
+            refusals = _refusals({name: member for name, member in given.items() if name in dropped}, dropped, "")
+            _raise(hint.__name__, [*refusals, *unknown])
+            return {name: member for name, member in given.items() if name not in dropped}
 
-        return self._model(hint.__name__, {k: v for k, v in hints.items() if k not in refusals}, check)
+        return self._model(hint.__name__, hints, check)
 
     def _convert(self, hint: Any) -> Any:
         """A type of the openai package in pydantic's terms: objects become models, lazy sequences lists."""
@@ -191,8 +199,16 @@ class Schema:
         if len(objects) > 1:
             # What is wrong with a message is told by its role, not by all that it might have been.
             tag = next(name for name in ("role", "type") if all(_literals(_hints(o).get(name)) for o in objects))
-            choice = functools.reduce(operator.or_, map(self._convert, objects))
-            return functools.reduce(operator.or_, others, Annotated[choice, Discriminator(tag)])
+            kinds = tuple(kind for option in objects for kind in _literals(_hints(option)[tag]))
+
+            def check(value: Any) -> Any:
+                if isinstance(value, dict):
+                    _raise(tag, _not_one_of(value, tag, kinds))
+                return value
+
+            choice: Any = functools.reduce(operator.or_, map(self._convert, objects))
+            checked = Annotated[choice, Discriminator(tag), BeforeValidator(check)]
+            return functools.reduce(operator.or_, others, checked)
         return functools.reduce(operator.or_, [*others, *map(self._convert, objects)])
 
 
@@ -207,12 +223,45 @@ def _literals(hint: Any) -> tuple[str, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
+def _not_one_of(value: Mapping[str, Any], name: str, kinds: Sequence[str]) -> list[Violation]:
+    """What is wrong with the field that names an object's kind; nothing if kinds has it, or is empty."""
+    kind = value.get(name)
+    if not kinds or (isinstance(kind, str) and kind in kinds):
+        return []
+    what = "is required" if kind is None else f"{reprlib.repr(kind)} is not served"
+    return [Violation(name, f"{what}; served: {', '.join(kinds)}")]
+
+
+def _raise(title: str, violations: Sequence[Violation]) -> None:
+    """Within a validator; pydantic adds the path of the object."""
+    if violations:
+        # The message is a template of pydantic's, in which the caller's braces are none.
+        details = [
+            InitErrorDetails(
+                type=PydanticCustomError("field", "{why}", {"why": each.message}), loc=(each.param,), input=None
+            )
+            for each in violations
+        ]
+        raise pydantic.ValidationError.from_exception_data(title, details)
+
+
 def _refusals(given: Mapping[str, Any], fields: Mapping[str, Field], path: str) -> Iterable[Violation]:
     for name, value in given.items():
         if name not in fields:
             yield Violation(path + name, "is not a field of this request")
-        elif fields[name].status == "refused" and value is not None and value not in fields[name].harmless:
+        elif fields[name].status == "refused" and not _asks_for_nothing(value, fields[name].harmless):
             yield Violation(path + name, f"is not served: {fields[name].note}")
+
+
+def _asks_for_nothing(value: Any, harmless: Iterable[Any]) -> bool:
+    return value is None or any(_is_same(value, each) for each in harmless)
+
+
+def _is_same(value: Any, harmless: Any) -> bool:
+    if not (isinstance(value, dict) and isinstance(harmless, dict)):
+        return bool(value == harmless)
+    given = {name: member for name, member in value.items() if member is not None}
+    return given.keys() == harmless.keys() and all(_is_same(given[name], harmless[name]) for name in harmless)
 
 
 def _violations(error: pydantic.ValidationError, body: Any) -> list[Violation]:
@@ -220,7 +269,7 @@ def _violations(error: pydantic.ValidationError, body: Any) -> list[Violation]:
     the others joined."""
     found: dict[tuple[Any, ...], list[str]] = {}
     for entry in error.errors(include_url=False, include_context=False, include_input=False):
-        path = _path(entry["loc"], body, is_missing=entry["type"] == "missing")
+        path = _path(entry["loc"], body, is_missing=entry["type"] in ("missing", "field"))
         messages = found.setdefault(path, [])
         if (message := entry["msg"].removeprefix("Value error, ")) not in messages:
             messages.append(message)

@@ -9,17 +9,24 @@ import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from nanoserve_client import Tls, transport
 from starlette.routing import BaseRoute
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from nanoserve_gateway.app import GatewayConfig, build_app
+from nanoserve_gateway.app import build_app
+from nanoserve_gateway.config import GatewayConfig
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
 
 # For streams that are still open when the process is told to stop.
 STOP_GRACE_S = 30
+# Of a connection between two requests. Proxies keep theirs for 60 to 90 s: who closes first must not be the server, or
+# a request meets a connection that is just closing.
+IDLE_TIMEOUT_S = 120
 # Of a request before its body.
 MAX_HEAD_BYTES = 64 * 1024
 DESCRIPTION = """OpenAI's REST API in front of a nanoserve server: a translation, and nothing else."""
@@ -102,10 +109,17 @@ class _Connection(HttpToolsProtocol):
 class GatewayServer(uvicorn.Server):
     """Serves one listening socket. Event loop thread."""
 
-    def __init__(self, config: GatewayConfig, *, takes_signals: bool, routes: Sequence[BaseRoute] = ()) -> None:
-        """takes_signals: whether SIGTERM and SIGINT end it, rather than stop(). routes: more than the API's."""
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        takes_signals: bool,
+        routes: Sequence[BaseRoute] = (),
+        meter_provider: "MeterProvider | None" = None,
+    ) -> None:
+        """takes_signals: whether SIGTERM and SIGINT end it, rather than stop(). The others as build_app takes them."""
         self._takes_signals = takes_signals
-        self._app = build_app(config, routes)
+        self._app = build_app(config, routes, meter_provider)
         settings = uvicorn.Config(
             self._app,
             log_config=None,
@@ -115,6 +129,7 @@ class GatewayServer(uvicorn.Server):
             http=functools.partial(_Connection, receive_timeout_s=config.receive_timeout_s),  # type: ignore[arg-type]
             ws="none",
             lifespan="on",
+            timeout_keep_alive=IDLE_TIMEOUT_S,
             timeout_graceful_shutdown=STOP_GRACE_S,
         )
         super().__init__(settings)
@@ -154,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = GatewayConfig(
         target=given.target,
         tls=tls,
+        host=given.host,
         cors_origins=tuple(given.cors_origin),
         max_body_bytes=given.max_body,
         timeout_s=given.timeout,

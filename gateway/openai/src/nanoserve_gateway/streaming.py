@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nanoserve_gateway.answer import Answer
+from nanoserve_gateway.answer import Answer, Prompt
 from nanoserve_gateway.errors import problem_of
 
 # A comment, which every reader of server-sent events skips; proxies see that the connection lives.
@@ -24,16 +24,18 @@ _T = TypeVar("_T")
 class Generation:
     """The Generate streams of one answer, one for each prompt. Leaving the block cancels what has not ended."""
 
-    def __init__(self, streams: Sequence[AsyncGenerateStream]) -> None:
+    def __init__(self, streams: Sequence[AsyncGenerateStream], prompts: Sequence[Prompt] = ()) -> None:
+        """prompts: those to note the log-probabilities of, if the answer tells them as it grows."""
         self._streams = streams
+        self._prompts = prompts
 
     async def start(self) -> list[Started]:
         """Wait until all have begun, so that a refusal of any is the answer's. Raises NanoserveError."""
-        return await _all([stream.start() for stream in self._streams])
+        return await all_of([stream.start() for stream in self._streams])
 
     async def results(self) -> list[Result]:
         """Raises NanoserveError."""
-        return await _all([stream.result() for stream in self._streams])
+        return await all_of([stream.result() for stream in self._streams])
 
     async def read(self, take: Callable[[int, Delta], Awaitable[None]]) -> list[Result]:
         """Hand over each (prompt, delta) as it comes. The next one is read when it is taken, so that a slow reader is
@@ -44,10 +46,12 @@ class Generation:
 
         async def read_one(prompt: int, stream: AsyncGenerateStream) -> Result:
             async for delta in stream:
+                if self._prompts:
+                    self._prompts[prompt].logprobs = stream.prompt_logprobs
                 await take(prompt, delta)
             return await stream.result()
 
-        return await _all([read_one(prompt, stream) for prompt, stream in enumerate(self._streams)])
+        return await all_of([read_one(prompt, stream) for prompt, stream in enumerate(self._streams)])
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +150,7 @@ async def _cancelled_at_end(tasks: Sequence["asyncio.Task[Any]"]) -> AsyncIterat
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _all(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+async def all_of(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
     """All results; the first failure as it is, without those of the others."""
     tasks = [asyncio.create_task(each) for each in work]
     async with _cancelled_at_end(tasks):

@@ -31,7 +31,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from nanoserve_gateway import streaming
-from nanoserve_gateway.errors import Problem, bad_request, problem_of
+from nanoserve_gateway.errors import Refused, bad_request, problem_of
 
 # Between two snapshots.
 INTERVAL_S = 0.2
@@ -50,23 +50,27 @@ def routes(client: Callable[[], AsyncClient]) -> list[Route]:
     """`client`: that of the gRPC service, once the application has started."""
 
     async def events(request: Request) -> Response:
-        watch = client().watch_engine(interval=INTERVAL_S, metadata=_authorization(request))
+        watch = client().watch_engine(
+            interval=INTERVAL_S, metadata=_authorization(request), request_id=request.state.request_id
+        )
         # A refusal is the answer's status.
         first = await anext(watch)
         return _Events(watch, first, request.app.state.is_stopping)
 
     async def explain(request: Request) -> Response:
         if not (id := request.query_params.get("id")):
-            return _refusal(bad_request("id", "is required"))
-        timelines = await client().explain_request(id, metadata=_authorization(request))
+            raise Refused(bad_request("id", "is required"))
+        timelines = await client().explain_request(
+            id, metadata=_authorization(request), request_id=request.state.request_id
+        )
         return JSONResponse(
             {"timelines": [_timeline(each) for each in timelines]}, headers={"cache-control": "no-store"}
         )
 
     return [
         *(Route(path, _file(name), methods=["GET"]) for path, name in FILES.items()),
-        Route("/live/events", _answering(events), methods=["GET"]),
-        Route("/live/explain", _answering(explain), methods=["GET"]),
+        Route("/live/events", _for_the_page(events), methods=["GET"]),
+        Route("/live/explain", _for_the_page(explain), methods=["GET"]),
     ]
 
 
@@ -80,16 +84,14 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
     return file
 
 
-def _answering(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint for the page alone, whose refusals are answers."""
+def _for_the_page(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint for the page alone, whichever others may call the API."""
 
     async def answer(request: Request) -> Response:
         if _is_foreign(request):
-            return _refusal(bad_request(None, "only the page at / may read this", status=403, code="foreign_origin"))
-        try:
-            return await endpoint(request)
-        except NanoserveError as error:
-            return _refusal(problem_of(error))
+            why = "only the page at / may read this"
+            raise Refused(bad_request("header origin", why, status=403, code="foreign_origin"))
+        return await endpoint(request)
 
     return answer
 
@@ -106,10 +108,6 @@ def _authorization(request: Request) -> Mapping[str, str]:
     value = request.headers.get("authorization")
     # What could not be sent on is no key.
     return {"authorization": value} if value is not None and value.isascii() and value.isprintable() else {}
-
-
-def _refusal(problem: Problem) -> Response:
-    return JSONResponse(problem.as_json(), problem.status, headers=dict(problem.headers))
 
 
 # ---------------------------------------------------------------------------------------------- as the page reads it
