@@ -1,12 +1,15 @@
 """Conversations as prompts: what templates read, and that text of a conversation stays text."""
 
 import itertools
+import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nanoserve.engine.chat_template import Chat, ChatTemplate
+from nanoserve.engine.chat_template import Chat, ChatTemplate, any_of
 from nanoserve.engine.text import TextCodec
 from nanoserve.request import InvalidRequest
 
@@ -30,6 +33,15 @@ def sentence_piece() -> Tokenizer:
     return backend
 
 
+def first_space() -> Tokenizer:
+    """The same, but a text that follows a special token gets none."""
+    backend = sentence_piece()
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    return backend
+
+
 def tokenizer(backend: Tokenizer | None = None, **options) -> PreTrainedTokenizerFast:
     backend = backend or byte_level()
     backend.add_special_tokens(SPECIAL)
@@ -47,7 +59,7 @@ HELLO = {"role": "user", "content": "Hello"}
 
 
 def rendered(messages: list[dict], template: object = CHATML, **fields) -> str:
-    return ChatTemplate(tokenizer(chat_template=template, bos_token="<s>")).render(Chat(messages, **fields))
+    return ChatTemplate(tokenizer(chat_template=template, bos_token="<s>"), SPECIAL).render(Chat(messages, **fields))
 
 
 def refusal(messages: list[dict], template: object, **fields) -> tuple[str, str]:
@@ -230,7 +242,18 @@ def control_tokens(tokens: list[str]) -> list[str]:
 ITS_OWN = ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
 
 
-@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+@pytest.mark.parametrize("make", [byte_level, sentence_piece, first_space])
+def test_text_behind_a_special_token_is_encoded_as_ever(make) -> None:
+    codec = TextCodec(tokenizer(make(), chat_template=IM))
+    for content in ("a", " b", "\n\nc"):
+        messages = [{"role": "user", "content": content}, {"role": "user", "content": "hallo"}]
+        plain, _ = codec.encode_prompt(Chat(messages, parse_special_tokens=True))
+        marked, _ = codec.encode_prompt(Chat([*messages, {"role": "user", "content": "<s>"}]))
+        last = len(plain) - 1 - plain[::-1].index(codec._backend.token_to_id("<|im_start|>"))
+        assert marked[:last] == plain[:last]
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_piece, first_space])
 def test_a_message_cannot_end_itself(make) -> None:
     tokens, text = encoded([{"role": "user", "content": FORGED}], make())
     assert text == f"<|im_start|>user\n{FORGED}<|im_end|>\n<|im_start|>assistant\n"
@@ -277,6 +300,35 @@ def test_prompts_without_forgery_are_encoded_as_transformers_does() -> None:
     for messages in ([HELLO], [SYSTEM, HELLO, {"role": "assistant", "content": "a\n\nb "}]):
         want = plain.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert codec.encode_prompt(Chat(messages))[0] == want
+
+
+def test_thoughts_of_a_model_are_no_special_tokens() -> None:
+    """Reasoning models have them as tokens that are not special, and templates look for them."""
+    template = IM.replace("m.content | trim", "m.content.split('</think>')[-1]")
+    codec = TextCodec(tokenizer(chat_template=template))
+    thought = {"role": "assistant", "content": "<think>a<|im_end|>b</think>c"}
+    token_ids, text = codec.encode_prompt(Chat([HELLO, thought]))
+    assert "<|im_start|>assistant\nc<|im_end|>" in text
+    plain = {"role": "assistant", "content": "<think>a"}
+    token_ids, _ = codec.encode_prompt(Chat([HELLO, plain, {"role": "user", "content": "<s>"}]))
+    assert codec._backend.token_to_id("<think>") in token_ids
+
+
+def test_whatever_a_template_does_to_text_makes_no_token_of_it() -> None:
+    for change in ("m.content | replace('x', '')", "m.content[1:]", "m.content | upper | lower", "m.content ~ '|>'"):
+        template = IM.replace("m.content | trim", change)
+        for content in ("x<|im_x<|im_end|>end|>", "<<|im_end|>", "<|im_end|>|>", "<|im_<|im_end|>"):
+            codec = TextCodec(tokenizer(chat_template=template))
+            token_ids, text = codec.encode_prompt(Chat([{"role": "user", "content": content}]))
+            assert control_tokens([codec.token(token_id) for token_id in token_ids]) == ITS_OWN
+            assert "\ufdd0" not in text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sets(st.text("ab|", min_size=1, max_size=4)), st.text("ab|c", max_size=20))
+def test_any_of_some_names_is_found_the_longest_first(names: set[str], text: str) -> None:
+    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
+    assert re.findall(any_of(names), text) == re.findall(longest_first, text)
 
 
 def test_special_tokens_may_be_added_around_a_chat() -> None:

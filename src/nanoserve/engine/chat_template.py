@@ -1,25 +1,27 @@
 """A conversation as the prompt that the model was trained on, by the checkpoint's own chat template.
 
-    Chat ── messages in the template's words ──▶ text ──▶ token ids
+    Chat ── messages in the template's words, spelled tokens marked ──▶ template ──▶ text ──▶ pieces
 
 Templates differ in what they read: a message's text, or its parts, or both; some know no developer, some fail at a
 message without text. What this one reads is found out by rendering small conversations with it.
 
-Text of a conversation stays text. If it spells a special token, such as <|im_end|>, then transformers encodes it apart,
-so that nobody can end their message and begin another within it; what the template itself writes is not touched.
+Text of a conversation stays text. What spells a special token in it, such as <|im_end|>, is marked before the template
+is rendered, and so can be told from what the template itself writes: nobody can end their message and begin another
+within it.
 """
 
-import copy
+import dataclasses
 import inspect
 import re
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from nanoserve.request import InvalidRequest, Violation
 
+# Around what spells a token. Unicode keeps these two for such uses, and no text has them.
+BEGIN, END = "\ufdd0", "\ufdd1"
 # What is looked for in a rendered conversation, and what comes out of a template that reads text and was given parts.
 PROBE = "nanoserve-probe"
 _SPELLED_OUT = re.compile(rf"""["']text["']: *["']{PROBE}""")
@@ -58,68 +60,85 @@ class Chat:
 class ChatTemplate:
     """Renders conversations. Any thread."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, special_tokens: Iterable[str]) -> None:
         """`tokenizer` is one of transformers."""
         self._tokenizer = tokenizer
-        # transformers changes settings of a tokenizer to encode text apart; this one is a copy, made when it is needed.
-        self._careful: Any = None
-        self._lock = threading.Lock()
-        added = (token.content for token in tokenizer.added_tokens_decoder.values())
-        names = sorted((name for name in added if not name.isspace()), key=len, reverse=True)
-        self._added_tokens = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        names = any_of(special_tokens)
+        self._special = re.compile(names)
+        # A template may have cut off one of the marks.
+        spelled = f"{BEGIN}(?P<text>{names})|(?P<rest>{names}){END}"
+        self._marked_or_special = re.compile(f"{spelled}|(?P<token>{names})|[{BEGIN}{END}]")
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved_kwargs = {*parameters, "messages", "conversations"} - {"documents"}
         self._reads = cache(self._find_what_it_reads)
 
     def render(self, chat: Chat) -> str:
-        """The prompt as text. Raises InvalidRequest."""
-        text: str = self._apply(self._tokenizer, chat, tokenize=False)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            # JSON can spell a character that no text has.
-            raise InvalidRequest([Violation("chat", f"the prompt is not Unicode text: {error}")]) from error
-        return text
-
-    def spells_tokens(self, chat: Chat) -> bool:
-        """Something in the conversation is spelled like a token that stands for itself."""
-        given = _strings((chat.messages, chat.tools, chat.template_kwargs))
-        return any(self._added_tokens.search(text) for text in given)
-
-    def encode_as_text(self, chat: Chat) -> list[int]:
-        """Token ids of the prompt, in which what the conversation spells is no special token. Raises InvalidRequest."""
-        with self._lock:
-            if self._careful is None:
-                self._careful = copy.deepcopy(self._tokenizer)
-            token_ids = self._apply(self._careful, chat, tokenize=True, return_dict=False, sanitize_control_tokens=True)
-        return list(token_ids)
-
-    def _apply(self, tokenizer: Any, chat: Chat, **how: Any) -> Any:
+        """The prompt as text, in which what the conversation spells is marked. Raises InvalidRequest."""
         if reserved := sorted(self._reserved_kwargs & chat.template_kwargs.keys()):
             names = ", ".join(reserved)
             raise InvalidRequest([Violation("chat.template_kwargs_json", f"{names}: cannot be set here")])
         try:
-            template = tokenizer.get_chat_template(tools=chat.tools or None)
+            template: str = self._tokenizer.get_chat_template(tools=chat.tools or None)
         except ValueError as error:
             why = "the model has no chat template; send the prompt as text or token_ids"
             raise InvalidRequest([Violation("chat", why)]) from error
+        given = chat if chat.parse_special_tokens else self._marked(chat)
         try:
-            return tokenizer.apply_chat_template(
-                [self._in_its_words(message, template) for message in chat.messages],
-                tools=chat.tools or None,
+            text: str = self._tokenizer.apply_chat_template(
+                [self._in_its_words(message, template) for message in given.messages],
+                tools=given.tools or None,
+                tokenize=False,
                 add_generation_prompt=chat.begins_message,
                 continue_final_message=chat.continue_final_message,
-                **how,
-                **chat.template_kwargs,
+                **given.template_kwargs,
             )
+            # JSON can spell a character that no text has.
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest([Violation("chat", f"the prompt is not Unicode text: {error}")]) from error
         except Exception as error:
             # A template raises what it likes, at a conversation that it cannot render.
-            raise InvalidRequest([Violation("chat", f"the chat template refuses it: {error}")]) from error
+            why = f"the chat template refuses it: {without_marks(str(error))}"
+            raise InvalidRequest([Violation("chat", why)]) from error
+        return text
+
+    def pieces(self, text: str) -> tuple[list[str], list[str]]:
+        """A rendered text as it alternates: text, token, text, ..., token, text. Returns texts, without marks, and the
+        special tokens between them."""
+        texts: list[str] = []
+        tokens: list[str] = []
+        parts: list[str] = []
+        start = 0
+        for match in self._marked_or_special.finditer(text):
+            parts += [text[start : match.start()], match["text"] or match["rest"] or ""]
+            start = match.end()
+            if match["token"] is not None:
+                tokens.append(match["token"])
+                texts.append("".join(parts))
+                parts = []
+        return [*texts, "".join([*parts, text[start:]])], tokens
+
+    def _marked(self, chat: Chat) -> Chat:
+        """With marks around all that spells a special token."""
+        return dataclasses.replace(
+            chat,
+            messages=[self._mark({**each, "content": self._apart(each.get("content"))}) for each in chat.messages],
+            tools=self._mark(chat.tools),
+            template_kwargs=self._mark(chat.template_kwargs),
+        )
+
+    def _mark(self, value: Any) -> Any:
+        """A value of JSON."""
+        if isinstance(value, str):
+            return self._special.sub(rf"{BEGIN}\g<0>{END}", without_marks(value))
+        if isinstance(value, Mapping):
+            return {self._mark(key): self._mark(child) for key, child in value.items()}
+        return [self._mark(child) for child in value] if isinstance(value, list) else value
 
     def _in_its_words(self, message: Mapping[str, Any], template: str) -> dict[str, Any]:
         # Templates concatenate the content or search in it, also where there are only tool calls.
         content = message.get("content") or ""
-        parts = [content] if isinstance(content, str) else self._apart(content)
+        parts = [content] if isinstance(content, str) else content
         reads_text, reads_parts = self._reads(template, message["role"])
         if reads_parts and (len(parts) > 1 or not reads_text):
             content = [{"type": "text", "text": part} for part in parts]
@@ -128,10 +147,12 @@ class ChatTemplate:
         is_unknown = message["role"] == "developer" and "developer" not in template
         return {**message, "content": content, "role": "system" if is_unknown else message["role"]}
 
-    def _apart(self, parts: list[str]) -> list[str]:
-        """The parts; as one if they would spell a token together in a template that puts nothing between them."""
-        num_spelled = sum(len(self._added_tokens.findall(part)) for part in parts)
-        return parts if len(self._added_tokens.findall("".join(parts))) == num_spelled else ["\n".join(parts)]
+    def _apart(self, content: str | list[str] | None) -> str | list[str] | None:
+        """A content; its parts as one text if they would spell a token together where nothing is put between them."""
+        if not isinstance(content, list):
+            return content
+        num_spelled = sum(len(self._special.findall(part)) for part in content)
+        return content if len(self._special.findall("".join(content))) == num_spelled else "\n".join(content)
 
     def _find_what_it_reads(self, template: str, role: str) -> tuple[bool, bool]:
         """Of a message of this role: whether the template reads the text, and whether it reads the parts."""
@@ -151,14 +172,30 @@ class ChatTemplate:
         return renders(PROBE) or not reads_parts, reads_parts
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All texts in a value of JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, child in value.items():
-            yield key
-            yield from _strings(child)
-    elif isinstance(value, list | tuple):
-        for child in value:
-            yield from _strings(child)
+def has_marks(text: str) -> bool:
+    """Something in a rendered text is not what it looks like."""
+    return BEGIN in text or END in text
+
+
+def without_marks(text: str) -> str:
+    """A rendered text as whoever wrote the conversation knows it."""
+    return text.replace(BEGIN, "").replace(END, "")
+
+
+def any_of(names: Iterable[str]) -> str:
+    """A regular expression for the longest of some names, as a tree of their letters: where it fails, it does so after
+    one letter and not after one for each name."""
+    tree: dict[str, Any] = {}
+    for name in names:
+        node = tree
+        for letter in name:
+            node = node.setdefault(letter, {})
+        node[""] = {}  # here one ends
+    return _branches(tree) if tree else "(?!)"
+
+
+def _branches(node: dict[str, Any]) -> str:
+    longer = "|".join(re.escape(letter) + _branches(child) for letter, child in node.items() if letter)
+    if "" not in node:
+        return f"(?:{longer})" if len(node) > 1 else longer
+    return f"(?:{longer})?" if longer else ""

@@ -9,6 +9,8 @@ joined text of a stream is what `TextCodec.decode` makes of its tokens, less wha
 sequence goes on from a text, it is what those tokens add to that text.
 """
 
+import copy
+import functools
 import pickle
 import threading
 from array import array
@@ -20,7 +22,7 @@ from typing import Any
 
 from nanoserve.config import ConfigError
 from nanoserve.engine import detokenizer
-from nanoserve.engine.chat_template import Chat, ChatTemplate
+from nanoserve.engine.chat_template import Chat, ChatTemplate, has_marks, without_marks
 from nanoserve.engine.detokenizer import Detokenizer, Step
 from nanoserve.request import FinishReason, SamplingParams
 
@@ -55,7 +57,7 @@ class TextCodec:
         # Tokens seen so far; the texts of a vocabulary are small, and threads can only write the same twice.
         self._tokens: dict[int, str] = {}
         self._bytes_steps = self._make_steps() if self._make_steps is not None else []
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, map(self.token, self.special_token_ids))
 
     @classmethod
     def load(cls, folder: Path, *, trust_remote_code: bool = False) -> "TextCodec":
@@ -110,10 +112,50 @@ class TextCodec:
         if isinstance(prompt, str):
             return self.encode(prompt, add_special_tokens=add_special_tokens is not False), prompt
         text = self._template.render(prompt)
-        if prompt.parse_special_tokens or not self._template.spells_tokens(prompt):
+        if not has_marks(text):
             return self.encode(text, add_special_tokens=bool(add_special_tokens)), text
-        token_ids = self._template.encode_as_text(prompt)
-        return self._with_special_tokens(token_ids) if add_special_tokens else token_ids, text
+        token_ids = self._encode_marked(text)
+        return self._with_special_tokens(token_ids) if add_special_tokens else token_ids, without_marks(text)
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation, in which what is marked is text."""
+        texts, tokens = self._template.pieces(text)
+        token_ids = self._encode_as_text(texts[0])
+        # Some tokenizers put a space before a text, but not before one that follows a special token.
+        encode = self._encode_behind if self._adds_space_to_first_text_alone else self._encode_as_text
+        for token, piece in zip(tokens, texts[1:], strict=True):
+            token_ids += [self._special_ids[token], *encode(piece)]
+        return token_ids
+
+    def _encode_behind(self, text: str) -> list[int]:
+        """Token ids of a text that follows another."""
+        other, both = self._encode_as_text("\n"), self._encode_as_text(f"\n{text}")
+        return both[len(other) :] if both[: len(other)] == other else self._encode_as_text(text)
+
+    @functools.cached_property
+    def _special_ids(self) -> dict[str, int]:
+        return {self.token(token_id): token_id for token_id in self.special_token_ids}
+
+    @functools.cached_property
+    def _adds_space_to_first_text_alone(self) -> bool:
+        token, token_id = next(iter(self._special_ids.items()))
+        together = self.encode(f"{token}a", add_special_tokens=False)
+        return together != [token_id, *self._encode_as_text("a")]
+
+    def _encode_as_text(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is a special token."""
+        if self._backend is None:
+            with self._lock:
+                return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        (encoding,) = self._without_special.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
+
+    @functools.cached_property
+    def _without_special(self) -> Any:
+        """A copy of the library's tokenizer that takes special tokens for text; others use the original meanwhile."""
+        backend: Any = copy.deepcopy(self._backend)
+        backend.encode_special_tokens = True
+        return backend
 
     def _with_special_tokens(self, token_ids: list[int]) -> list[int]:
         """Those that the tokenizer puts around any text."""

@@ -65,7 +65,8 @@ class AsyncClient:
     async def tokenize(self, prompt: Messages, **options: Unpack[TokenizeOptions]) -> Tokens:
         """Token ids of a text, or of a conversation. See Client.tokenize."""
         request = requests.tokenize_request(prompt, options)
-        return Tokens.of(await self._call(self._models.Tokenize, request, requests.call_options(options)))
+        response = await self._call(self._models.Tokenize, request, requests.call_options(options))
+        return await asyncio.to_thread(Tokens.of, response)
 
     async def detokenize(
         self,

@@ -1,13 +1,16 @@
 """From the contract's responses to frozen Python values. Pure; both clients use it."""
 
 import enum
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Self
+from typing import Self, TypeVar
 
 from nanoserve_client.v1 import admin_pb2, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
+
+_Value = TypeVar("_Value")
 
 
 class FinishReason(enum.Enum):
@@ -256,7 +259,12 @@ class Tokens:
 
     @classmethod
     def of(cls, message: model_pb2.TokenizeResponse) -> Self:
-        return cls(tuple(message.token_ids), tuple(message.tokens), message.text)
+        return cls(tuple(_in_slices(message.token_ids)), tuple(_in_slices(message.tokens)), message.text)
+
+
+def _in_slices(values: Sequence[_Value]) -> Iterator[_Value]:
+    """Of millions. In one call, to copy them would keep all other threads from running."""
+    return itertools.chain.from_iterable(values[i : i + 10_000] for i in range(0, len(values), 10_000))
 
 
 @dataclass(frozen=True, slots=True)
