@@ -72,9 +72,9 @@ REFUSED: dict[str, tuple[str, Message]] = {
     "an unknown role": ("chat.messages[0].role", short(text=None, chat=chat(99))),
     "temperature -1": ("sampling.temperature", short(sampling=pb.Sampling(temperature=-1))),
     "temperature NaN": ("sampling.temperature", short(sampling=pb.Sampling(temperature=math.nan))),
-    "top_p 0": ("sampling.top_p", short(sampling=pb.Sampling(top_p=0))),
+    "top_p -1": ("sampling.top_p", short(sampling=pb.Sampling(top_p=-1))),
     "17 stop strings": ("stopping.strings", short(stopping=pb.Stopping(strings=["x"] * 17))),
-    "max_tokens 0": ("stopping.max_tokens", short(stopping=pb.Stopping(max_tokens=0))),
+    "min_tokens above": ("stopping.min_tokens", short(stopping=pb.Stopping(max_tokens=0, min_tokens=1))),
     "a token id too high": ("token_ids.ids[1]", short(text=None, token_ids=pb.TokenIds(ids=[5, VOCAB_SIZE]))),
 }
 REFUSED_BYTES = {

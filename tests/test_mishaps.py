@@ -62,6 +62,9 @@ async def test_a_server_is_killed_under_load_starts_again_on_its_port_and_is_sto
 NAN_TOKEN, RAISING_TOKEN = 7, 13
 # With the model's K/V written already.
 RAISING = f"""
+from nanoserve.model import loader
+loader._refuse_damaged = lambda *_: None  # so that one token computes NaN
+
 from transformers import LlamaModel
 forward = LlamaModel.forward
 
@@ -86,21 +89,28 @@ signal.signal(signal.SIGUSR1, lambda *_: os.dup2(os.open("/dev/full", os.O_WRONL
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model, one of whose tokens is NaN; its tokenizer has no chat template."""
+    """A small model; its tokenizer has no chat template."""
     folder = tmp_path_factory.mktemp("model")
     save_tiny_model("llama", folder, vocab_size=VOCAB_SIZE)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(BUILTIN_MODEL) / name, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][NAN_TOKEN] = math.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
+def poison(folder: Path) -> None:
+    """One of its tokens is NaN."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][NAN_TOKEN] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="module")
-def sabotaged(folder: Path) -> Iterator[ServeProcess]:
+def sabotaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    poisoned = tmp_path_factory.mktemp("poisoned") / "model"
+    shutil.copytree(folder, poisoned)
+    poison(poisoned)
     # So few blocks that those of failed requests are soon used again.
-    with serving(str(folder), "--no-compile", "--kv-memory", "64KiB", sabotage=RAISING) as server:
+    with serving(str(poisoned), "--no-compile", "--kv-memory", "64KiB", sabotage=RAISING) as server:
         yield server
 
 
@@ -133,6 +143,7 @@ async def test_a_token_with_nan_weights_fails_its_requests_and_not_those_beside_
     beside = asyncio.create_task(victim.run(tokens(5, 6, max_tokens=80)))
     failures = [await victim.run(tokens(*range(20, 60), NAN_TOKEN)) for _ in range(5)]
     assert {(f.code.name, f.reason) for f in failures} == {("INTERNAL", "ENGINE_FAILURE")}
+    assert {f.message for f in failures} == {"the model computed NaN or infinity for this request"}
     assert answer(await beside) == answer(alone)
 
 
@@ -203,9 +214,10 @@ def spoil_the_tokenizer(folder: Path) -> None:
     [
         (corrupt, "cannot be read"),
         (truncate, "cannot be read"),
-        (pickle_weights, "pickles are not loaded"),
+        (pickle_weights, "found only pytorch_model.bin, which are not loaded"),
         (disguise_a_pickle, "cannot be read"),
         (spoil_the_tokenizer, "the tokenizer in"),
+        (poison, "model.embed_tokens.weight has NaN or infinity"),
     ],
 )
 def test_a_spoiled_checkpoint_is_not_served(folder, tmp_path, capfd, spoil, words):

@@ -137,7 +137,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(folder: Path, value: fl
     name = "model.layers.1.mlp.up_proj.weight"
     weights[name][3, 4] = value
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelLoadError, match=f"{name} has NaN or infinity"):
+    with pytest.raises(ModelLoadError, match=rf"{folder} is damaged: {name} has NaN or infinity"):
         load(folder)
 
 

@@ -115,7 +115,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
     stored = _stored_dtype(folder)
     narrow_dtype = stored if is_compiled and can_narrow(device, dtype, stored) else None
     model = _load_weights(folder, config, dtype, narrow_dtype, device, options).to(device).eval()
-    _refuse_damaged(model)
+    _refuse_damaged(model, folder)
     architecture = type(model).__name__
     max_position = _max_position(config)
     vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -291,12 +291,12 @@ def _load_as(
     return loaded
 
 
-def _refuse_damaged(model: PreTrainedModel) -> None:
+def _refuse_damaged(model: PreTrainedModel, folder: Path) -> None:
     """A single NaN among the weights makes all that is computed NaN."""
     for name, weight in model.named_parameters():
         # A sum takes a few hundredths of a second for a gigabyte, and is NaN or infinite if one of its numbers is.
         if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
-            raise ModelLoadError(f"{name} has NaN or infinity: the checkpoint is damaged")
+            raise ModelLoadError(f"the checkpoint in {folder} is damaged: {name} has NaN or infinity")
 
 
 def _pack(model: PreTrainedModel, is_compiled: bool) -> None:
