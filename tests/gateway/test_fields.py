@@ -249,6 +249,25 @@ def test_what_of_a_response_asks_for_nothing_is_taken(field):
     assert {name: value for name, value in taken.items() if value != {}} in ({"input": "hi"}, {"input": "hi", **field})
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"parallel_tool_calls": True},
+        {"tool_choice": "auto"},
+        {"tool_choice": "none", "tools": []},
+        {"verbosity": "medium"},
+        {"store": False},
+        {"response_format": {"type": "text"}},
+        {"modalities": ["text"]},
+        {"service_tier": "auto"},
+        {"logprobs": False, "top_logprobs": None},
+    ],
+    ids=str,
+)
+def test_what_of_a_chat_asks_for_nothing_is_taken(field):
+    CHAT.parse({"messages": [{"role": "user", "content": "hi"}], **field})
+
+
 def test_all_violations_are_told_at_once():
     with pytest.raises(BadRequest) as caught:
         CHAT.parse({"tools": [1], "x": 1, "top_p": "1", "messages": [{"role": "user"}, {"role": "x"}]})

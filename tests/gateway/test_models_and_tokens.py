@@ -102,3 +102,5 @@ def test_a_streamed_echo_of_token_ids_is_what_the_service_told(scripted):
     lines = scripted.http.post("/v1/completions", json=body).text.splitlines()
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["AB", "Hel", "lo", ""]
+    # No sign of life where nothing has been silent yet.
+    assert ": keep-alive" not in lines

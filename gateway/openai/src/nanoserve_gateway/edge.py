@@ -81,10 +81,10 @@ class Pages:
     def _problem(self, headers: Headers) -> Problem | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if host and self._names is not None and not self._is_own_name(_name_of(host)):
-            why = f"a server for its own machine alone is not called {host!r}; {OPTION}, names the sites it may be"
+            why = f"a server for its own machine alone is not called {host!r}; {OPTION}, lists the sites it may be"
             return bad_request("header host", why, status=403, code="foreign_host")
         if origin is not None and self._is_foreign(origin.lower(), host.lower()):
-            why = f"pages of {origin!r} may not call; {OPTION}, names those that may"
+            why = f"pages of {origin!r} may not call; {OPTION}, lists those that may"
             return bad_request("header origin", why, status=403, code="foreign_origin")
         return None
 

@@ -91,6 +91,7 @@ class EventStream(Response):
                 self._written_s = time.monotonic()
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        self._written_s = time.monotonic()
         await write(self._answer.begin(self._starts))
         async with _cancelled_at_end([asyncio.create_task(self._keep_alive(write))]):
             try:
