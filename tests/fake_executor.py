@@ -5,7 +5,8 @@ token, a block shared by accident) either raises here or changes the tokens.
 """
 
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 
 from nanoserve.request import Admission, ScheduledSequence, SequenceResult, StepPlan, StepResult, TokenLogprob
 
@@ -24,10 +25,37 @@ def expected_completion(prompt: Sequence[int], seed: int, count: int, vocab_size
     return token_ids[len(prompt) :]
 
 
+def right_drafts(token_ids: Sequence[int], seed: int, count: int = 4, vocab_size: int = 1000) -> list[int]:
+    """What the fake model will say next."""
+    return expected_completion(token_ids, seed, count, vocab_size)
+
+
+def wrong_drafts(_token_ids: Sequence[int], _seed: int) -> list[int]:
+    return [1000, 1001, 1002]  # no tokens of its vocabulary
+
+
+def random_drafts(token_ids: Sequence[int], seed: int) -> list[int]:
+    """Between none and five, some of which are right."""
+    chance = random.Random(repr((list(token_ids), seed)))
+    return [t if chance.random() < 0.7 else 1000 for t in right_drafts(token_ids, seed, chance.randrange(6))]
+
+
+def endless_drafts(token_ids: Sequence[int], seed: int) -> list[int]:
+    """Right, and beyond whatever ends the text."""
+    return right_drafts(token_ids, seed, 40)
+
+
 class FakeExecutor:
     """Implements Executor over simulated KV memory."""
 
-    def __init__(self, block_size: int, vocab_size: int = 1000, max_num_batched_tokens: int = 10**9) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        vocab_size: int = 1000,
+        max_num_batched_tokens: int = 10**9,
+        draft: Callable[[list[int], int], list[int]] | None = None,
+    ) -> None:
+        """draft: guesses what follows some tokens, given the seed; as many as it likes. None = nothing."""
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -38,6 +66,8 @@ class FakeExecutor:
         # Computed tokens over all steps.
         self.num_computed_tokens = 0
         self.plans: list[StepPlan] = []
+        self._draft = draft
+        self.num_accepted_drafts = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
         assert plan.sequences
@@ -57,11 +87,16 @@ class FakeExecutor:
         results = [self._result(s.row, s.start + len(s.token_ids), s) for s in plan.sequences]
         return StepResult(results, num_threads=2)
 
+    def _guess(self, row: int, context: list[int]) -> list[int]:
+        return [] if self._draft is None else self._draft(context, self.admissions[row].seed)
+
     def _slot(self, row: int, position: int) -> tuple[int, int]:
         return self.block_tables[row][position // self.block_size], position % self.block_size
 
     def _result(self, row: int, num_tokens: int, s: ScheduledSequence) -> SequenceResult:
-        assert len(self.block_tables[row]) == -(-num_tokens // self.block_size)
+        assert len(self.block_tables[row]) >= -(-(num_tokens + s.num_drafts) // self.block_size)
+        assert len(set(self.block_tables[row])) == len(self.block_tables[row]), "a block was told of twice"
+        assert s.samples or not s.num_drafts
         context = []
         for position in range(num_tokens):
             token, written_at = self.slots[self._slot(row, position)]
@@ -73,6 +108,18 @@ class FakeExecutor:
         prompt_logprobs = [TokenLogprob(t, -float(s.start + 1 + i), 1) for i, t in enumerate(s.prompt_targets)]
         if not s.samples:
             return SequenceResult(prompt_logprobs=prompt_logprobs)
-        token_id = next_token(context, admission.seed, self.vocab_size)
-        logprobs = [TokenLogprob(token_id, -0.5, 1)] if admission.params.logprobs is not None else []
-        return SequenceResult([token_id], logprobs, prompt_logprobs)
+        # Keys and values of all drafts are written; those of wrong ones must be written over before they are read.
+        drafts = self._guess(row, context)[: s.num_drafts]
+        drafts += [-1] * (s.num_drafts - len(drafts))
+        for position, token in enumerate(drafts, start=num_tokens):
+            self.slots[self._slot(row, position)] = (token, position)
+        token_ids = [next_token(context, admission.seed, self.vocab_size)]
+        for draft in drafts:
+            if draft != token_ids[-1]:
+                break
+            context.append(draft)
+            token_ids.append(next_token(context, admission.seed, self.vocab_size))
+        self.num_accepted_drafts += len(token_ids) - 1
+        logprobs = [TokenLogprob(t, -0.5, 1) for t in token_ids] if admission.params.logprobs is not None else []
+        num_drafts_next = len(self._guess(row, [*context, token_ids[-1]]))
+        return SequenceResult(token_ids, logprobs, prompt_logprobs, num_drafts_next=num_drafts_next)

@@ -14,7 +14,18 @@ BLOCK = 4
 class Bench:
     """A scheduler, a fake executor, and what came out of them."""
 
-    def __init__(self, *, num_blocks=64, max_num_seqs=8, budget=32, max_context=128, cache=True, batching="continuous"):
+    def __init__(
+        self,
+        *,
+        num_blocks=64,
+        max_num_seqs=8,
+        budget=32,
+        max_context=128,
+        cache=True,
+        batching="continuous",
+        draft=None,
+    ):
+        """draft: as of FakeExecutor."""
         self.pool = BlockPool(num_blocks, keep_cached=cache)
         self.scheduler = Scheduler(
             SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, batching=batching),
@@ -24,7 +35,7 @@ class Bench:
             cache_identity="model",
             enable_prefix_cache=cache,
         )
-        self.executor = FakeExecutor(BLOCK, max_num_batched_tokens=budget)
+        self.executor = FakeExecutor(BLOCK, max_num_batched_tokens=budget, draft=draft)
         self.now = 0.0
         self.events = []
 

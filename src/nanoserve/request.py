@@ -153,6 +153,9 @@ class ScheduledSequence:
     new_block_ids: list[int]
     # The step reaches the last known token, so its logits give the next one.
     samples: bool
+    # Places behind token_ids, in the row's blocks, for tokens that the model side guesses and computes along with them.
+    # Only of one that samples: what it then draws says how many of the guesses were right.
+    num_drafts: int = 0
     # Set in the first step after the row changed hands.
     admission: Admission | None = None
     # Prompt tokens whose log-probabilities are wanted: those after positions start, start + 1, ... Empty = none.
@@ -167,7 +170,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(s.token_ids) for s in self.sequences)
+        return sum(len(s.token_ids) + s.num_drafts for s in self.sequences)
 
 
 # ------------------------------------------------------------------------------------------ what came out
@@ -190,7 +193,7 @@ class TokenLogprob:
 class SequenceResult:
     """What a step made of one sequence."""
 
-    # Sampled tokens: empty unless `samples`; more than one when drafts were accepted.
+    # Sampled tokens: empty unless `samples`; the drafts that were right, and one more.
     token_ids: list[int] = field(default_factory=list)
     # Aligned with token_ids if the request asked for them, else empty.
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -198,6 +201,8 @@ class SequenceResult:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     # The model made a NaN or infinity: nothing of this sequence can be used.
     is_corrupt: bool = False
+    # How many places for drafts the model side could use in the next step.
+    num_drafts_next: int = 0
 
 
 @dataclass(frozen=True, slots=True)

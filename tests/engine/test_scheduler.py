@@ -2,7 +2,7 @@
 
 import hypothesis.strategies as st
 import pytest
-from fake_executor import expected_completion
+from fake_executor import endless_drafts, expected_completion, random_drafts, right_drafts, wrong_drafts
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from scheduler_bench import Bench, WatchedBench
@@ -361,6 +361,101 @@ def test_stats_count_every_sequence():
     assert (stats.num_owned_blocks, stats.num_blocks) == (6, 64)
 
 
+# ------------------------------------------------------------------------------------------------------ drafts
+
+DRAFTS = [right_drafts, wrong_drafts, random_drafts, endless_drafts]
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 9, "budget": 9}, {"cache": False}, {"budget": 8}])
+def test_drafts_change_no_token(draft, options):
+    bench = Bench(draft=draft, **options)
+    bench.add("a", prompt_of(7), max_tokens=17)
+    bench.add("b", prompt_of(3, 40), max_tokens=9, n=2, logprobs=0)
+    bench.run()
+    bench.expect("a", prompt_of(7), 17)
+    for index in (0, 1):
+        bench.expect("b", prompt_of(3, 40), 9, index=index)
+        assert [len(e.logprobs) for e in bench.outputs("b", index)] == [
+            len(e.token_ids) for e in bench.outputs("b", index)
+        ]
+    assert bench.pool.num_owned == 0
+
+
+def test_right_drafts_save_steps_and_wrong_ones_cost_none():
+    num_steps = {}
+    for draft in (None, right_drafts, wrong_drafts):
+        bench = Bench(draft=draft)
+        bench.add("a", prompt_of(7), max_tokens=21)
+        bench.run()
+        num_steps[draft] = len(bench.executor.plans)
+    assert num_steps[right_drafts] == 1 + 4  # five tokens a step, behind the first
+    assert num_steps[wrong_drafts] == num_steps[None] == 21
+
+
+def test_a_block_is_named_when_its_tokens_are_final():
+    """Four drafts of which one is right fill a block with tokens that were refused."""
+    bench = Bench(draft=lambda token_ids, seed: [*right_drafts(token_ids, seed, 1), 1000, 1001, 1002])
+    bench.add("a", prompt_of(7), max_tokens=6)
+    bench.step()
+    bench.step()
+    [sequence] = bench.scheduler._running()
+    assert (sequence.num_tokens, sequence.num_computed_tokens) == (7 + 1 + 2, 7 + 1 + 1)
+    assert bench.pool.match([*sequence.block_hashes]) == sequence.block_ids[:2]
+    bench.pool.release(sequence.block_ids[:2])
+    assert len(sequence.block_hashes) == 2
+    # The blocks of the refused ones are the sequence's, and are told of once.
+    assert bench.step().sequences[0].new_block_ids == []
+    bench.run()
+    completion = bench.completion("a")
+    bench.add("again", [*prompt_of(7), *completion, 5])
+    bench.run()
+    assert bench.started("again").num_cached_tokens == 12
+    bench.expect("again", [*prompt_of(7), *completion, 5], 5)
+
+
+@pytest.mark.parametrize("draft", [right_drafts, endless_drafts])
+@pytest.mark.parametrize("place", range(6))
+def test_nothing_comes_behind_an_end_that_was_drafted(draft, place):
+    expected = expected_completion(prompt_of(6), 7, 10, 1000)
+    bench = Bench(draft=draft)
+    bench.add("a", prompt_of(6), max_tokens=10, eos=frozenset({expected[place]}))
+    bench.run()
+    assert bench.completion("a") == expected[: place + 1]
+    assert bench.finish_reason("a") is FinishReason.EOS
+    bench.add("again", [*prompt_of(6), *expected[: place + 1], 5], max_tokens=3)
+    bench.run()
+    bench.expect("again", [*prompt_of(6), *expected[: place + 1], 5], 3)
+
+
+def test_no_place_is_kept_for_drafts_that_could_not_be_used():
+    bench = Bench(draft=endless_drafts, max_context=24)
+    bench.add("a", prompt_of(6), max_tokens=5)
+    bench.add("b", prompt_of(6, 50), max_tokens=None)
+    bench.run()
+    assert bench.finish_reason("a") is FinishReason.LENGTH
+    assert bench.finish_reason("b") is FinishReason.CONTEXT
+    bench.expect("a", prompt_of(6), 5)
+    bench.expect("b", prompt_of(6, 50), 18)
+    for plan in bench.executor.plans:
+        for s in plan.sequences:
+            assert s.start + len(s.token_ids) + s.num_drafts < 24
+
+
+def test_drafts_take_no_tokens_and_no_blocks_from_others():
+    bench = Bench(draft=endless_drafts, budget=8, num_blocks=9)
+    bench.add("a", prompt_of(4), max_tokens=12)
+    bench.step()
+    bench.add("b", prompt_of(16, 50), max_tokens=3)
+    plan = bench.step()
+    [a, b] = plan.sequences
+    assert (len(a.token_ids), a.num_drafts, len(b.token_ids)) == (1, 0, 7)
+    bench.run()
+    assert bench.scheduler.stats().num_preemptions == 0
+    bench.expect("a", prompt_of(4), 12)
+    bench.expect("b", prompt_of(16, 50), 3)
+
+
 class Life(RuleBasedStateMachine):
     """Add, step, cancel, preempt, fail, reset in any order, in pools so small that everything collides."""
 
@@ -376,6 +471,7 @@ class Life(RuleBasedStateMachine):
         budget=st.integers(4, 12),
         cache=st.booleans(),
         batching=st.sampled_from(["continuous", "continuous", "static"]),
+        draft=st.sampled_from([None, *DRAFTS]),
     )
     def start(self, **options):
         self.bench = WatchedBench(**options)

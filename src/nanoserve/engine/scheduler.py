@@ -47,6 +47,8 @@ class Sequence:
     # Keys and values of the first ones are in the blocks of block_ids.
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
+    # Of these blocks, those that the model side knows of.
+    num_told_blocks: int = 0
     # Of the full blocks, as far as they were needed.
     block_hashes: list[bytes] = field(default_factory=list)
     # The place on the model side; None = not running.
@@ -56,6 +58,8 @@ class Sequence:
     # The start of its request was reported.
     has_started: bool = False
     num_preemptions: int = 0
+    # Places that the model side would fill with guesses.
+    num_drafts: int = 0
     # Of the prompt's tokens, the first included, which has none.
     num_prompt_logprobs: int = 1
 
@@ -194,7 +198,7 @@ class Scheduler:
                 self._schedule_running(sequence, step)
         wait_reason = WaitReason.BATCH if batch_is_closed else self._admit_waiting(step, now)
         step = dict(sorted(step.items(), key=lambda item: item[1] > 1))
-        plan = StepPlan([self._plan_sequence(*item) for item in step.items()])
+        plan = StepPlan([self._plan_sequence(s, count, self._reserve_drafts(s, count)) for s, count in step.items()])
         if self.is_observed:
             self._notes.planned(now, step, plan, self._block_size)
             if self._waiting:
@@ -283,7 +287,9 @@ class Scheduler:
         size, hashes = self._block_size, sequence.block_hashes
         while len(hashes) < count:
             parent = hashes[-1] if hashes else self._root(sequence.request)
-            hashes.append(hash_block(parent, sequence.token_ids[len(hashes) * size : (len(hashes) + 1) * size]))
+            token_ids = sequence.token_ids[len(hashes) * size : (len(hashes) + 1) * size]
+            assert len(token_ids) == size, "only a full block has a hash"
+            hashes.append(hash_block(parent, token_ids))
 
     def _root(self, request: Request) -> bytes:
         # Without a prefix cache the sequences of one request still share the blocks that one of them owns.
@@ -309,12 +315,30 @@ class Scheduler:
             self._notes.preempted(sequence, beneficiary)
         self._enqueue(sequence)
 
-    def _plan_sequence(self, sequence: Sequence, count: int) -> ScheduledSequence:
+    def _reserve_drafts(self, sequence: Sequence, count: int) -> int:
+        """How many drafts the step has places for. They take what nobody else wants: no block that a running sequence
+        could need in the next step, and no place that the sequence could not use."""
+        if not sequence.num_drafts or count < sequence.gap:
+            return 0
+        request = sequence.request
+        left = self._max_context_tokens - sequence.num_tokens
+        if request.params.max_tokens is not None:
+            left = min(left, request.params.max_tokens - sequence.num_completion_tokens)
+        # One of the new tokens is drawn behind the drafts.
+        num_drafts = min(sequence.num_drafts, self._budget, left - 1)
+        num_owned = len(sequence.block_ids) * self._block_size - sequence.num_computed_tokens - count
+        num_spare = self.pool.num_available - sum(1 for _ in self._running())
+        num_drafts = max(0, min(num_drafts, num_owned + max(0, num_spare) * self._block_size))
+        grown = self._grow(sequence, count + num_drafts)
+        assert grown
+        self._budget -= num_drafts
+        return num_drafts
+
+    def _plan_sequence(self, sequence: Sequence, count: int, num_drafts: int) -> ScheduledSequence:
         request, start = sequence.request, sequence.num_computed_tokens
-        admission, num_known_blocks = None, self._num_blocks_for(start)
+        admission = None
         if sequence.is_new_in_row:
             sequence.is_new_in_row = False
-            num_known_blocks = 0
             admission = Admission(
                 params=request.params,
                 seed=((request.params.seed or 0) + sequence.index) % 2**64,
@@ -326,12 +350,14 @@ class Scheduler:
         if request.params.prompt_logprobs is not None and sequence.index == 0:
             targets = request.prompt_token_ids[start + 1 : start + count + 1]
         assert sequence.row is not None
+        num_told_blocks, sequence.num_told_blocks = sequence.num_told_blocks, len(sequence.block_ids)
         return ScheduledSequence(
             row=sequence.row,
             start=start,
             token_ids=sequence.token_ids[start : start + count],
-            new_block_ids=sequence.block_ids[num_known_blocks:],
+            new_block_ids=sequence.block_ids[num_told_blocks:],
             samples=count == sequence.gap,
+            num_drafts=num_drafts,
             admission=admission,
             prompt_targets=targets,
         )
@@ -390,15 +416,18 @@ class Scheduler:
             self.pool.forget(sequence.block_ids)
             self._events.append(self._fail(sequence.request.id, FailureReason.NOT_A_NUMBER))
             return
-        sequence.num_computed_tokens += len(scheduled.token_ids)
-        self._register_full_blocks(sequence, scheduled.start)
         if outcome.token_ids and sequence.index == 0 and not sequence.num_completion_tokens:
-            # The prompt's blocks are computed and named: the siblings find them.
+            # The prompt's blocks are computed: the siblings will find them.
             for sibling in self._requests[sequence.request.id]:
                 if sibling is not sequence:
                     sibling.has_started = True
                     self._enqueue(sibling)
+        assert len(outcome.token_ids) <= scheduled.num_drafts + 1
         kept, reason = self._append(sequence, outcome.token_ids)
+        # The last token that was drawn is still to be computed; those before it were drafts, and right.
+        sequence.num_computed_tokens = scheduled.start + len(scheduled.token_ids) + max(0, kept - 1)
+        sequence.num_drafts = outcome.num_drafts_next
+        self._register_full_blocks(sequence, scheduled.start)
         if kept or reason or outcome.prompt_logprobs:
             event = self._output(sequence, now, outcome, reason, kept, scheduled.start)
             self._events.append(event)
@@ -487,7 +516,7 @@ class Scheduler:
         if self.is_observed:
             self._notes.released(sequence, freed_block_ids)
         sequence.block_ids = []
-        sequence.num_computed_tokens = 0
+        sequence.num_told_blocks = sequence.num_computed_tokens = sequence.num_drafts = 0
         self._rows[sequence.row] = None
         sequence.row = None
 
