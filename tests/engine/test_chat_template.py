@@ -279,6 +279,16 @@ def test_nothing_that_a_caller_writes_is_a_special_token() -> None:
         assert control_tokens(tokens) == [*ITS_OWN[:2] * len(messages), ITS_OWN[2]]
 
 
+def test_line_breaks_stay_what_they_are_where_they_are_special_tokens() -> None:
+    backend = byte_level()
+    backend.add_special_tokens(["\n"])
+    codec = TextCodec(tokenizer(backend, chat_template=IM))
+    text = "a\n\nb"
+    token_ids, rendered = codec.encode_prompt(Chat([{"role": "user", "content": text}]))
+    assert text in rendered
+    assert token_ids == codec.encode(rendered, add_special_tokens=False)
+
+
 def test_parts_spell_no_token_together() -> None:
     template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
     codec = TextCodec(tokenizer(chat_template=template))

@@ -63,7 +63,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, special_tokens: Iterable[str]) -> None:
         """`tokenizer` is one of transformers."""
         self._tokenizer = tokenizer
-        names = any_of(special_tokens)
+        # Some tokenizers have a line break among them, which is no way to end a message.
+        names = any_of(name for name in special_tokens if name.strip())
         self._special = re.compile(names)
         # A template may have cut off one of the marks.
         spelled = f"{BEGIN}(?P<text>{names})|(?P<rest>{names}){END}"
