@@ -482,6 +482,18 @@ def test_a_completion_goes_on_from_its_prompt(name: str, prompt: list[str], comp
     assert continued(name, prompt, *completion) == want
 
 
+@pytest.mark.parametrize("name", ["metaspace", "byte fallback", "word level"])
+def test_behind_a_prompt_that_shows_nothing_a_text_begins(name: str) -> None:
+    word = {"metaspace": "▁the", "byte fallback": "▁the", "word level": "a"}[name]
+    text = word.replace("▁", "")
+    assert continued(name, ["<s>"], word, word) == f"{text} {text}"
+    assert continued(name, [word, "<s>"], word) == f" {text}"
+
+
+def test_the_end_of_a_word_before_a_completion_is_seen() -> None:
+    assert continued("end of word", ["b"], "a</w>") == "a"
+
+
 def test_a_stop_string_may_begin_with_the_completions_first_space() -> None:
     assert continued("byte fallback", ["▁the"], "▁a", "b", stop=[" a"]) == ""
     assert continued("metaspace", ["▁the"], "▁a", "b", stop=[" a"]) == ""

@@ -90,6 +90,12 @@ def test_windows_are_those_of_the_masks_not_of_the_arguments(tmp_path: Path) -> 
     assert [spec.window for spec in load(tmp_path / "llama4").kv_specs] == [16, None, 16]
 
 
+def test_eos_ids_that_are_none_are_left_out_and_said_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_json(folder / "generation_config.json", eos_token_id=["2", None, True, 2.0, [3], 5])
+    assert load(folder).eos_token_ids == {5}
+    assert "eos_token_id of the checkpoint has ['2', None, True, 2.0], which is left out" in caplog.text
+
+
 @pytest.mark.parametrize(("in_generation", "in_config", "want"), [([5, 7], 2, {5, 7}), (9, 2, {9}), (None, 2, {2})])
 def test_eos_ids_come_from_the_generation_config_or_the_config(
     folder: Path, in_generation: object, in_config: object, want: set[int]

@@ -195,6 +195,13 @@ def test_this_system_tells_of_its_threads() -> None:
         ("4:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
         ("4:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, None),
         ("", {}, None),
+        # Whatever else may stand there.
+        ("0::/", {"cpu.max": "150000"}, None),
+        ("0::/", {"cpu.max": "150000 0"}, None),
+        ("0::/", {"cpu.max": "9" * 400 + " 1"}, None),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "300000"}, None),
+        ("nonsense", {"cpu.max": "100000 100000"}, None),
+        ("4:cpu:/a\0b", {}, None),
     ],
 )
 def test_the_quota_is_the_narrowest_of_all_groups(

@@ -12,6 +12,7 @@ within it.
 
 import dataclasses
 import inspect
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,12 @@ from typing import Any
 
 from nanoserve.request import InvalidRequest, Violation
 
-# Around what spells a token. Unicode keeps these two for such uses, and no text has them.
+# Around what spells a token. Unicode keeps these two for such uses, and no text has them. Some templates write them as
+# Python and JSON escape them.
 BEGIN, END = "\ufdd0", "\ufdd1"
+_BEGIN, _END = r"(?:\ufdd0|\\ufdd0)", r"(?:\ufdd1|\\ufdd1)"
+_MARK = re.compile(rf"{_BEGIN}|{_END}")
+_ESCAPED = re.compile(r"\\(?=ufdd[01])")
 # What is looked for in a rendered conversation, and what comes out of a template that reads text and was given parts.
 PROBE = "nanoserve-probe"
 _SPELLED_OUT = re.compile(rf"""["']text["']: *["']{PROBE}""")
@@ -63,12 +68,12 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, special_tokens: Iterable[str]) -> None:
         """`tokenizer` is one of transformers."""
         self._tokenizer = tokenizer
-        # Some tokenizers have a line break among them, which is no way to end a message.
-        names = any_of(name for name in special_tokens if name.strip())
+        # Some tokenizers have a line break or a word among them, which are no way to end a message.
+        names = any_of(name for name in special_tokens if not (name.isspace() or name.isidentifier() or name == ""))
         self._special = re.compile(names)
         # A template may have cut off one of the marks.
-        spelled = f"{BEGIN}(?P<text>{names})|(?P<rest>{names}){END}"
-        self._marked_or_special = re.compile(f"{spelled}|(?P<token>{names})|[{BEGIN}{END}]")
+        spelled = f"{_BEGIN}(?P<text>{names})|(?P<rest>{names}){_END}"
+        self._marked_or_special = re.compile(f"{spelled}|(?P<token>{names})|{_MARK.pattern}")
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved_kwargs = {*parameters, "messages", "conversations"} - {"documents"}
         self._reads = cache(self._find_what_it_reads)
@@ -83,8 +88,8 @@ class ChatTemplate:
         except ValueError as error:
             why = "the model has no chat template; send the prompt as text or token_ids"
             raise InvalidRequest([Violation("chat", why)]) from error
-        given = chat if chat.parse_special_tokens else self._marked(chat)
         try:
+            given = chat if chat.parse_special_tokens else self._marked(chat)
             text: str = self._tokenizer.apply_chat_template(
                 [self._in_its_words(message, template) for message in given.messages],
                 tools=given.tools or None,
@@ -102,6 +107,11 @@ class ChatTemplate:
             why = f"the chat template refuses it: {without_marks(str(error))}"
             raise InvalidRequest([Violation("chat", why)]) from error
         return text
+
+    def in_halves(self, text: str) -> list[str]:
+        """A text, cut in the middle of what spells a special token."""
+        cuts = [0, *((match.start() + match.end() + 1) // 2 for match in self._special.finditer(text)), len(text)]
+        return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
     def pieces(self, text: str) -> tuple[list[str], list[str]]:
         """A rendered text as it alternates: text, token, text, ..., token, text. Returns texts, without marks, and the
@@ -131,7 +141,9 @@ class ChatTemplate:
     def _mark(self, value: Any) -> Any:
         """A value of JSON."""
         if isinstance(value, str):
-            return self._special.sub(rf"{BEGIN}\g<0>{END}", without_marks(value))
+            # A mark within what looks like an escaped one: it stays what it is.
+            own = _ESCAPED.sub(rf"\\{END}", value.replace(BEGIN, "").replace(END, ""))
+            return self._special.sub(rf"{BEGIN}\g<0>{END}", own)
         if isinstance(value, Mapping):
             return {self._mark(key): self._mark(child) for key, child in value.items()}
         return [self._mark(child) for child in value] if isinstance(value, list) else value
@@ -175,12 +187,12 @@ class ChatTemplate:
 
 def has_marks(text: str) -> bool:
     """Something in a rendered text is not what it looks like."""
-    return BEGIN in text or END in text
+    return _MARK.search(text) is not None
 
 
 def without_marks(text: str) -> str:
     """A rendered text as whoever wrote the conversation knows it."""
-    return text.replace(BEGIN, "").replace(END, "")
+    return _MARK.sub("", text)
 
 
 def any_of(names: Iterable[str]) -> str:

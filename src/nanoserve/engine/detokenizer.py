@@ -54,8 +54,8 @@ class Step(Protocol):
         """What was held back."""
         ...
 
-    def go_on(self) -> None:
-        """Before the first piece: it is not the text's first."""
+    def go_on(self, before: str) -> None:
+        """Before the first piece: it follows this one."""
         ...
 
     def inside(self, piece: str) -> str | bytes:
@@ -66,13 +66,13 @@ class Step(Protocol):
 class Chain:
     """A Detokenizer of known steps."""
 
-    def __init__(self, steps: list[Step], token: Callable[[int], str], *, goes_on: bool = False) -> None:
-        """`token` spells a token; an empty one is passed over. goes_on: the text has begun before."""
+    def __init__(self, steps: list[Step], token: Callable[[int], str], before: str = "") -> None:
+        """`token` spells a token; an empty one is passed over. before: the token that comes before the first."""
         self._steps = steps
         self._token = token
-        if goes_on:
+        if before:
             for step in steps:
-                step.go_on()
+                step.go_on(before)
 
     def feed(self, token_id: int) -> str:
         token = self._token(token_id)
@@ -136,7 +136,7 @@ class _Each:
         self.inside = change
         self._next = change if first is None else first
 
-    def go_on(self) -> None:
+    def go_on(self, _before: str) -> None:
         self._next = self.inside
 
     def feed(self, pieces: list[str]) -> list[str]:
@@ -171,7 +171,7 @@ class _ByteLevel:
     def finish(self) -> list[str]:
         return [self._decoder.decode(b"", final=True)]
 
-    def go_on(self) -> None:
+    def go_on(self, _before: str) -> None:
         pass
 
     def inside(self, piece: str) -> bytes:
@@ -207,7 +207,7 @@ class _ByteFallback:
     def finish(self) -> list[str]:
         return [self._decoder.decode(b"", final=True)]
 
-    def go_on(self) -> None:
+    def go_on(self, _before: str) -> None:
         pass
 
     def inside(self, piece: str) -> str | bytes:
@@ -234,7 +234,7 @@ class _StripStart:
     def finish(self) -> list[str]:
         return []
 
-    def go_on(self) -> None:
+    def go_on(self, _before: str) -> None:
         self._count = 0
 
     def inside(self, piece: str) -> str:
@@ -256,9 +256,9 @@ class _EndOfWord:
     def finish(self) -> list[str]:
         return [piece.replace(self._suffix, "") for piece in self._last]
 
-    def go_on(self) -> None:
-        # The end of the word before, which is a space if another one follows.
-        self._last = [self._suffix]
+    def go_on(self, before: str) -> None:
+        # The end of a word is a space if another one follows.
+        self._last = [self._suffix] if before.endswith(self._suffix) else []
 
     def inside(self, piece: str) -> str:
         return piece.replace(self._suffix, " ")

@@ -9,8 +9,6 @@ joined text of a stream is what `TextCodec.decode` makes of its tokens, less wha
 sequence goes on from a text, it is what those tokens add to that text.
 """
 
-import copy
-import functools
 import pickle
 import threading
 from array import array
@@ -24,6 +22,7 @@ from nanoserve.config import ConfigError
 from nanoserve.engine import detokenizer
 from nanoserve.engine.chat_template import Chat, ChatTemplate, has_marks, without_marks
 from nanoserve.engine.detokenizer import Detokenizer, Step
+from nanoserve.engine.plain_encoder import PlainEncoder
 from nanoserve.request import FinishReason, SamplingParams
 
 # Of which a folder with a tokenizer has at least one.
@@ -58,6 +57,7 @@ class TextCodec:
         self._tokens: dict[int, str] = {}
         self._bytes_steps = self._make_steps() if self._make_steps is not None else []
         self._template = ChatTemplate(tokenizer, map(self.token, self.special_token_ids))
+        self._plain_encoder = PlainEncoder(tokenizer, self.special_token_ids, self._template.in_halves, self._lock)
 
     @classmethod
     def load(cls, folder: Path, *, trust_remote_code: bool = False) -> "TextCodec":
@@ -70,8 +70,8 @@ class TextCodec:
             raise ConfigError(missing)
         try:
             codec = cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
-            # Without files transformers makes a tokenizer that has no tokens.
-            if codec.encode("a", add_special_tokens=False):
+            # Of files that say nothing transformers makes a tokenizer without tokens.
+            if codec.vocab_size > len(codec.special_token_ids):
                 return codec
         except Exception as error:  # transformers lets through whatever a broken file provokes
             raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
@@ -114,53 +114,14 @@ class TextCodec:
         text = self._template.render(prompt)
         if not has_marks(text):
             return self.encode(text, add_special_tokens=bool(add_special_tokens)), text
-        token_ids = self._encode_marked(text)
+        token_ids = self._plain_encoder.encode(*self._template.pieces(text))
         return self._with_special_tokens(token_ids) if add_special_tokens else token_ids, without_marks(text)
-
-    def _encode_marked(self, text: str) -> list[int]:
-        """Token ids of a rendered conversation, in which what is marked is text."""
-        texts, tokens = self._template.pieces(text)
-        token_ids = self._encode_as_text(texts[0])
-        # Some tokenizers put a space before a text, but not before one that follows a special token.
-        encode = self._encode_behind if self._adds_space_to_first_text_alone else self._encode_as_text
-        for token, piece in zip(tokens, texts[1:], strict=True):
-            token_ids += [self._special_ids[token], *encode(piece)]
-        return token_ids
-
-    def _encode_behind(self, text: str) -> list[int]:
-        """Token ids of a text that follows another."""
-        other, both = self._encode_as_text("\n"), self._encode_as_text(f"\n{text}")
-        return both[len(other) :] if both[: len(other)] == other else self._encode_as_text(text)
-
-    @functools.cached_property
-    def _special_ids(self) -> dict[str, int]:
-        return {self.token(token_id): token_id for token_id in self.special_token_ids}
-
-    @functools.cached_property
-    def _adds_space_to_first_text_alone(self) -> bool:
-        token, token_id = next(iter(self._special_ids.items()))
-        together = self.encode(f"{token}a", add_special_tokens=False)
-        return together != [token_id, *self._encode_as_text("a")]
-
-    def _encode_as_text(self, text: str) -> list[int]:
-        """Token ids of a text in which nothing is a special token."""
-        if self._backend is None:
-            with self._lock:
-                return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-        (encoding,) = self._without_special.encode_batch_fast([text], add_special_tokens=False)
-        return list(encoding.ids)
-
-    @functools.cached_property
-    def _without_special(self) -> Any:
-        """A copy of the library's tokenizer that takes special tokens for text; others use the original meanwhile."""
-        backend: Any = copy.deepcopy(self._backend)
-        backend.encode_special_tokens = True
-        return backend
 
     def _with_special_tokens(self, token_ids: list[int]) -> list[int]:
         """Those that the tokenizer puts around any text."""
         bare, around = self.encode("a", add_special_tokens=False), self.encode("a")
-        begin = next(i for i in range(len(around)) if around[i : i + len(bare)] == bare)
+        # Behind those before it, if it cannot spell even this.
+        begin = next(i for i in range(len(around)) if around[i : i + len(bare)] == bare) if bare else len(around)
         return around[:begin] + token_ids + around[begin + len(bare) :]
 
     # ------------------------------------------------------------------------------------------------ decode
@@ -182,8 +143,12 @@ class TextCodec:
         """The token as the vocabulary spells it; empty for an id that no token has."""
         token = self._tokens.get(token_id)
         if token is None:
-            spell = self._tokenizer.convert_ids_to_tokens if self._backend is None else self._backend.id_to_token
-            token = self._tokens[token_id] = (spell(token_id) or "") if token_id < self.vocab_size else ""
+            if self._backend is None:
+                is_known = token_id < self.vocab_size
+                token = self._tokenizer.convert_ids_to_tokens(token_id) if is_known else None
+            else:
+                token = self._backend.id_to_token(token_id)
+            token = self._tokens[token_id] = token or ""
         return token
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -199,11 +164,13 @@ class TextCodec:
         if self._make_steps is None:
             return detokenizer.Window(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), context)
         skipped = self.special_token_ids if skip_special_tokens else frozenset()
-        return detokenizer.Chain(
-            self._make_steps(),
-            lambda token_id: "" if token_id in skipped else self.token(token_id),
-            goes_on=len(context) > 0,
-        )
+
+        def spell(token_id: int) -> str:
+            return "" if token_id in skipped else self.token(token_id)
+
+        # Behind a prompt that shows nothing, such as BOS alone, a text begins.
+        before = next(filter(None, map(spell, reversed(context))), "")
+        return detokenizer.Chain(self._make_steps(), spell, before)
 
 
 def _unpickle_codec(tokenizer: bytes) -> TextCodec:

@@ -293,7 +293,9 @@ def _load_as(
 
 def _refuse_damaged(model: PreTrainedModel, folder: Path) -> None:
     """A single NaN among the weights makes all that is computed NaN."""
-    for name, weight in model.named_parameters():
+    for name, weight in model.state_dict().items():
+        if not weight.is_floating_point():
+            continue
         # A sum takes a few hundredths of a second for a gigabyte, and is NaN or infinite if one of its numbers is.
         if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
             raise ModelLoadError(f"the checkpoint in {folder} is damaged: {name} has NaN or infinity")
@@ -437,7 +439,10 @@ def _eos_token_ids(generation: dict[str, Any], config: PreTrainedConfig) -> froz
         ids = config.get_text_config().eos_token_id
     if ids is None:
         return frozenset()
-    return frozenset(ids) if isinstance(ids, list) else frozenset({ids})
+    ids = ids if isinstance(ids, list) else [ids]
+    if odd := [token_id for token_id in ids if type(token_id) is not int]:
+        logger.warning("eos_token_id of the checkpoint has %s, which is left out: it is no token id", odd[:4])
+    return frozenset(token_id for token_id in ids if type(token_id) is int)
 
 
 def _default_params(generation: dict[str, Any], folder: Path) -> SamplingParams:

@@ -142,7 +142,7 @@ class _Reading:
         """None where the system does not tell."""
         try:
             return cls(now, dict(_waiting_times()), _busy_time(), time.process_time() + _parent_time())
-        except (OSError, ValueError, IndexError):
+        except (OSError, ValueError, LookupError, ArithmeticError):
             return None
 
     def since(self, before: "_Reading") -> Sample:
@@ -232,8 +232,9 @@ def cpu_quota() -> float | None:
     """CPUs' worth of time that the control groups of this process leave it. None = no limit, or no such groups."""
     quotas = []
     for line in _read(PROC / "self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if line.startswith("0::"):
             quotas += [_quota_v2(folder) for folder in _upwards(CGROUPS, path)]
         elif "cpu" in controllers.split(","):
             quotas += [_quota_v1(folder) for folder in _upwards(CGROUPS / "cpu", path)]
@@ -248,17 +249,25 @@ def _upwards(root: Path, path: str) -> Iterator[Path]:
 
 def _quota_v2(group: Path) -> float | None:
     limit, _, period = _read(group / "cpu.max").partition(" ")  # microseconds, or "max"
-    return int(limit) / int(period) if limit.isdigit() else None
+    return _ratio(limit, period)
 
 
 def _quota_v1(group: Path) -> float | None:
     limit, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")  # -1 = no limit
-    return int(limit) / int(period) if limit.isdigit() else None
+    return _ratio(limit, period)
+
+
+def _ratio(limit: str, period: str) -> float | None:
+    """None if they do not say one."""
+    try:
+        return int(limit) / int(period) if int(limit) > 0 else None
+    except (ValueError, ArithmeticError):
+        return None
 
 
 def _read(path: Path) -> str:
     """Empty if there is no such file."""
     try:
-        return path.read_text().strip()
-    except OSError:
+        return path.read_text(errors="replace").strip()
+    except (OSError, ValueError):
         return ""

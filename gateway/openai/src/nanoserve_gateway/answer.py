@@ -127,7 +127,7 @@ def stream_rules(fields: Mapping[str, Any]) -> Sequence[tuple[bool, str, str]]:
     is_streamed, asked = bool(fields.get("stream")), fields.get("stream_options", {})
     is_lonely = bool(asked.get("continuous_usage_stats") and not asked.get("include_usage"))
     return (
-        (bool(asked) and not is_streamed, "stream_options", "is for stream only"),
+        (any(asked.values()) and not is_streamed, "stream_options", "is for stream only"),
         (is_lonely, "stream_options.continuous_usage_stats", "is for include_usage only"),
         (is_streamed and "prompt_logprobs" in fields, "prompt_logprobs", "come with a whole answer only, not a stream"),
     )

@@ -228,7 +228,10 @@ class Gateway:
     async def detokenize(self, request: Request) -> Response:
         fields = await self._incoming.fields(request, DETOKENIZE)
         call = self._incoming.call_options(request)
-        text = await self._client.detokenize(fields["tokens"], model=fields.get("model"), **call)
+        try:
+            text = await self._client.detokenize(fields["tokens"], model=fields.get("model"), **call)
+        except NanoserveError as error:
+            raise refused(error, {"token_ids": "tokens"}) from error
         return JSONResponse({"prompt": text})
 
     # ------------------------------------------------------------------------------------------- the gateway itself

@@ -121,7 +121,7 @@ class ChatAnswer:
             index=completion.index,
             finish_reason=finish_reason(completion.finish_reason),  # type: ignore[arg-type]
             message=ChatCompletionMessage(role="assistant", content=completion.text, refusal=None),
-            logprobs=ChoiceLogprobs(content=tokens) if self._has_logprobs else None,
+            logprobs=ChoiceLogprobs(content=tokens, refusal=None) if self._has_logprobs else None,
             stop_reason=stop_reason(completion),  # type: ignore[call-arg]
             **extra,
         )

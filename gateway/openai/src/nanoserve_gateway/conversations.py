@@ -34,7 +34,7 @@ from nanoserve_gateway.schema import BadRequest, Violation
 from nanoserve_gateway.store import ResponseStore
 from nanoserve_gateway.streaming import Generation, unless_gone
 
-NOT_KEPT = "no response {id!r} is kept: it has not ended yet, was deleted, or made room for others"
+NOT_KEPT = "no response {id!r} is kept: it has not ended, was not stored, was deleted, or made room for others"
 # So long a caller waits to hear whether a response in the background is refused; then it is queued.
 QUEUED_AFTER_S = 1.0
 

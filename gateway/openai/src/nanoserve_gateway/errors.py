@@ -139,6 +139,8 @@ def _headers(error: NanoserveError, row: _Row) -> dict[str, str]:
         # OpenAI's clients read milliseconds if they are there; others read whole seconds.
         retry_after_s = row.retry_after_s if error.retry_after is None else error.retry_after
         return {"retry-after": str(max(1, round(retry_after_s))), "retry-after-ms": str(round(retry_after_s * 1000))}
+    if row.status == 401:
+        return {"www-authenticate": "Bearer"}
     return {"x-should-retry": "false"} if row.status in (409, 500, 504) else {}
 
 

@@ -114,7 +114,7 @@ class ResponseAnswer:
         self.requests = [generate_request(prompt, chosen)]
         self._fields = fields
         self._has_token_ids = bool(fields.get("return_token_ids"))
-        self._model, self._created = fields.get("model", ""), time.time()
+        self._model, self._created = fields.get("model", ""), int(time.time())
         self.id, self._item_id = new_id("resp_"), new_id("msg_")
         self._draft = _Draft()
         self._number = -1

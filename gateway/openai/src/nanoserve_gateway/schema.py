@@ -169,7 +169,7 @@ class Schema:
             if "type" in given:
                 # Of another kind all fields are wrong.
                 _raise(hint.__name__, _not_one_of(given, "type", kinds))
-            there_are = f"is not a field here; there are: {', '.join(hints)}"
+            there_are = f"is not a field here; there are: {', '.join(hints) or 'none that are served'}"
             unknown = [Violation(name, there_are) for name in given if name not in hints and name not in dropped]
             refusals = _refusals({name: member for name, member in given.items() if name in dropped}, dropped, "")
             _raise(hint.__name__, [*refusals, *unknown])
