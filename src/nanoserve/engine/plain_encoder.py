@@ -19,7 +19,8 @@ class PlainEncoder:
     ) -> None:
         """`tokenizer` is one of transformers. in_halves: cuts a text within what spells a special token. lock: for a
         tokenizer in Python, which changes as it encodes."""
-        self._tokenizer, self._backend = tokenizer, getattr(tokenizer, "backend_tokenizer", None)
+        self._tokenizer = tokenizer
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         self._in_halves, self._lock = in_halves, lock
         added = tokenizer.added_tokens_decoder
         self._special = {added[i].content: (i, added[i].lstrip, added[i].rstrip) for i in special_ids if i in added}
