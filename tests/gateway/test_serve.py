@@ -35,6 +35,21 @@ def test_keys_are_the_services(guarded):
         assert http.post("/chat/completions", json=CHAT, headers=KEY).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("prompts", "param"),
+    [
+        (["ok", [1, 2, 99999]], "prompt[1][2]"),
+        (["a", "b", ""], "prompt[2]"),
+        (["a", []], "prompt[1]"),
+        ([[1, 99999]], "prompt[1]"),
+        ("", "prompt"),
+    ],
+)
+def test_of_several_prompts_an_error_names_the_one(served, prompts, param):
+    answer = httpx.post(f"{served.url}/v1/completions", json={"prompt": prompts, "max_tokens": 1}, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
 async def test_a_full_queue_is_the_services(guarded):
     limits = httpx.Limits(max_connections=None)
     async with (

@@ -34,7 +34,7 @@ from nanoserve_gateway.completions import CompletionAnswer
 from nanoserve_gateway.config import GatewayConfig
 from nanoserve_gateway.conversations import Conversations
 from nanoserve_gateway.edge import REQUEST_ID, Pages, RequestIds
-from nanoserve_gateway.errors import Problem, Refused, bad_request, is_own, problem_of, refused
+from nanoserve_gateway.errors import Problem, Refused, bad_request, is_own, names_of_prompt, problem_of, refused
 from nanoserve_gateway.exchange import Incoming, json_answer, parse_query
 from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QUERIES, TOKENIZE
 from nanoserve_gateway.refusals import Refusals
@@ -170,7 +170,8 @@ class Gateway:
                     await self._tokenize_told(request, prompts)
                     results = [] if answer.is_streamed else await generation.results()
             except NanoserveError as error:
-                raise refused(error, answer.names, len(answer.requests)) from error
+                names = {**answer.names, **names_of_prompt(generation.failed_prompt, len(answer.requests))}
+                raise refused(error, names, len(answer.requests)) from error
             if answer.is_streamed:
                 leaving.pop_all()
                 return EventStream(generation, answer, starts, self._config.keep_alive_s)

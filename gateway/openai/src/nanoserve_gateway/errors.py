@@ -123,6 +123,13 @@ def refused(error: NanoserveError, names: Mapping[str, str], num_prompts: int = 
     return Refused(problem_of(error, names, num_prompts), is_own=is_own(error))
 
 
+def names_of_prompt(number: int | None, num_prompts: int) -> Mapping[str, str]:
+    """What one of several prompts is called. number: None = it is not known which."""
+    if number is None or num_prompts == 1:
+        return {}
+    return dict.fromkeys(("prompt", "text", "token_ids.ids"), f"prompt[{number}]")
+
+
 def bad_request(param: str | None, message: str, *, status: int = 400, code: str = "invalid_request") -> Problem:
     return Problem(status, "invalid_request_error", code, message, param)
 

@@ -28,14 +28,16 @@ class Generation:
         """prompts: those to note the log-probabilities of, if the answer tells them as it grows."""
         self._streams = streams
         self._prompts = prompts
+        # The number of the prompt that was refused, or failed, before all others.
+        self.failed_prompt: int | None = None
 
     async def start(self) -> list[Started]:
         """Wait until all have begun, so that a refusal of any is the answer's. Raises NanoserveError."""
-        return await all_of([stream.start() for stream in self._streams])
+        return await self._all(stream.start() for stream in self._streams)
 
     async def results(self) -> list[Result]:
         """Raises NanoserveError."""
-        return await all_of([stream.result() for stream in self._streams])
+        return await self._all(stream.result() for stream in self._streams)
 
     async def read(self, take: Callable[[int, Delta], Awaitable[None]]) -> list[Result]:
         """Hand over each (prompt, delta) as it comes. The next one is read when it is taken, so that a slow reader is
@@ -51,7 +53,19 @@ class Generation:
                 await take(prompt, delta)
             return await stream.result()
 
-        return await all_of([read_one(prompt, stream) for prompt, stream in enumerate(self._streams)])
+        return await self._all(read_one(prompt, stream) for prompt, stream in enumerate(self._streams))
+
+    async def _all(self, work: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+        """Of each prompt."""
+
+        async def one(prompt: int, each: Coroutine[Any, Any, _T]) -> _T:
+            try:
+                return await each
+            except NanoserveError:
+                self.failed_prompt = prompt if self.failed_prompt is None else self.failed_prompt
+                raise
+
+        return await all_of([one(prompt, each) for prompt, each in enumerate(work)])
 
     def __enter__(self) -> Self:
         return self
