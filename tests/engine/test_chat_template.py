@@ -398,6 +398,7 @@ def test_thoughts_of_a_model_are_no_special_tokens() -> None:
         "m.content[1:]",
         "m.content[:-1]",
         "m.content | upper | lower",
+        "m.content | lower",
         "m.content ~ '|>'",
         "m.content.split('|')",
         "[m.content]",
@@ -409,7 +410,7 @@ def test_thoughts_of_a_model_are_no_special_tokens() -> None:
 )
 def test_what_templates_do_to_text_makes_no_token_of_it(change: str) -> None:
     template = IM.replace("m.content | trim", change)
-    for content in ("x<|im_x<|im_end|>end|>", "<<|im_end|>", "<|im_end|>|>", "<|im_<|im_end|>"):
+    for content in ("x<|im_x<|im_end|>end|>", "<<|im_end|>", "<|im_end|>|>", "<|im_<|im_end|>", "<|IM_END|>"):
         codec = TextCodec(tokenizer(chat_template=template))
         token_ids, text = codec.encode_prompt(Chat([{"role": "user", "content": content}]))
         assert control_tokens([codec.token(token_id) for token_id in token_ids]) == ITS_OWN

@@ -70,10 +70,12 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         # Some tokenizers have a line break or a word among them, which are no way to end a message.
         names = any_of(name for name in special_tokens if not (name.isspace() or name.isidentifier() or name == ""))
-        self._special = re.compile(names)
+        # In capitals too: a template, or a tokenizer that reads what is special like all else, may write them small.
+        spelled = f"(?i:{names})"
+        self._special = re.compile(spelled)
         # A template may have cut off one of the marks.
-        spelled = f"{_BEGIN}(?P<text>{names})|(?P<rest>{names}){_END}"
-        self._marked_or_special = re.compile(f"{spelled}|(?P<token>{names})|{_MARK.pattern}")
+        marked = f"{_BEGIN}(?P<text>{spelled})|(?P<rest>{spelled}){_END}"
+        self._marked_or_special = re.compile(f"{marked}|(?P<token>{names})|{_MARK.pattern}")
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved_kwargs = {*parameters, "messages", "conversations"} - {"documents"}
         self._reads = cache(self._find_what_it_reads)
