@@ -91,6 +91,17 @@ async def test_without_new_tokens_the_prompt_is_computed_and_told_of(n):
     assert (events[-1].prompt_tokens, events[-1].completion_tokens) == (len(PROMPT), 0)
 
 
+async def test_a_prompt_that_fills_the_context_is_computed_if_nothing_more_is_wanted():
+    async with running() as bench:
+        events = await bench.collect([1] * 128, max_tokens=0, prompt_logprobs=0)
+        assert sum(len(event.tokens) for event in events if isinstance(event, PromptLogprobs)) == 128
+        with pytest.raises(ContextLengthExceeded):
+            await bench.collect([1] * 128, max_tokens=1)
+        with pytest.raises(ContextLengthExceeded):
+            await bench.collect([1] * 129, max_tokens=0)
+        await bench.until_free()
+
+
 @pytest.mark.parametrize("minimum", [0, 1, 4, 100])
 async def test_min_delta_tokens_changes_the_cut_alone(minimum):
     async with running() as bench:

@@ -286,7 +286,7 @@ class Engine:
         *,
         skip_cache_read: bool,
     ) -> Request:
-        if len(token_ids) >= self.model.max_context_tokens:
+        if len(token_ids) + (params.max_tokens != 0) > self.model.max_context_tokens:
             raise ContextLengthExceeded(len(token_ids), self.model.max_context_tokens)
         if max(token_ids) >= self.model.vocab_size:
             # A tokenizer may know more tokens than the model; one such id would fail the whole step.

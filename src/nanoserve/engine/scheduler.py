@@ -138,8 +138,8 @@ class Scheduler:
         return bool(self._requests)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Its prompt must leave room for a token in the context."""
-        assert 0 < len(request.prompt_token_ids) < self._max_context_tokens
+        """Queue a request. Its prompt must leave room for a token in the context, if it wants one."""
+        assert 0 < len(request.prompt_token_ids) <= self._max_context_tokens - (request.params.max_tokens != 0)
         arrival = next(self._arrivals)
         sequences = [
             Sequence(
