@@ -102,6 +102,14 @@ async def test_a_prompt_that_fills_the_context_is_computed_if_nothing_more_is_wa
         await bench.until_free()
 
 
+async def test_more_tokens_than_the_context_leaves_are_not_promised():
+    async with running() as bench:
+        with pytest.raises(InvalidRequest, match=r"stopping.min_tokens: is 29; .* room for 28"):
+            await bench.collect([1] * 100, max_tokens=None, min_tokens=29)
+        events = await bench.collect([1] * 100, max_tokens=None, min_tokens=28)
+        assert len(token_ids(events)) == 28
+
+
 @pytest.mark.parametrize("minimum", [0, 1, 4, 100])
 async def test_min_delta_tokens_changes_the_cut_alone(minimum):
     async with running() as bench:

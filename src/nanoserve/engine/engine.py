@@ -288,6 +288,9 @@ class Engine:
     ) -> Request:
         if len(token_ids) + (params.max_tokens != 0) > self.model.max_context_tokens:
             raise ContextLengthExceeded(len(token_ids), self.model.max_context_tokens)
+        if params.min_tokens > (room := self.model.max_context_tokens - len(token_ids)):
+            what = f"is {params.min_tokens}; behind the prompt the context leaves room for {room}"
+            raise InvalidRequest([Violation("stopping.min_tokens", what)])
         if max(token_ids) >= self.model.vocab_size:
             # A tokenizer may know more tokens than the model; one such id would fail the whole step.
             what = f"the prompt has token {max(token_ids)}; the model knows 0 to {self.model.vocab_size - 1}"

@@ -511,7 +511,9 @@ class Stopping(_message.Message):
     Unset = what the context leaves.
     """
     min_tokens: _builtins.int
-    """No EOS or stop token is drawn, and no stop string matched, before this many tokens; at most max_tokens. Unset = 0."""
+    """No EOS or stop token is drawn, and no stop string matched, before this many tokens; at most max_tokens, and what the
+    context leaves. Unset = 0.
+    """
     ignore_eos: _builtins.bool
     """EOS is a token like any other."""
     include_match: _builtins.bool
