@@ -149,6 +149,10 @@ def test_the_thread_that_computes_takes_the_number_that_was_chosen(proc: Path, m
         tell(proc, waited_s=0.4, busy_s=3.9, parent_s=1.5)
         adapt(compute, clock, 1.5, monkeypatch)
         assert (compute.count, torch.get_num_threads()) == (2, 2)  # by the server, which is no neighbour
+        torch.set_num_threads(1)  # as a thread finds it whose first work falls into one_thread() of another
+        tell(proc, waited_s=0.4, busy_s=4.0, parent_s=1.5)
+        adapt(compute, clock, 0.3, monkeypatch)
+        assert (compute.count, torch.get_num_threads()) == (2, 2)
         tell(proc, waited_s=60, busy_s=60)
         adapt(compute, clock, 60, monkeypatch)
         assert compute.count == 2  # nobody computed meanwhile

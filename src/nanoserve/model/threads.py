@@ -112,17 +112,15 @@ class ComputeThreads:
         self._next_s = now + SAMPLE_S
         before, self._last = self._last, _Reading.take(now)
         if self.count is None:
-            self._set(self._most)
+            self.count = self._most
         if before is not None and self._last is not None and now - before.time_s <= MAX_SAMPLE_S:
             count = self._choice.update(self._last.since(before))
             if count != self.count:
-                why = "other processes want the CPUs" if count < (self.count or 0) else "CPUs are free again"
+                why = "other processes want the CPUs" if count < self.count else "CPUs are free again"
                 logger.info("computing with %d of %d threads: %s", count, self._most, why)
-                self._set(count)
-
-    def _set(self, count: int) -> None:
-        self.count = count
-        torch.set_num_threads(count)  # of this thread, and of all to come
+                self.count = count
+        # Each time: a thread that has not computed yet begins with what some other thread chose last.
+        torch.set_num_threads(self.count)
 
 
 @dataclass(frozen=True, slots=True)
