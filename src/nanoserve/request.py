@@ -153,13 +153,13 @@ class ScheduledSequence:
     new_block_ids: list[int]
     # The step reaches the last known token, so its logits give the next one.
     samples: bool
-    # Places behind token_ids, in the row's blocks, for tokens that the model side guesses and computes along with them.
-    # Only of one that samples: what it then draws says how many of the guesses were right.
-    num_drafts: int = 0
     # Set in the first step after the row changed hands.
     admission: Admission | None = None
     # Prompt tokens whose log-probabilities are wanted: those after positions start, start + 1, ... Empty = none.
     prompt_targets: list[int] = field(default_factory=list)
+    # Places behind token_ids, in the row's blocks, for tokens that the model side guesses and computes along with them.
+    # Only of one that samples: what it then draws says how many of the guesses were right.
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
