@@ -119,8 +119,10 @@ class ComputeThreads:
                 why = "other processes want the CPUs" if count < self.count else "CPUs are free again"
                 logger.info("computing with %d of %d threads: %s", count, self._most, why)
                 self.count = count
-        # Each time: a thread that has not computed yet begins with what some other thread chose last.
-        torch.set_num_threads(self.count)
+        # A thread that has not computed yet begins with what some other thread chose last. To set what is set already
+        # would throw the libraries' kernels away.
+        if torch.get_num_threads() != self.count:
+            torch.set_num_threads(self.count)
 
 
 @dataclass(frozen=True, slots=True)
