@@ -119,8 +119,7 @@ class ComputeThreads:
                 why = "other processes want the CPUs" if count < self.count else "CPUs are free again"
                 logger.info("computing with %d of %d threads: %s", count, self._most, why)
                 self.count = count
-        # A thread that has not computed yet begins with what some other thread chose last. To set what is set already
-        # would throw the libraries' kernels away.
+        # Looked at each time: a thread that has not computed yet begins with what some other thread chose last.
         if torch.get_num_threads() != self.count:
             torch.set_num_threads(self.count)
 
