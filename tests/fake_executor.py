@@ -6,9 +6,15 @@ token, a block shared by accident) either raises here or changes the tokens.
 
 import hashlib
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from nanoserve.request import Admission, ScheduledSequence, SequenceResult, StepPlan, StepResult, TokenLogprob
+
+
+def num_tokens(plan: StepPlan) -> int:
+    """That a step computes."""
+    return sum(s.num_known + s.num_drafts for s in plan.sequences)
 
 
 def next_token(token_ids: Sequence[int], seed: int, vocab_size: int) -> int:
@@ -54,8 +60,11 @@ class FakeExecutor:
         vocab_size: int = 1000,
         max_num_batched_tokens: int = 10**9,
         draft: Callable[[list[int], int], list[int]] | None = None,
+        depth: int = 1,
     ) -> None:
         """draft: guesses what follows some tokens, given the seed; as many as it likes. None = nothing."""
+        self.depth = depth
+        self._submitted: deque[StepPlan] = deque()
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -63,28 +72,42 @@ class FakeExecutor:
         self.slots: dict[tuple[int, int], tuple[int, int]] = {}
         self.block_tables: dict[int, list[int]] = {}
         self.admissions: dict[int, Admission] = {}
+        # Row -> its tokens: those of the admission, and those that were drawn.
+        self.tokens: dict[int, list[int]] = {}
         # Computed tokens over all steps.
         self.num_computed_tokens = 0
         self.plans: list[StepPlan] = []
         self._draft = draft
         self.num_accepted_drafts = 0
 
+    def submit(self, plan: StepPlan) -> None:
+        assert len(self._submitted) < self.depth
+        self._submitted.append(plan)
+
+    def collect(self) -> StepResult:
+        return self.execute(self._submitted.popleft())
+
+    def close(self) -> None:
+        self.is_closed = True
+
     def execute(self, plan: StepPlan) -> StepResult:
         assert plan.sequences
-        assert plan.num_tokens <= self.max_num_batched_tokens
+        assert num_tokens(plan) <= self.max_num_batched_tokens
         assert len({s.row for s in plan.sequences}) == len(plan.sequences)
-        counts = [len(s.token_ids) for s in plan.sequences]
-        assert counts == sorted(counts, key=lambda count: count > 1), "single tokens come first"
+        counts = [s.num_known for s in plan.sequences]
+        assert counts == sorted(counts), "few tokens come first"
         self.plans.append(plan)
-        self.num_computed_tokens += plan.num_tokens
+        self.num_computed_tokens += num_tokens(plan)
         for s in plan.sequences:
             if s.admission is not None:
                 self.admissions[s.row] = s.admission
                 self.block_tables[s.row] = []
+                self.tokens[s.row] = list(s.admission.token_ids)
             self.block_tables[s.row].extend(s.new_block_ids)
-            for position, token in enumerate(s.token_ids, start=s.start):
-                self.slots[self._slot(s.row, position)] = (token, position)
-        results = [self._result(s.row, s.start + len(s.token_ids), s) for s in plan.sequences]
+            assert s.num_known > 0
+            for position in range(s.start, s.start + s.num_known):
+                self.slots[self._slot(s.row, position)] = (self.tokens[s.row][position], position)
+        results = [self._result(s.row, s.start + s.num_known, s) for s in plan.sequences]
         return StepResult(results, num_threads=2)
 
     def _guess(self, row: int, context: list[int]) -> list[int]:
@@ -93,25 +116,28 @@ class FakeExecutor:
     def _slot(self, row: int, position: int) -> tuple[int, int]:
         return self.block_tables[row][position // self.block_size], position % self.block_size
 
-    def _result(self, row: int, num_tokens: int, s: ScheduledSequence) -> SequenceResult:
-        assert len(self.block_tables[row]) >= -(-(num_tokens + s.num_drafts) // self.block_size)
+    def _result(self, row: int, length: int, s: ScheduledSequence) -> SequenceResult:
+        assert len(self.block_tables[row]) >= -(-(length + s.num_drafts) // self.block_size)
         assert len(set(self.block_tables[row])) == len(self.block_tables[row]), "a block was told of twice"
         assert s.samples or not s.num_drafts
         context = []
-        for position in range(num_tokens):
+        for position in range(length):
             token, written_at = self.slots[self._slot(row, position)]
             assert written_at == position, f"row {row} reads position {written_at} as {position}"
             context.append(token)
         admission = self.admissions[row]
-        known = admission.token_ids[:num_tokens]
+        known = admission.token_ids[:length]
         assert context[: len(known)] == known, f"row {row} reads the KV of other tokens"
-        prompt_logprobs = [TokenLogprob(t, -float(s.start + 1 + i), 1) for i, t in enumerate(s.prompt_targets)]
+        first = s.start + 1
+        prompt_logprobs = [
+            TokenLogprob(self.tokens[row][i], -float(i), 1) for i in range(first, first + s.num_prompt_logprobs)
+        ]
         if not s.samples:
             return SequenceResult(prompt_logprobs=prompt_logprobs)
         # Keys and values of all drafts are written; those of wrong ones must be written over before they are read.
         drafts = self._guess(row, context)[: s.num_drafts]
         drafts += [-1] * (s.num_drafts - len(drafts))
-        for position, token in enumerate(drafts, start=num_tokens):
+        for position, token in enumerate(drafts, start=length):
             self.slots[self._slot(row, position)] = (token, position)
         token_ids = [next_token(context, admission.seed, self.vocab_size)]
         for draft in drafts:
@@ -119,6 +145,8 @@ class FakeExecutor:
                 break
             context.append(draft)
             token_ids.append(next_token(context, admission.seed, self.vocab_size))
+        assert len(self.tokens[row]) == length
+        self.tokens[row] += token_ids
         self.num_accepted_drafts += len(token_ids) - 1
         logprobs = [TokenLogprob(t, -0.5, 1) for t in token_ids] if admission.params.logprobs is not None else []
         num_drafts_next = len(self._guess(row, [*context, token_ids[-1]]))

@@ -5,7 +5,7 @@ from fake_executor import FakeExecutor, expected_completion
 from nanoserve.config import SchedulerConfig
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.kv_cache.block_pool import BlockPool
-from nanoserve.request import Request, RequestStarted, SamplingParams, SequenceOutput, StepResult
+from nanoserve.request import Request, RequestStarted, SamplingParams, SequenceOutput, StepPlan
 from nanoserve.step_record import StepRecord
 
 BLOCK = 4
@@ -24,8 +24,9 @@ class Bench:
         cache=True,
         batching="continuous",
         draft=None,
+        depth=1,
     ):
-        """draft: as of FakeExecutor."""
+        """draft, depth: as of FakeExecutor."""
         self.pool = BlockPool(num_blocks, keep_cached=cache)
         self.scheduler = Scheduler(
             SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, batching=batching),
@@ -35,7 +36,7 @@ class Bench:
             cache_identity="model",
             enable_prefix_cache=cache,
         )
-        self.executor = FakeExecutor(BLOCK, max_num_batched_tokens=budget, draft=draft)
+        self.executor = FakeExecutor(BLOCK, max_num_batched_tokens=budget, draft=draft, depth=depth)
         self.now = 0.0
         self.events = []
 
@@ -48,13 +49,34 @@ class Bench:
         return request
 
     def step(self):
-        plan = self.scheduler.schedule(self.now)
-        result = self.executor.execute(plan) if plan.sequences else StepResult([])
-        events = self.scheduler.commit(plan, result, self.now)
+        """Plan as many steps as the executor takes, and commit the oldest. Returns what was planned last."""
+        plan = StepPlan([])
+        while self.scheduler.num_in_flight < self.executor.depth:
+            planned = self.scheduler.schedule(self.now)
+            self.scheduler.check_invariants()
+            if not planned.sequences:
+                break
+            plan = planned
+            self.executor.submit(plan)
+        if self.scheduler.num_in_flight:
+            self.events += self.scheduler.commit(self.executor.collect(), self.now)
+        else:
+            self.events += self.scheduler.settle(self.now)
         self.scheduler.check_invariants()
-        self.events += events
         self.now += 1
         return plan
+
+    def fail_step(self):
+        """Plan a step if there is one to plan, and let the oldest fail."""
+        plan = self.scheduler.schedule(self.now)
+        if plan.sequences:
+            self.executor.submit(plan)
+        if not self.scheduler.num_in_flight:
+            return []
+        self.executor.collect()
+        events = self.scheduler.fail(self.now)
+        self.events += events
+        return events
 
     def run(self, max_steps=1000):
         for _ in range(max_steps):
@@ -98,6 +120,13 @@ class WatchedBench(Bench):
         self.take(self.records()[-1])
         return plan
 
+    def fail_step(self):
+        events = super().fail_step()
+        for record in events:
+            if isinstance(record, StepRecord):
+                self.take(record)
+        return events
+
     def take(self, record):
         for release in record.early_releases:
             self.give_back(release)
@@ -108,6 +137,8 @@ class WatchedBench(Bench):
             self.free -= set(part.new_block_ids)
         for release in record.late_releases:
             self.give_back(release)
+        if self.executor.depth > 1:
+            return  # its counts are of the time when the step ended, and the next one had its blocks by then
         owned = {block for table in self.tables.values() for block in table}
         assert len(owned) == record.num_owned_blocks
         assert not owned & self.free

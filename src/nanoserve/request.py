@@ -132,7 +132,7 @@ class Admission:
     params: SamplingParams
     # Of this sequence: the request's seed + its index.
     seed: int
-    # Prompt and, after a preemption, the completion so far.
+    # Prompt and, after a preemption, the completion so far. To these the model side adds what it draws.
     token_ids: list[int]
     num_prompt_tokens: int
     # EOS and stop tokens, not drawn before min_tokens.
@@ -141,36 +141,35 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """The part of one sequence that a step computes: positions start to start + len(token_ids) - 1."""
+    """The part of one sequence that a step computes: positions start to start + num_known - 1, and drafts behind.
+
+    It counts tokens and names none: the model side has them, from the admission or because it drew them.
+    """
 
     # The sequence's place in the model side's state, 0 to max_num_seqs - 1, kept while it runs.
     row: int
     # num_computed_tokens before this step.
     start: int
-    # The tokens to compute, at least one.
-    token_ids: list[int]
+    # Tokens that the model side has and computes, at least one.
+    num_known: int
     # Appended to the row's block table; the whole table if `admission` is set.
     new_block_ids: list[int]
-    # The step reaches the last known token, so its logits give the next one.
+    # The step reaches the last token that there is, so its logits give the next one.
     samples: bool
     # Set in the first step after the row changed hands.
     admission: Admission | None = None
-    # Prompt tokens whose log-probabilities are wanted: those after positions start, start + 1, ... Empty = none.
-    prompt_targets: list[int] = field(default_factory=list)
-    # Places behind token_ids, in the row's blocks, for tokens that the model side guesses and computes along with them.
-    # Only of one that samples: what it then draws says how many of the guesses were right.
+    # Prompt tokens whose log-probabilities are wanted: so many of those that follow positions start, start + 1, ...
+    num_prompt_logprobs: int = 0
+    # Places behind the known tokens, in the row's blocks, for tokens that the model side guesses and computes along
+    # with them. Only of one that samples: what it then draws says how many of the guesses were right.
     num_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step's work. Sequences that compute a single token come first."""
+    """One step's work. Sequences that compute fewer tokens come first."""
 
     sequences: list[ScheduledSequence]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(s.token_ids) + s.num_drafts for s in self.sequences)
 
 
 # ------------------------------------------------------------------------------------------ what came out
@@ -189,6 +188,15 @@ class TokenLogprob:
     top: tuple["TokenLogprob", ...] = ()
 
 
+class Failure(enum.Enum):
+    """Why a step made nothing of a sequence."""
+
+    # The model made a NaN or an infinity: what it wrote into the cache cannot be used either.
+    CORRUPT = "corrupt"
+    # What the request asks for leaves no token that could be drawn. The cache is right.
+    NO_TOKEN = "no token"
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceResult:
     """What a step made of one sequence."""
@@ -197,10 +205,10 @@ class SequenceResult:
     token_ids: list[int] = field(default_factory=list)
     # Aligned with token_ids if the request asked for them, else empty.
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    # Aligned with `prompt_targets`.
+    # As many as `num_prompt_logprobs`.
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    # The model made a NaN or infinity: nothing of this sequence can be used.
-    is_corrupt: bool = False
+    # Then all of the above is empty.
+    failure: Failure | None = None
     # How many places for drafts the model side could use in the next step.
     num_drafts_next: int = 0
 
@@ -251,6 +259,7 @@ class FailureReason(enum.Enum):
     DEADLINE = "deadline"
     ENGINE_FAILURE = "engine failure"
     NOT_A_NUMBER = "not a number"
+    NO_TOKEN = "no token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,10 +271,12 @@ class RequestFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheWasReset:
-    """Answers one ResetCache."""
+class Done:
+    """Answers one Command."""
 
-    num_freed_blocks: int
+    id: int
+    # Of ResetCache: how many blocks became free.
+    result: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +284,7 @@ class EngineEnded:
     """The step loop is gone: nothing that was posted, or will be, is answered any more."""
 
 
-Event = RequestStarted | SequenceOutput | RequestFailed | CacheWasReset | StepRecord | EngineEnded
+Event = RequestStarted | SequenceOutput | RequestFailed | Done | StepRecord | EngineEnded
 
 
 # ------------------------------------------------------------------- what the scheduler is told besides requests
@@ -293,11 +304,19 @@ class ResetCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Command:
+    """Something to do between two steps, answered by one Done with this id."""
+
+    id: int
+    what: ResetCache
+
+
+@dataclass(frozen=True, slots=True)
 class ObserveSteps:
     """Report a StepRecord of each step from now on."""
 
 
-Message = Request | Abort | ResetCache | ObserveSteps
+Message = Request | Abort | Command | ObserveSteps
 
 
 # -------------------------------------------------------------------------------------- what a caller sees
@@ -411,10 +430,24 @@ class Fact:
 
 
 class Executor(Protocol):
-    """The model side: one model on one device, or one rank of many. Engine thread only."""
+    """The model side: one model on one device, or one rank of many. Engine thread only.
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Compute a step. Raises only if the whole step failed."""
+    Steps are computed in the order of their plans, so that a plan may name what an earlier one has yet to compute.
+    """
+
+    # How many plans it takes before the first must be collected: with 2, one step is planned while another runs.
+    depth: int
+
+    def submit(self, plan: StepPlan) -> None:
+        """Take a plan."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest plan's result. Raises if that whole step failed; those behind it go on."""
+        ...
+
+    def close(self) -> None:
+        """End what works for it in the background. Nothing is called after this."""
         ...
 
 

@@ -4,7 +4,7 @@ import queue
 import threading
 
 import pytest
-from fake_executor import FakeExecutor, expected_completion
+from fake_executor import FakeExecutor, expected_completion, num_tokens
 
 from nanoserve.config import SchedulerConfig
 from nanoserve.engine.core import EngineCore
@@ -12,8 +12,10 @@ from nanoserve.engine.scheduler import Scheduler
 from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.request import (
     Abort,
-    CacheWasReset,
+    Command,
+    Done,
     EngineEnded,
+    Failure,
     FailureReason,
     FinishReason,
     Request,
@@ -43,9 +45,14 @@ class FaultyExecutor(FakeExecutor):
     def execute(self, plan):
         self.is_in_step.set()
         assert self.gate.wait(SECONDS)
-        if any(self.poison in s.token_ids for s in plan.sequences):
+        if begins_with(plan, self.poison):
             raise RuntimeError("poison")
         return super().execute(plan)
+
+
+def begins_with(plan, token_id):
+    """Whether the plan admits a sequence that has the token."""
+    return any(s.admission is not None and token_id in s.admission.token_ids for s in plan.sequences)
 
 
 class Bench:
@@ -89,6 +96,7 @@ def bench():
     bench.core.stop()
     bench.core.wait_until_ended()
     assert not bench.core.is_alive
+    assert bench.executor.is_closed
 
 
 def request(request_id, prompt, max_tokens=5):
@@ -116,8 +124,8 @@ def test_steps_that_give_nothing_but_nan_count_as_failed(bench, monkeypatch):
 
     def execute(plan):
         result = real(plan)
-        is_bad = any(666 in s.token_ids for s in plan.sequences)
-        return StepResult([SequenceResult(is_corrupt=True) for _ in plan.sequences]) if is_bad else result
+        bad = SequenceResult(failure=Failure.CORRUPT)
+        return StepResult([bad for _ in plan.sequences]) if begins_with(plan, 666) else result
 
     monkeypatch.setattr(bench.executor, "execute", execute)
     for count in (1, 2, 3):
@@ -138,14 +146,14 @@ def test_abort_during_a_step_ends_the_request_after_it(bench):
     bench.executor.gate.set()
     bench.completion("b")
     assert bench.core.state.scheduler.num_running == 0
-    assert not [p for p in bench.executor.plans if p.num_tokens > 3], "a did not run on beside b"
+    assert not [p for p in bench.executor.plans if num_tokens(p) > 3], "a did not run on beside b"
 
 
 def test_reset_cache_is_answered_when_idle_and_between_steps(bench):
     bench.core.post(request("a", list(range(9))))
     bench.completion("a")
-    bench.core.post(ResetCache())
-    assert bench.next_event(CacheWasReset) == CacheWasReset(3)
+    bench.core.post(Command(5, ResetCache()))
+    assert bench.next_event(Done) == Done(5, 3)
     assert bench.core.state.scheduler.num_cached_blocks == 0
 
 
@@ -157,8 +165,8 @@ def test_a_step_that_hangs_shows_as_a_stall_and_recovers(bench):
     assert bench.core.state.stalled_s > 0
     bench.executor.gate.set()
     bench.completion("a")
-    bench.core.post(ResetCache())
-    bench.next_event(CacheWasReset)
+    bench.core.post(Command(6, ResetCache()))
+    bench.next_event(Done)
     assert bench.core.state.stalled_s == 0
 
 
@@ -202,6 +210,7 @@ def test_a_bug_in_the_scheduler_ends_the_engine_with_an_event(bench, monkeypatch
     bench.next_event(EngineEnded)
     bench.core.wait_until_ended()
     assert not bench.core.is_alive
+    assert bench.executor.is_closed
     assert "engine thread died" in caplog.text
 
 

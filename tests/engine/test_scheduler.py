@@ -2,12 +2,20 @@
 
 import hypothesis.strategies as st
 import pytest
-from fake_executor import endless_drafts, expected_completion, random_drafts, right_drafts, wrong_drafts
+from fake_executor import (
+    endless_drafts,
+    expected_completion,
+    num_tokens,
+    random_drafts,
+    right_drafts,
+    wrong_drafts,
+)
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from scheduler_bench import Bench, WatchedBench
 
 from nanoserve.request import (
+    Failure,
     FailureReason,
     FinishReason,
     RequestFailed,
@@ -26,7 +34,7 @@ def test_a_prompt_is_computed_once_and_then_one_token_a_step():
     bench = Bench()
     bench.add("a", prompt_of(10), max_tokens=3)
     bench.run()
-    assert [plan.num_tokens for plan in bench.executor.plans] == [10, 1, 1]
+    assert [num_tokens(plan) for plan in bench.executor.plans] == [10, 1, 1]
     bench.expect("a", prompt_of(10), 3)
     assert bench.finish_reason("a") is FinishReason.LENGTH
     assert bench.pool.num_owned == 0
@@ -39,7 +47,7 @@ def test_long_prompt_is_chunked_and_never_stalls_a_running_sequence():
     bench.add("long", prompt_of(50, 100), max_tokens=1)
     for _ in range(5):
         plan = bench.step()
-        assert [len(s.token_ids) for s in plan.sequences] == [1, 7]
+        assert [s.num_known for s in plan.sequences] == [1, 7]
     bench.run()
     bench.expect("a", prompt_of(4), 10)
     bench.expect("long", prompt_of(50, 100), 1)
@@ -52,7 +60,7 @@ def test_sequences_of_all_kinds_share_one_step():
     bench.add("b", prompt_of(5, 50))
     bench.add("c", prompt_of(30, 90))
     plan = bench.step()
-    assert [len(s.token_ids) for s in plan.sequences] == [1, 5, 10]
+    assert [s.num_known for s in plan.sequences] == [1, 5, 10]
 
 
 def test_a_second_request_reads_the_prefix_of_the_first():
@@ -73,8 +81,8 @@ def test_a_prompt_that_a_step_computes_is_not_computed_twice():
     bench.add("c", [*range(16), 90, 91])
     bench.add("d", range(100, 104))
     first, second = bench.step(), bench.step()
-    assert [(s.start, len(s.token_ids)) for s in first.sequences] == [(0, 20), (0, 4)]
-    assert sorted((s.start, len(s.token_ids)) for s in second.sequences if s.admission) == [(16, 2), (16, 4)]
+    assert [(s.start, s.num_known) for s in first.sequences] == [(0, 4), (0, 20)]
+    assert sorted((s.start, s.num_known) for s in second.sequences if s.admission) == [(16, 2), (16, 4)]
     bench.run()
     assert bench.completion("a") == bench.completion("b")
 
@@ -85,12 +93,12 @@ def test_a_long_prompt_that_others_share_does_not_hold_up_who_does_not():
     bench.add("b", range(60))
     bench.step()
     bench.add("c", range(100, 104))
-    rows = [bench.step().num_tokens for _ in range(3)]
+    rows = [num_tokens(bench.step()) for _ in range(3)]
     assert rows == [16, 16, 16]
     assert bench.outputs("a")
     assert bench.outputs("c")
     last = bench.step()
-    assert [(s.start, len(s.token_ids)) for s in last.sequences if s.admission] == [(56, 4)]
+    assert [(s.start, s.num_known) for s in last.sequences if s.admission] == [(56, 4)]
     bench.run()
 
 
@@ -313,10 +321,10 @@ def test_corrupt_sequence_fails_alone_and_its_blocks_are_never_shared():
     plan = bench.scheduler.schedule(bench.now)
     result = bench.executor.execute(plan)
     outcomes = [
-        SequenceResult(is_corrupt=True) if s.start else outcome
+        SequenceResult(failure=Failure.CORRUPT) if s.start else outcome
         for s, outcome in zip(plan.sequences, result.sequences, strict=True)
     ]
-    bench.events += bench.scheduler.commit(plan, StepResult(outcomes), 1.0)
+    bench.events += bench.scheduler.commit(StepResult(outcomes), 1.0)
     assert RequestFailed("bad", FailureReason.NOT_A_NUMBER) in bench.events
     bench.run()
     bench.expect("good", prompt_of(5, 70), 5)
@@ -329,7 +337,7 @@ def test_a_step_that_raised_fails_its_requests_and_no_others():
     bench = Bench(max_num_seqs=1)
     bench.add("a", prompt_of(6))
     bench.add("b", prompt_of(6, 30))
-    events = bench.scheduler.fail(bench.scheduler.schedule(0.0), 0.0)
+    events = bench.fail_step()
     assert RequestFailed("a", FailureReason.ENGINE_FAILURE) in events
     bench.scheduler.check_invariants()
     bench.run()
@@ -439,7 +447,7 @@ def test_no_place_is_kept_for_drafts_that_could_not_be_used():
     bench.expect("b", prompt_of(6, 50), 18)
     for plan in bench.executor.plans:
         for s in plan.sequences:
-            assert s.start + len(s.token_ids) + s.num_drafts < 24
+            assert s.start + s.num_known + s.num_drafts < 24
 
 
 def test_drafts_take_no_tokens_and_no_blocks_from_others():
@@ -449,11 +457,57 @@ def test_drafts_take_no_tokens_and_no_blocks_from_others():
     bench.add("b", prompt_of(16, 50), max_tokens=3)
     plan = bench.step()
     [a, b] = plan.sequences
-    assert (len(a.token_ids), a.num_drafts, len(b.token_ids)) == (1, 0, 7)
+    assert (a.num_known, a.num_drafts, b.num_known) == (1, 0, 7)
     bench.run()
     assert bench.scheduler.stats().num_preemptions == 0
     bench.expect("a", prompt_of(4), 12)
     bench.expect("b", prompt_of(16, 50), 3)
+
+
+@pytest.mark.parametrize("draft", [None, *DRAFTS])
+@pytest.mark.parametrize("num_blocks", [7, 12, 64])
+def test_steps_planned_ahead_give_the_same_tokens_and_ends(num_blocks, draft):
+    def outcome(depth):
+        bench = Bench(num_blocks=num_blocks, max_num_seqs=3, budget=9, draft=draft, depth=depth)
+        expected = expected_completion(prompt_of(6), 7, 9, 1000)
+        bench.add("eos", prompt_of(6), max_tokens=None, eos=frozenset({expected[4]}))
+        bench.add("two", prompt_of(6), n=2, max_tokens=7)
+        bench.add("same prefix", prompt_of(11), max_tokens=1)
+        bench.add("only the prompt", prompt_of(9, 50), max_tokens=0, prompt_logprobs=0)
+        bench.add("context", prompt_of(20, 30), max_tokens=None)
+        for _ in range(3):
+            bench.step()
+        bench.add("urgent", prompt_of(5, 90), max_tokens=3, priority=1)
+        bench.run()
+        assert bench.pool.num_owned == 0
+        names = [("eos", 0), ("two", 0), ("two", 1), ("same prefix", 0), ("context", 0), ("urgent", 0)]
+        return [(bench.completion(*name), bench.finish_reason(*name)) for name in names], [
+            (entry.token_id, entry.logprob) for e in bench.outputs("only the prompt") for entry in e.prompt_logprobs
+        ]
+
+    assert outcome(1) == outcome(2) == outcome(3)
+
+
+def test_a_step_is_planned_while_another_is_in_flight():
+    bench = Bench(depth=2)
+    bench.add("a", prompt_of(6), max_tokens=4)
+    bench.step()
+    assert bench.scheduler.num_in_flight == 1
+    assert bench.completion("a") == expected_completion(prompt_of(6), 7, 1, 1000)
+    # No place is planned for a token behind the last one.
+    bench.run()
+    assert [num_tokens(plan) for plan in bench.executor.plans] == [6, 1, 1, 1]
+
+
+def test_an_end_that_is_seen_late_takes_its_step_in_flight_along():
+    bench = Bench(depth=2)
+    expected = expected_completion(prompt_of(6), 7, 3, 1000)
+    bench.add("a", prompt_of(6), eos=frozenset({expected[1]}))
+    bench.add("b", prompt_of(6, 50))
+    bench.run()
+    assert bench.completion("a") == expected[:2]
+    bench.expect("b", prompt_of(6, 50), 5)
+    assert bench.executor.num_computed_tokens == 12 + 4 + 2
 
 
 class Life(RuleBasedStateMachine):
@@ -472,6 +526,7 @@ class Life(RuleBasedStateMachine):
         cache=st.booleans(),
         batching=st.sampled_from(["continuous", "continuous", "static"]),
         draft=st.sampled_from([None, *DRAFTS]),
+        depth=st.sampled_from([1, 1, 2, 3]),
     )
     def start(self, **options):
         self.bench = WatchedBench(**options)
@@ -512,6 +567,7 @@ class Life(RuleBasedStateMachine):
             self.bench.scheduler.abort(request_id, index)
 
     @precondition(lambda self: self.bench is not None and any(self.bench.scheduler._running()))
+    @precondition(lambda self: self.bench is not None and not self.bench.scheduler.num_in_flight)
     @rule(data=st.data())
     def preempt(self, data):
         running = list(self.bench.scheduler._running())
@@ -521,8 +577,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.bench is not None)
     @rule()
     def step_raises(self):
-        self.bench.events += self.bench.scheduler.fail(self.bench.scheduler.schedule(self.bench.now), self.bench.now)
-        self.bench.take(self.bench.records()[-1])
+        self.bench.fail_step()
 
     @precondition(lambda self: self.bench is not None)
     @rule()

@@ -87,7 +87,7 @@ def test_who_waits_for_a_prefix_says_so():
     bench.add("c", range(100, 103))
     bench.step()
     [record] = bench.records()
-    assert [part.request_id for part in record.parts] == ["a", "c"]
+    assert [part.request_id for part in record.parts] == ["c", "a"]
     assert (record.wait.request_id, record.wait.reason, record.wait.behind_request_id) == ("b", WaitReason.PREFIX, "a")
 
 
@@ -123,7 +123,7 @@ def test_aborts_that_no_step_follows_are_told_all_the_same():
 def test_a_failed_step_is_told():
     bench = WatchedBench()
     bench.add("a", range(10))
-    record = bench.scheduler.fail(bench.scheduler.schedule(0.0), 1.0)[-1]
+    record = bench.fail_step()[-1]
     assert record.has_failed
     assert [r.request_id for r in record.late_releases] == ["a"]
 

@@ -1,4 +1,4 @@
-"""The step loop, on a thread of its own: schedule, execute, commit, deliver.
+"""The step loop, on a thread of its own: schedule and submit, collect and commit, deliver.
 
 Two queues tie it to the event loop, and nothing else is shared: messages come in by `post`, events go out by the
 `deliver` callback, once a step for all requests together.
@@ -15,15 +15,16 @@ from typing import Protocol
 from nanoserve.engine.scheduler import Scheduler, SchedulerStats
 from nanoserve.request import (
     Abort,
-    CacheWasReset,
+    Command,
+    Done,
     EngineEnded,
     Event,
     Executor,
+    Failure,
     Message,
     ObserveSteps,
     Request,
     ResetCache,
-    StepResult,
 )
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ class EngineCore:
         except Exception:
             logger.exception("the engine thread died")
         finally:
+            self._executor.close()
             # In this order: a message that is posted in between is answered twice rather than never.
             self._has_ended = True
             self._deliver([EngineEnded()])
@@ -153,28 +155,35 @@ class EngineCore:
                 self._scheduler.add(message)
             case Abort(request_id, index):
                 self._scheduler.abort(request_id, index)
-            case ResetCache():
+            case Command(id, ResetCache()):
                 num_freed_blocks = self._scheduler.reset_cache()
                 self._note_progress()
-                self._deliver([CacheWasReset(num_freed_blocks)])
+                self._deliver([Done(id, num_freed_blocks)])
             case ObserveSteps():
                 self._scheduler.is_observed = True
 
     def _step(self) -> None:
-        plan = self._scheduler.schedule(time.monotonic())
-        try:
-            result = self._executor.execute(plan) if plan.sequences else StepResult([])
-        except Exception:
-            logger.exception("a step failed; its %d sequences are given up", len(plan.sequences))
-            self._num_failed_steps += 1
-            events = self._scheduler.fail(plan, time.monotonic())
-        else:
-            # If nothing in it can be used, the next one will hardly be better.
-            is_useless = len(plan.sequences) > 0 and all(outcome.is_corrupt for outcome in result.sequences)
-            self._num_failed_steps = self._num_failed_steps + 1 if is_useless else 0
-            events = self._scheduler.commit(plan, result, time.monotonic())
+        """Give the model side as many plans as it takes, wait for the oldest, and tell what came of it."""
+        while self._scheduler.num_in_flight < self._executor.depth:
+            plan = self._scheduler.schedule(time.monotonic())
+            if not plan.sequences:
+                break
+            self._executor.submit(plan)
+        events = self._collect() if self._scheduler.num_in_flight else self._scheduler.settle(time.monotonic())
         self._note_progress()
         self._deliver(events)
+
+    def _collect(self) -> list[Event]:
+        try:
+            result = self._executor.collect()
+        except Exception:
+            logger.exception("a step failed; its sequences are given up")
+            self._num_failed_steps += 1
+            return self._scheduler.fail(time.monotonic())
+        # If nothing in it can be used, the next one will hardly be better.
+        is_useless = all(outcome.failure is Failure.CORRUPT for outcome in result.sequences)
+        self._num_failed_steps = self._num_failed_steps + 1 if is_useless else 0
+        return self._scheduler.commit(result, time.monotonic())
 
     def _note_progress(self) -> None:
         self._state = CoreState(

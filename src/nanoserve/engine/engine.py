@@ -25,10 +25,11 @@ from nanoserve.engine.text import TextCodec
 from nanoserve.observer import Observers, RequestRecord
 from nanoserve.request import (
     Abort,
-    CacheWasReset,
     CancelledByOperator,
+    Command,
     ContextLengthExceeded,
     DeadlineExceeded,
+    Done,
     EngineEnded,
     EngineFailure,
     Event,
@@ -163,7 +164,8 @@ class Engine:
         self._is_idle = asyncio.Event()
         # Set when the core is gone.
         self._has_ended = asyncio.Event()
-        self._cache_resets: deque[asyncio.Future[int]] = deque()
+        self._commands: dict[int, asyncio.Future[int]] = {}
+        self._command_numbers = itertools.count()
         self._is_draining = False
         self._started_s = time.monotonic()
         self._generated_tokens = RollingSum(THROUGHPUT_WINDOW_S)
@@ -349,10 +351,14 @@ class Engine:
     async def reset_cache(self) -> int:
         """Forget all cached prefixes between two steps; returns the number of blocks that became free."""
         self._check_ready()
-        future = asyncio.get_running_loop().create_future()
-        self._cache_resets.append(future)
-        self._core.post(ResetCache())
-        return int(await future)
+        return await self._command(ResetCache())
+
+    async def _command(self, what: ResetCache) -> int:
+        """Have the core do something between two steps, and wait for its answer."""
+        number = next(self._command_numbers)
+        self._commands[number] = asyncio.get_running_loop().create_future()
+        self._core.post(Command(number, what))
+        return await self._commands[number]
 
     def stats(self) -> Stats:
         """A snapshot, as of the last step."""
@@ -396,8 +402,8 @@ class Engine:
         """Hand a step's events to their streams."""
         for event in events:
             match event:
-                case CacheWasReset(num_freed_blocks):
-                    self._answer_reset(num_freed_blocks)
+                case Done(number, result):
+                    self._answer(number, result)
                 case EngineEnded():
                     self._end_all()
                 case StepRecord():
@@ -430,21 +436,23 @@ class Engine:
                 stream.fail(DeadlineExceeded(phase, stream.record.num_completion_tokens))
             case RequestFailed(reason=FailureReason.NOT_A_NUMBER):
                 stream.fail(EngineFailure("the model computed NaN or infinity for this request"))
+            case RequestFailed(reason=FailureReason.NO_TOKEN):
+                stream.fail(EngineFailure("what the request asks for leaves no token that could be drawn"))
             case RequestFailed():
                 stream.fail(EngineFailure())
 
-    def _answer_reset(self, num_freed_blocks: int) -> None:
-        future = self._cache_resets.popleft()
+    def _answer(self, number: int, result: int) -> None:
+        future = self._commands.pop(number)
         if not future.done():
-            future.set_result(num_freed_blocks)
+            future.set_result(result)
 
     def _end_all(self) -> None:
         """Nobody must wait for a core that is gone."""
         self._has_ended.set()
         for stream in self._streams.values():
             stream.fail(EngineFailure())
-        while self._cache_resets:
-            self._answer_reset(0)
+        for number in list(self._commands):
+            self._answer(number, 0)
 
     def _give_up(self, stream: RequestStream, error: RequestError) -> None:
         stream.fail(error)

@@ -7,10 +7,14 @@ There is no prefill and no decode phase. A sequence has `num_computed_tokens`, w
 
 A new prompt, a chunk of one, a prefix-cache hit, a preempted sequence that comes back and a sequence that generates
 differ only in the size of that gap. When a step closes it, the step samples the next token, and the gap is 1 again.
+
+Counters move when a step is planned, so that the next one can be planned while it runs. Which token it drew is known
+only when it is committed; the model side has it already, so a plan that computes it need not name it.
 """
 
 import bisect
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -20,6 +24,7 @@ from nanoserve.kv_cache.block_pool import BlockPool, hash_block, hash_root
 from nanoserve.request import (
     Admission,
     Event,
+    Failure,
     FailureReason,
     FinishReason,
     Request,
@@ -44,7 +49,9 @@ class Sequence:
     rank: tuple[int, int, int]
     # Prompt, then completion.
     token_ids: list[int]
-    # Keys and values of the first ones are in the blocks of block_ids.
+    # Tokens behind these that planned steps draw, and whose names are not known yet.
+    num_unknown_tokens: int = 0
+    # Keys and values of so many tokens are in the blocks of block_ids, once the planned steps are computed.
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
     # Of these blocks, those that the model side knows of.
@@ -65,15 +72,26 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_unknown_tokens
 
     @property
     def num_completion_tokens(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return self.num_tokens - len(self.request.prompt_token_ids)
 
     @property
     def gap(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens to compute. Not above 0 while drafts are computed: how many were right is not known."""
+        return self.num_tokens - self.num_computed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that is planned and not committed."""
+
+    plan: StepPlan
+    # Aligned with the plan's. Those that have ended since have no row.
+    sequences: list[Sequence]
+    notes: StepNotes
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +110,9 @@ class SchedulerStats:
 class Scheduler:
     """Owns every live sequence and the block pool. Engine thread only.
 
-    Each step is one `schedule`, then one `commit` or `fail` of its plan. Invariants: the scheduled tokens fit the
-    budget, each has its place in a block that its sequence owns, and a row belongs to one sequence.
+    Each step is one `schedule`, then one `commit` or `fail`, in the same order; several may be planned before the
+    first is committed. Invariants: the scheduled tokens fit the budget, each has its place in a block that its sequence
+    owns, and a row belongs to one sequence.
     """
 
     def __init__(
@@ -123,6 +142,11 @@ class Scheduler:
         # In order of rank.
         self._waiting: list[Sequence] = []
         self._rows: list[Sequence | None] = [None] * config.max_num_seqs
+        # Oldest first.
+        self._in_flight: deque[_Step] = deque()
+        # Blocks are short, and no step is planned before those in flight are committed: they may end a sequence, and
+        # whoever is preempted must have all its tokens.
+        self._drains = False
         self._arrivals = itertools.count()
         # What is left of the current step's tokens.
         self._budget = 0
@@ -135,7 +159,12 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests or self._in_flight)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that are planned and not committed."""
+        return len(self._in_flight)
 
     def add(self, request: Request) -> None:
         """Queue a request. Its prompt must leave room for a token in the context, if it wants one."""
@@ -186,28 +215,49 @@ class Scheduler:
     # --------------------------------------------------------------------------------------- schedule
 
     def schedule(self, now: float) -> StepPlan:
-        """Choose the tokens of the next step: first of running sequences, then of waiting ones, by rank."""
+        """Choose the tokens of the next step: first of running sequences, then of waiting ones, by rank.
+
+        An empty plan is no step: nothing can be computed before a step in flight is committed, if there is one.
+        """
         self._expire(now)
+        if self._drains and self._in_flight:
+            return StepPlan([])
+        self._drains = False
         self._budget = self._config.max_num_batched_tokens
         step: dict[Sequence, int] = {}
         batch_is_closed = self._config.batching == "static" and any(self._running())
         # Sequences that generate go first, so that a long prompt takes what they leave and never stalls them.
         for sequence in sorted(self._running(), key=lambda s: (s.gap > 1, s.rank)):
             # An earlier one of this loop may have taken its row.
-            if sequence.row is not None and self._budget:
+            if sequence.row is not None and self._budget and self._can_go_on(sequence):
                 self._schedule_running(sequence, step)
         wait_reason = WaitReason.BATCH if batch_is_closed else self._admit_waiting(step, now)
-        step = dict(sorted(step.items(), key=lambda item: item[1] > 1))
+        step = dict(sorted(step.items(), key=lambda item: item[1]))
         plan = StepPlan([self._plan_sequence(s, count, self._reserve_drafts(s, count)) for s, count in step.items()])
-        if self.is_observed:
+        if self.is_observed and (step or not self._in_flight):
             self._notes.planned(now, step, plan, self._block_size)
             if self._waiting:
                 self._notes.waits(self._waiting[0], wait_reason, self._running(), step)
+        if step:
+            self._in_flight.append(_Step(plan, list(step), self._notes))
+            self._notes = StepNotes()
         return plan
+
+    def _can_go_on(self, sequence: Sequence) -> bool:
+        """Whether there is something to compute that does not depend on what a step in flight will draw."""
+        max_tokens = sequence.request.params.max_tokens
+        will_end = sequence.num_unknown_tokens > 0 and (
+            sequence.num_tokens >= self._max_context_tokens
+            or (max_tokens is not None and sequence.num_completion_tokens >= max_tokens)
+        )
+        return sequence.gap > 0 and not will_end
 
     def _schedule_running(self, sequence: Sequence, step: dict[Sequence, int]) -> None:
         count = min(sequence.gap, self._budget)
         while not self._grow(sequence, count):
+            if self._in_flight:
+                self._drains = True
+                return
             victim = max(self._running(), key=lambda s: s.rank)
             self._preempt(victim, sequence, step)
             if victim is sequence:
@@ -233,6 +283,9 @@ class Scheduler:
                 # Only a higher priority, never an earlier arrival, takes a running sequence's place.
                 victim = max(self._running(), key=lambda s: s.rank, default=None)
                 if num_passed or victim is None or victim.rank[0] <= sequence.rank[0]:
+                    break
+                if self._in_flight:
+                    self._drains = True
                     break
                 self._preempt(victim, sequence, step)
                 continue
@@ -264,12 +317,15 @@ class Scheduler:
         return None
 
     def _is_computed_by(self, step: dict[Sequence, int], block_hash: bytes, index: int) -> bool:
-        """Whether a sequence of the step fills its block at this index, and the block will have this hash."""
+        """Whether a sequence of this step, or of one in flight, fills a block at this index that has this hash."""
         end = (index + 1) * self._block_size
+        spans = [(s, s.num_computed_tokens, count) for s, count in step.items()]
+        for flying in self._in_flight:
+            parts = zip(flying.sequences, flying.plan.sequences, strict=True)
+            spans += [(s, part.start, part.num_known) for s, part in parts if s.row is not None]
         return self._config.batching != "static" and any(
-            s.num_computed_tokens < end <= s.num_computed_tokens + count
-            and s.block_hashes[index : index + 1] == [block_hash]
-            for s, count in step.items()
+            start < end <= start + count and s.block_hashes[index : index + 1] == [block_hash]
+            for s, start, count in spans
         )
 
     def _hashes_to_match(self, sequence: Sequence) -> list[bytes]:
@@ -346,20 +402,23 @@ class Scheduler:
                 num_prompt_tokens=len(request.prompt_token_ids),
                 end_token_ids=request.eos_token_ids | request.params.stop_token_ids,
             )
-        targets: list[int] = []
+        num_prompt_logprobs = 0
         if request.params.prompt_logprobs is not None and sequence.index == 0:
-            targets = request.prompt_token_ids[start + 1 : start + count + 1]
+            num_prompt_logprobs = max(0, min(count, len(request.prompt_token_ids) - 1 - start))
         assert sequence.row is not None
         num_told_blocks, sequence.num_told_blocks = sequence.num_told_blocks, len(sequence.block_ids)
+        samples = count == sequence.gap
+        sequence.num_computed_tokens += count + num_drafts
+        sequence.num_unknown_tokens += samples
         return ScheduledSequence(
             row=sequence.row,
             start=start,
-            token_ids=sequence.token_ids[start : start + count],
+            num_known=count,
             new_block_ids=sequence.block_ids[num_told_blocks:],
-            samples=count == sequence.gap,
-            num_drafts=num_drafts,
+            samples=samples,
             admission=admission,
-            prompt_targets=targets,
+            num_prompt_logprobs=num_prompt_logprobs,
+            num_drafts=num_drafts,
         )
 
     def _expire(self, now: float) -> None:
@@ -376,31 +435,39 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------------------- commit
 
-    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
-        """Book a computed step. Returns all that happened since the last commit."""
+    def commit(self, result: StepResult, now: float) -> list[Event]:
+        """Book the oldest step in flight. Returns all that happened since the last commit."""
+        step, later_notes = self._begin_commit()
         self._notes.num_threads = result.num_threads
-        for scheduled, outcome in zip(plan.sequences, result.sequences, strict=True):
-            sequence = self._rows[scheduled.row]
-            # A sibling may have been corrupt, and taken the whole request with it.
-            if sequence is not None:
+        for sequence, scheduled, outcome in zip(step.sequences, step.plan.sequences, result.sequences, strict=True):
+            # It may have been aborted; or a sibling was corrupt, and took the whole request with it.
+            if sequence.row is not None:
                 self._commit_sequence(sequence, scheduled, outcome, now)
-        return self._end_step(now)
+        return self._end_step(now, later_notes)
 
-    def fail(self, plan: StepPlan, now: float) -> list[Event]:
-        """Give up the requests of a step that raised."""
-        for scheduled in plan.sequences:
-            sequence = self._rows[scheduled.row]
-            if sequence is not None:
+    def fail(self, now: float) -> list[Event]:
+        """Give up the requests of the oldest step in flight, which raised."""
+        step, later_notes = self._begin_commit()
+        for sequence in step.sequences:
+            if sequence.row is not None:
                 self._events.append(self._fail(sequence.request.id, FailureReason.ENGINE_FAILURE))
-        return self._end_step(now, has_failed=True)
+        return self._end_step(now, later_notes, has_failed=True)
 
     def settle(self, now: float) -> list[Event]:
-        """Report what was aborted since the last step, when no other follows."""
+        """Report what has ended since the last step, when no other follows."""
         return self._take_events(now, has_failed=False)
 
-    def _end_step(self, now: float, *, has_failed: bool = False) -> list[Event]:
+    def _begin_commit(self) -> tuple[_Step, StepNotes]:
+        """The oldest step, whose notes go on; and those that are kept for the next one to be planned."""
+        step = self._in_flight.popleft()
+        later_notes, self._notes = self._notes, step.notes
+        return step, later_notes
+
+    def _end_step(self, now: float, later_notes: StepNotes, *, has_failed: bool = False) -> list[Event]:
         self._num_steps += 1
-        return self._take_events(now, has_failed=has_failed)
+        events = self._take_events(now, has_failed=has_failed)
+        self._notes = later_notes
+        return events
 
     def _take_events(self, now: float, *, has_failed: bool) -> list[Event]:
         events, self._events = self._events, []
@@ -412,11 +479,16 @@ class Scheduler:
     def _commit_sequence(
         self, sequence: Sequence, scheduled: ScheduledSequence, outcome: SequenceResult, now: float
     ) -> None:
-        if outcome.is_corrupt:
+        sequence.num_unknown_tokens -= scheduled.samples
+        if outcome.failure is Failure.CORRUPT:
             self.pool.forget(sequence.block_ids)
             self._events.append(self._fail(sequence.request.id, FailureReason.NOT_A_NUMBER))
             return
-        if outcome.token_ids and sequence.index == 0 and not sequence.num_completion_tokens:
+        if outcome.failure is Failure.NO_TOKEN:
+            self._events.append(self._fail(sequence.request.id, FailureReason.NO_TOKEN))
+            return
+        is_first_token = len(sequence.token_ids) == len(sequence.request.prompt_token_ids)
+        if outcome.token_ids and sequence.index == 0 and is_first_token:
             # The prompt's blocks are computed: the siblings will find them.
             for sibling in self._requests[sequence.request.id]:
                 if sibling is not sequence:
@@ -425,17 +497,19 @@ class Scheduler:
         assert len(outcome.token_ids) <= scheduled.num_drafts + 1
         kept, reason = self._append(sequence, outcome.token_ids)
         # The last token that was drawn is still to be computed; those before it were drafts, and right.
-        sequence.num_computed_tokens = scheduled.start + len(scheduled.token_ids) + max(0, kept - 1)
+        num_right = max(0, kept - 1)
+        sequence.num_computed_tokens -= scheduled.num_drafts - num_right
         sequence.num_drafts = outcome.num_drafts_next
-        self._register_full_blocks(sequence, scheduled.start)
+        self._register_full_blocks(sequence, scheduled.start, scheduled.start + scheduled.num_known + num_right)
         if kept or reason or outcome.prompt_logprobs:
             event = self._output(sequence, now, outcome, reason, kept, scheduled.start)
             self._events.append(event)
         if reason:
             self._remove(sequence)
 
-    def _register_full_blocks(self, sequence: Sequence, start: int) -> None:
-        num_full = sequence.num_computed_tokens // self._block_size
+    def _register_full_blocks(self, sequence: Sequence, start: int, end: int) -> None:
+        """Make the blocks findable that the tokens from start to end have filled."""
+        num_full = end // self._block_size
         self._hash_blocks(sequence, num_full)
         for i in range(start // self._block_size, num_full):
             self.pool.register(sequence.block_ids[i], sequence.block_hashes[i])
@@ -451,9 +525,9 @@ class Scheduler:
                 return kept, FinishReason.EOS
             if token_id in request.params.stop_token_ids:
                 return kept, FinishReason.STOP
-            if sequence.num_completion_tokens == request.params.max_tokens:
+            if len(sequence.token_ids) - len(request.prompt_token_ids) == request.params.max_tokens:
                 return kept, FinishReason.LENGTH
-            if sequence.num_tokens == self._max_context_tokens:
+            if len(sequence.token_ids) == self._max_context_tokens:
                 return kept, FinishReason.CONTEXT
         return len(token_ids), None
 
@@ -514,9 +588,11 @@ class Scheduler:
         assert sequence.row is not None
         freed_block_ids = self.pool.release(sequence.block_ids)
         if self.is_observed:
-            self._notes.released(sequence, freed_block_ids)
+            last = (step.notes for step in reversed(self._in_flight) if sequence in step.sequences)
+            next(last, self._notes).released(sequence, freed_block_ids)
         sequence.block_ids = []
-        sequence.num_told_blocks = sequence.num_computed_tokens = sequence.num_drafts = 0
+        sequence.num_told_blocks = sequence.num_computed_tokens = 0
+        sequence.num_drafts = sequence.num_unknown_tokens = 0
         self._rows[sequence.row] = None
         sequence.row = None
 
@@ -531,6 +607,8 @@ class Scheduler:
         owned = {block_id for s in running for block_id in s.block_ids}
         assert len(owned) == self.pool.num_owned, "a block is owned by no sequence"
         for s in running:
-            assert s.num_computed_tokens < s.num_tokens <= self._max_context_tokens
+            assert s.num_computed_tokens < s.num_tokens <= self._max_context_tokens or self._in_flight
+            parts = [p for step in self._in_flight for p in zip(step.sequences, step.plan.sequences, strict=True)]
+            assert s.num_unknown_tokens == sum(part.samples for owner, part in parts if owner is s)
             assert len(s.block_ids) >= self._num_blocks_for(s.num_computed_tokens)
         assert all(not s.block_ids and not s.num_computed_tokens for s in self._waiting)

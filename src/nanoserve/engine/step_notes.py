@@ -43,7 +43,7 @@ class StepNotes:
         self.start_s = now
         self.is_planned = True
         for sequence, part in zip(step, plan.sequences, strict=True):
-            count = len(part.token_ids)
+            count = part.num_known
             num_prompt_tokens = min(count, max(0, len(sequence.request.prompt_token_ids) - part.start))
             num_cached_blocks = part.start // block_size if part.admission else 0
             self.parts.append(
