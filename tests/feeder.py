@@ -1,6 +1,7 @@
 """Feeds token sequences to a ModelRunner in steps, as a scheduler would, and collects the logits of every position."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model import runner as runner_module
 from nanoserve.model.loader import LoadedModel
 from nanoserve.model.runner import ModelRunner
-from nanoserve.request import Admission, SamplingParams, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from nanoserve.model.sampler import Place
+from nanoserve.request import (
+    Admission,
+    Logprobs,
+    SamplingParams,
+    ScheduledSequence,
+    SequenceResult,
+    StepPlan,
+    StepResult,
+)
 
 BLOCK_SIZE = 4
 
@@ -30,9 +40,18 @@ class GreedySampler:
     def admit(self, row: int, admission: Admission) -> None:
         self.admitted[row] = admission
 
-    def sample(self, rows: list[int], positions: list[int], logits: Tensor) -> list[SequenceResult]:
-        self.calls.append((rows, positions, logits))
+    def sample(self, places: list[Place], logits: Tensor) -> list[SequenceResult]:
+        self.calls.append(([place.row for place in places], [place.position for place in places], logits))
         return [SequenceResult([token]) for token in logits.argmax(-1).tolist()]
+
+    def keep(self, drawn: Iterable[tuple[Place, list[int]]]) -> None:
+        pass
+
+
+def execute(runner: ModelRunner, *sequences: ScheduledSequence) -> list[SequenceResult]:
+    """A step of these sequences."""
+    runner.submit(StepPlan(list(sequences)))
+    return runner.collect().sequences
 
 
 class Feeder:
@@ -45,19 +64,31 @@ class Feeder:
         num_blocks = num_rows * blocks_each
         self.cache = PagedKVCache(model.kv_specs, num_blocks, BLOCK_SIZE, model.device)
         self.sampler = GreedySampler()
-        self.runner = ModelRunner(model, self.cache, self.sampler, num_rows, max_context_tokens)  # type: ignore[arg-type]
+        self.runner = ModelRunner(
+            *(model, self.cache, self.sampler, num_rows, num_rows * max_context_tokens),  # type: ignore[arg-type]
+            max_context_tokens=2 * max_context_tokens,
+        )
         torch.set_num_threads(1)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).tolist()
         self.block_tables = [order[i * blocks_each : (i + 1) * blocks_each] for i in range(num_rows)]
         self.num_fed = [0] * num_rows
         # (row, position) -> logits: [vocab_size]
         self.logits: dict[tuple[int, int], Tensor] = {}
+        # Whose logits are recorded next.
+        self._places: Iterator[tuple[int, int]] = iter(())
         monkeypatch.setattr(runner_module, "token_logprobs", self._record)
+        watched = self.runner._with_prompt_logprobs
 
-    def _record(self, logits: Tensor, targets: list[int], _num_top: int) -> list[Any]:
-        for row_and_position, line in zip(targets, logits, strict=True):
-            self.logits[divmod(row_and_position, 1000)] = line
-        return []
+        def watch(sequence: ScheduledSequence, *others: Any) -> SequenceResult:
+            self._places = ((sequence.row, sequence.start + i) for i in range(sequence.num_known))
+            return watched(sequence, *others)
+
+        monkeypatch.setattr(self.runner, "_with_prompt_logprobs", watch)
+
+    def _record(self, logits: Tensor, _targets: list[int], _num_top: int) -> Logprobs:
+        for line in logits:
+            self.logits[next(self._places)] = line
+        return Logprobs(1, array("q"), array("f"), array("q"))
 
     def share_prefix(self, row: int, other: int, num_blocks: int) -> None:
         """Row `row` begins with blocks that `other` has filled."""
@@ -65,9 +96,9 @@ class Feeder:
         self.num_fed[row] = num_blocks * BLOCK_SIZE
 
     def step(self, sequences: Sequence[list[int]], counts: dict[int, int], samples: bool = False) -> StepResult:
-        """Feed the next counts[row] tokens of sequences[row]; single tokens come first."""
+        """Feed the next counts[row] tokens of sequences[row]; few tokens come first."""
         scheduled = []
-        for row, count in sorted(counts.items(), key=lambda item: item[1] > 1):
+        for row, count in sorted(counts.items(), key=lambda item: item[1]):
             start, tokens = self.num_fed[row], sequences[row]
             end = start + count
             is_new = not any(r == row for r, _ in self.logits)
@@ -76,15 +107,16 @@ class Feeder:
                 ScheduledSequence(
                     row=row,
                     start=start,
-                    token_ids=tokens[start:end],
+                    num_known=count,
                     new_block_ids=self.block_tables[row][had : -(-end // BLOCK_SIZE)],
                     samples=samples,
                     admission=admission(tokens, prompt_logprobs=0) if is_new else None,
-                    prompt_targets=[row * 1000 + position for position in range(start, end)],
+                    num_prompt_logprobs=count,
                 )
             )
             self.num_fed[row] = end
-        return self.runner.execute(StepPlan(scheduled))
+        self.runner.submit(StepPlan(scheduled))
+        return self.runner.collect()
 
     def all_logits(self, row: int, start: int, end: int) -> Tensor:
         """[end - start, vocab_size]"""

@@ -43,10 +43,10 @@ class WatchedSampler(Sampler):
         self.seeds[row] = admission.seed
         super().admit(row, admission)
 
-    def sample(self, rows, positions, logits):
-        for row, position, values in zip(rows, positions, logits, strict=True):
-            self.logits[self.seeds[row], position] = values.cpu()
-        return super().sample(rows, positions, logits)
+    def sample(self, places, logits):
+        for place, values in zip(places, logits, strict=True):
+            self.logits[self.seeds[place.row], place.position] = values.cpu()
+        return super().sample(places, logits)
 
 
 class Serving:
@@ -65,7 +65,7 @@ class Serving:
         )
         self.sampler = WatchedSampler(6, loaded.device)
         kv = PagedKVCache(loaded.kv_specs, num_blocks, BLOCK, loaded.device)
-        self.runner = ModelRunner(loaded, kv, self.sampler, 6, MAX_CONTEXT)
+        self.runner = ModelRunner(loaded, kv, self.sampler, 6, budget, MAX_CONTEXT)
         self.events = []
         self.requests = {}
 
@@ -78,8 +78,8 @@ class Serving:
         return request_id
 
     def step(self):
-        plan = self.scheduler.schedule(0.0)
-        self.events += self.scheduler.commit(plan, self.runner.execute(plan), 0.0)
+        self.runner.submit(self.scheduler.schedule(0.0))
+        self.events += self.scheduler.commit(self.runner.collect(), 0.0)
         self.scheduler.check_invariants()
 
     def run(self):

@@ -143,13 +143,19 @@ def assemble(
         threads = ComputeThreads(num_threads)
         report(Fact("threads", f"at most {num_threads}: {why}"))
     runner = ModelRunner(
-        model, cache, sampler, options.scheduler.max_num_seqs, plan.max_context_tokens, threads=threads
+        model,
+        cache,
+        sampler,
+        options.scheduler.max_num_seqs,
+        options.scheduler.max_num_batched_tokens,
+        plan.max_context_tokens,
+        threads=threads,
     )
     runner.warm_up()
     if model.is_compiled:
         compiler = BackgroundCompiler(
             model,
-            runner.compiled_attention,
+            runner.attention.compiled,
             block_size=plan.block_size,
             trust_remote_code=options.model.trust_remote_code,
         )

@@ -7,9 +7,10 @@ other. The protocols at the end are the seams that `build.py` fills.
 """
 
 import enum
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, overload
 
 from nanoserve.step_record import StepRecord
 
@@ -188,6 +189,50 @@ class TokenLogprob:
     top: tuple["TokenLogprob", ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Logprobs(Sequence[TokenLogprob]):
+    """TokenLogprobs kept as columns, of which thousands travel to another process in no time."""
+
+    # Of each line: a token, and its alternatives.
+    width: int
+    # Line by line.
+    token_ids: "array[int]"
+    logprobs: "array[float]"
+    ranks: "array[int]"
+
+    def __len__(self) -> int:
+        return len(self.token_ids) // self.width
+
+    @overload
+    def __getitem__(self, index: int) -> TokenLogprob: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Logprobs": ...
+    def __getitem__(self, index: int | slice) -> "TokenLogprob | Logprobs":
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            return self.cut(start, max(start, stop), self.width)
+        line = range(len(self))[index]
+        one = self.cut(line, line + 1, self.width)
+        token, *top = map(TokenLogprob, one.token_ids, one.logprobs, one.ranks)
+        return replace(token, top=tuple(top))
+
+    def cut(self, start: int, stop: int, width: int) -> "Logprobs":
+        """The lines from start to stop - 1; if it is only one, the first `width` of it."""
+        part = slice(start * self.width, (stop - 1) * self.width + width if stop > start else start * self.width)
+        return Logprobs(width, self.token_ids[part], self.logprobs[part], self.ranks[part])
+
+    @classmethod
+    def join(cls, parts: Sequence["Logprobs"]) -> "Logprobs":
+        """One behind the other; at least one, all of the same width."""
+        first, *others = parts
+        joined = cls(first.width, first.token_ids[:], first.logprobs[:], first.ranks[:])
+        for other in others:
+            joined.token_ids.extend(other.token_ids)
+            joined.logprobs.extend(other.logprobs)
+            joined.ranks.extend(other.ranks)
+        return joined
+
+
 class Failure(enum.Enum):
     """Why a step made nothing of a sequence."""
 
@@ -204,9 +249,9 @@ class SequenceResult:
     # Sampled tokens: empty unless `samples`; the drafts that were right, and one more.
     token_ids: list[int] = field(default_factory=list)
     # Aligned with token_ids if the request asked for them, else empty.
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: Sequence[TokenLogprob] = ()
     # As many as `num_prompt_logprobs`.
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprob] = ()
     # Then all of the above is empty.
     failure: Failure | None = None
     # How many places for drafts the model side could use in the next step.
@@ -244,8 +289,8 @@ class SequenceOutput:
     index: int
     time_s: float
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: Sequence[TokenLogprob] = ()
+    prompt_logprobs: Sequence[TokenLogprob] = ()
     finish_reason: FinishReason | None = None
     # The EOS or stop token that ended it.
     stop_token_id: int | None = None

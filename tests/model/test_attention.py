@@ -12,7 +12,7 @@ from torch import Tensor
 from nanoserve.kv_cache.paged_kv_cache import KVSpec, PagedKVCache
 from nanoserve.model import attend as attend_module
 from nanoserve.model.attend import attend, attend_singles
-from nanoserve.model.attention import AttentionBatch, AttentionCall, AttentionLayer, Buffers, attend_reference
+from nanoserve.model.attention import Attention, AttentionCall, AttentionLayer, StepFacts, attend_reference
 
 BLOCK_SIZE = 4
 NUM_HEADS = 4
@@ -20,8 +20,9 @@ CPU = torch.device("cpu")
 # (start, count): single tokens at short, long and equal lengths, chunks from the beginning and from the middle.
 STEPS = {
     "single": [(5, 1), (3, 1), (70, 1), (60, 1), (71, 1), (40, 1)],
-    "chunks": [(0, 9), (30, 17), (5, 2)],
-    "mixed": [(12, 1), (63, 1), (0, 33), (21, 5)],
+    "chunks": [(5, 2), (0, 9), (30, 17)],
+    "mixed": [(12, 1), (63, 1), (21, 5), (0, 33)],
+    "few": [(9, 1), (70, 1), (69, 2), (0, 3), (40, 5), (33, 8), (11, 9)],
 }
 LAYERS = {
     "full": AttentionLayer(),
@@ -54,7 +55,6 @@ def make_call(
     prefixes: (sequence, blocks): it has so many blocks of the first sequence's in place of its own first ones.
     """
     generator = torch.Generator().manual_seed(0)
-    starts, counts = [start for start, _ in step], [count for _, count in step]
     num_blocks = [-(-(start + count) // BLOCK_SIZE) for start, count in step]
     order = torch.randperm(sum(num_blocks), generator=generator)
     # What a row does not use names a block of the first sequence: reading it would show.
@@ -66,16 +66,16 @@ def make_call(
     cache = PagedKVCache([KVSpec(num_kv_heads, 8, value_width, dtype)], sum(num_blocks), BLOCK_SIZE, CPU)
     for pool in (cache.layers[0].keys, cache.layers[0].values):
         pool.copy_(torch.randn(pool.shape, generator=generator))
-    positions = torch.cat([torch.arange(start, start + count) for start, count in step])
-    rows = torch.arange(len(step)).repeat_interleave(torch.tensor(counts))
-    slots = tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    batch = AttentionBatch(cache, [layer], attend, Buffers(), {}, starts, counts, slots, positions, tables)
+    facts = StepFacts(tables, BLOCK_SIZE, 99)
+    facts.set(list(range(len(step))), [start for start, _ in step], [count for _, count in step])
+    attention = Attention(cache, [layer], attend)
+    attention.prepare(facts)
     q, k, v = (
-        torch.randn(heads, len(positions), width, generator=generator).to(dtype)
+        torch.randn(heads, len(facts.positions), width, generator=generator).to(dtype)
         for heads, width in ((NUM_HEADS, 8), (num_kv_heads, 8), (num_kv_heads, value_width))
     )
-    cache.write(0, cache.lines(slots, num_kv_heads), k, v)
-    return AttentionCall(batch, layer, cache.layers[0], q, k, v, 0.4, softcap, sinks)
+    cache.write(0, cache.lines(facts.slots, num_kv_heads), k, v)
+    return AttentionCall(attention, facts, layer, cache.layers[0], q, k, v, 0.4, softcap, sinks)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -96,9 +96,10 @@ def test_the_fused_attention_of_accelerators_agrees(step: str, layer: str, monke
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_formula_for_single_tokens_agrees(layer: str, form: str) -> None:
-    call = make_call(STEPS["single"], LAYERS[layer], **FORMS[form])
-    call.batch.compiled[call.form] = lambda *tensors: attend_singles(*tensors, call.scaling, call.softcap)
+@pytest.mark.parametrize("step", STEPS)
+def test_the_formula_for_few_tokens_agrees(step: str, layer: str, form: str) -> None:
+    call = make_call(STEPS[step], LAYERS[layer], **FORMS[form])
+    call.attention.compiled[call.form] = lambda *tensors: attend_singles(*tensors, call.scaling, call.softcap)
     torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
 
 
@@ -117,13 +118,13 @@ def test_blocks_that_sequences_share_are_read_once(layer: str, form: str, monkey
     }
     for step, prefixes, families in steps.values():
         call = make_call(step, LAYERS[layer], prefixes=prefixes, **FORMS[form])
-        call.batch.compiled[call.form] = lambda *tensors, call=call: attend_singles(  # type: ignore[misc]
+        call.attention.compiled[call.form] = lambda *tensors, call=call: attend_singles(  # type: ignore[misc]
             *tensors, call.scaling, call.softcap
         )
         torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
         if layer == "full":
             found: dict[int, int] = {}
-            for group in attend_module._groups(call, must_copy=False):
+            for group in attend_module._groups(call, call.facts.num_with_at_most(8), must_copy=False):
                 found[len(group.shared)] = found.get(len(group.shared), 0) + len(group.tokens)
             assert found == families
 
@@ -151,12 +152,12 @@ def test_nan_of_one_sequence_stays_in_it(implementation: Any, layer: str) -> Non
     clean = make_call(step, LAYERS[layer])
     for victim, (start, count) in enumerate(step):
         call = make_call(step, LAYERS[layer])
-        first = sum(call.batch.counts[:victim])
+        first = sum(call.facts.counts[:victim])
         tokens = slice(first, first + count)
         keys, values = call.keys.clone(), call.values.clone()
         keys[:, tokens], values[:, tokens] = torch.nan, torch.nan
-        cache = call.batch.cache
-        cache.write(0, cache.lines(call.batch.slots, len(keys)), keys, values)
+        cache = call.attention.cache
+        cache.write(0, cache.lines(call.facts.slots, len(keys)), keys, values)
         out = implementation(replace(call, keys=keys, values=values))
         others = torch.ones(len(out), dtype=torch.bool)
         others[tokens] = False
@@ -166,20 +167,20 @@ def test_nan_of_one_sequence_stays_in_it(implementation: Any, layer: str) -> Non
 
 def test_single_tokens_of_very_different_length_are_not_padded_to_the_longest() -> None:
     call = make_call([(400, 1), *[(5, 1)] * 20], LAYERS["full"])
-    groups = attend_module._groups(call, must_copy=True)
+    groups = attend_module._groups(call, len(call.facts.counts), must_copy=True)
     assert sorted(len(group.tokens) for group in groups) == [1, 20]
 
 
 def test_a_window_reads_only_the_blocks_it_sees() -> None:
     call = make_call([(400, 1), (200, 1)], LAYERS["window"])
-    (group,) = attend_module._groups(call, must_copy=True)
+    (group,) = attend_module._groups(call, len(call.facts.counts), must_copy=True)
     assert len(group.runs) <= 2 * 2 * (6 // BLOCK_SIZE + 2)
 
 
 def test_llama4_queries_grow_with_their_position() -> None:
     """1 + strength x ln(1 + floor((p + 1) / floor)), from the position and not from the place in the step."""
     call = make_call([(15, 1), (100, 1)], AttentionLayer(temperature=(8.0, 0.5)))
-    out = call.batch.run_layer(0, call.queries, call.keys, call.values, call.scaling, None, None)
+    out = call.attention.run(0, call.queries, call.keys, call.values, call.scaling, None, None)
     scale = 1 + 0.5 * torch.tensor([16 // 8, 101 // 8]).log1p()
     want = attend_reference(replace(call, queries=call.queries * scale[:, None]))
     torch.testing.assert_close(out, want)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCAB_SIZE, save_tiny_model, tiny_model
-from feeder import BLOCK_SIZE, Feeder, admission
+from feeder import BLOCK_SIZE, Feeder, admission, execute
 
 from nanoserve.config import ModelOptions
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
@@ -14,7 +14,7 @@ from nanoserve.model import runner as runner_module
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
-from nanoserve.request import ScheduledSequence, StepPlan
+from nanoserve.request import Failure, ScheduledSequence
 
 CONTEXT = 64
 PROMPTS = [[(7 * row + 3 * i) % (VOCAB_SIZE - 3) + 3 for i in range(CONTEXT)] for row in range(4)]
@@ -64,15 +64,15 @@ def is_finite(cache: PagedKVCache) -> bool:
 
 def test_only_sequences_that_sample_get_tokens(feeder: Feeder) -> None:
     sequences = [
-        ScheduledSequence(1, 0, PROMPTS[1][:1], feeder.block_tables[1][:1], False, admission(PROMPTS[1])),
-        ScheduledSequence(2, 0, PROMPTS[2][:9], feeder.block_tables[2][:3], True, admission(PROMPTS[2][:9])),
-        ScheduledSequence(0, 0, PROMPTS[0][:5], feeder.block_tables[0][:2], False, admission(PROMPTS[0])),
-        ScheduledSequence(3, 0, PROMPTS[3][:3], feeder.block_tables[3][:1], True, admission(PROMPTS[3][:3])),
+        ScheduledSequence(1, 0, 1, feeder.block_tables[1][:1], False, admission(PROMPTS[1])),
+        ScheduledSequence(3, 0, 3, feeder.block_tables[3][:1], True, admission(PROMPTS[3][:3])),
+        ScheduledSequence(0, 0, 5, feeder.block_tables[0][:2], False, admission(PROMPTS[0])),
+        ScheduledSequence(2, 0, 9, feeder.block_tables[2][:3], True, admission(PROMPTS[2][:9])),
     ]
-    result = feeder.runner.execute(StepPlan(sequences))
-    assert [len(s.token_ids) for s in result.sequences] == [0, 1, 0, 1]
+    results = execute(feeder.runner, *sequences)
+    assert [len(s.token_ids) for s in results] == [0, 1, 0, 1]
     ((rows, positions, logits),) = feeder.sampler.calls
-    assert (rows, positions, logits.shape) == ([2, 3], [9, 3], (2, VOCAB_SIZE))
+    assert (rows, positions, logits.shape) == ([3, 2], [3, 9], (2, VOCAB_SIZE))
     assert set(feeder.sampler.admitted) == {0, 1, 2, 3}
 
 
@@ -80,13 +80,13 @@ def test_greedy_tokens_are_those_of_transformers(llama: LoadedModel) -> None:
     """With the real sampler, over several blocks."""
     prompt = PROMPTS[0][:6]
     cache = PagedKVCache(llama.kv_specs, 16, BLOCK_SIZE, llama.device)
-    runner = ModelRunner(llama, cache, Sampler(2, VOCAB_SIZE, llama.device), 2, CONTEXT)
+    runner = ModelRunner(llama, cache, Sampler(2, VOCAB_SIZE, llama.device), 2, 99, CONTEXT)
     tokens, step, blocks = list(prompt), list(prompt), [9, 3]
     told = admission(prompt, temperature=0.0)
     for i in range(20):
         new = blocks if i == 0 else [10 - len(tokens) // 4] if len(tokens) % BLOCK_SIZE == 1 else []
-        plan = ScheduledSequence(1, len(tokens) - len(step), step, new, True, told if i == 0 else None)
-        (result,) = runner.execute(StepPlan([plan])).sequences
+        plan = ScheduledSequence(1, len(tokens) - len(step), len(step), new, True, told if i == 0 else None)
+        (result,) = execute(runner, plan)
         step = result.token_ids
         tokens += step
     theirs = tiny_model("llama")
@@ -99,13 +99,14 @@ def test_prompt_logprobs_are_those_of_the_prompt_tokens(llama: LoadedModel, monk
     """In slices that fit no step evenly, and with a target that the sampled token is not."""
     monkeypatch.setattr(runner_module, "PROMPT_LOGITS_AT_ONCE", 3 * VOCAB_SIZE)
     cache = PagedKVCache(llama.kv_specs, 16, BLOCK_SIZE, llama.device)
-    runner = ModelRunner(llama, cache, Sampler(1, VOCAB_SIZE, llama.device), 1, CONTEXT)
+    runner = ModelRunner(llama, cache, Sampler(1, VOCAB_SIZE, llama.device), 1, 99, CONTEXT)
     prompt, logprobs = PROMPTS[0][:15], []
     told = admission(prompt, prompt_logprobs=2, temperature=0.0)
     for start, end, blocks in ((0, 8, [5, 1]), (8, 15, [2, 9])):
-        targets = prompt[start + 1 : end + 1]
-        plan = ScheduledSequence(0, start, prompt[start:end], blocks, end == 15, told if start == 0 else None, targets)
-        (result,) = runner.execute(StepPlan([plan])).sequences
+        num_logprobs = len(prompt[start + 1 : end + 1])
+        new = told if start == 0 else None
+        plan = ScheduledSequence(0, start, end - start, blocks, end == 15, new, num_logprobs)
+        (result,) = execute(runner, plan)
         logprobs += result.prompt_logprobs
     with torch.inference_mode():
         want = tiny_model("llama")(torch.tensor([prompt])).logits[0].log_softmax(-1)
@@ -121,12 +122,9 @@ def test_prompt_logprobs_are_those_of_the_prompt_tokens(llama: LoadedModel, monk
 
 def test_a_row_serves_one_sequence_after_another(feeder: Feeder) -> None:
     """The second is shorter, and takes other blocks."""
-    first = ScheduledSequence(0, 0, PROMPTS[0][:30], feeder.block_tables[0][:8], True, admission(PROMPTS[0][:30]))
-    second = ScheduledSequence(0, 0, PROMPTS[1][:9], feeder.block_tables[1][:3], True, admission(PROMPTS[1][:9]))
-    third = ScheduledSequence(0, 9, PROMPTS[1][9:10], [], True)
-    feeder.runner.execute(StepPlan([first]))
-    feeder.runner.execute(StepPlan([second]))
-    feeder.runner.execute(StepPlan([third]))
+    execute(feeder.runner, ScheduledSequence(0, 0, 30, feeder.block_tables[0][:8], True, admission(PROMPTS[0][:30])))
+    execute(feeder.runner, ScheduledSequence(0, 0, 9, feeder.block_tables[1][:3], False, admission(PROMPTS[1][:10])))
+    execute(feeder.runner, ScheduledSequence(0, 9, 1, [], True))
     with torch.inference_mode():
         want = tiny_model("llama")(torch.tensor([PROMPTS[1][:10]])).logits[0, -1]
     torch.testing.assert_close(feeder.sampler.calls[-1][2][0], want, rtol=1e-4, atol=1e-4)
@@ -181,7 +179,7 @@ def test_nan_fails_its_own_sequence_alone(
     sick[20 + poison_at] = POISON
     feeder.step([prompts[0], prompts[1], sick, prompts[3]], {0: 9, 1: 4, 2: 20})
     result = feeder.step([prompts[0], prompts[1], sick, prompts[3]], {0: 1, 1: 20, 2: 20, 3: 5})
-    assert [s.is_corrupt for s in result.sequences] == [False, False, True, False]
+    assert [s.failure for s in result.sequences] == [None, None, None, Failure.CORRUPT]
     assert is_finite(feeder.cache)
     healthy = Feeder(poisoned, CONTEXT, monkeypatch)
     healthy.step(prompts, {0: 9, 1: 4, 2: 20})
@@ -208,7 +206,7 @@ def test_the_blocks_of_a_corrupt_sequence_can_serve_another(
 def test_a_corrupt_sequence_is_not_sampled(poisoned: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     feeder = Feeder(poisoned, CONTEXT, monkeypatch)
     result = feeder.step([[POISON], [4], [POISON]], {0: 1, 1: 1, 2: 1}, samples=True)
-    assert [s.is_corrupt for s in result.sequences] == [True, False, True]
+    assert [s.failure for s in result.sequences] == [Failure.CORRUPT, None, Failure.CORRUPT]
     assert [len(s.token_ids) for s in result.sequences] == [0, 1, 0]
     assert [rows for rows, _, _ in feeder.sampler.calls] == [[1]]
 
@@ -222,15 +220,14 @@ def test_nan_in_the_head_is_found_by_sampler_and_prompt_logprobs(
     model.save_pretrained(tmp_path)
     ours = load_damaged(tmp_path)
     cache = PagedKVCache(ours.kv_specs, 16, BLOCK_SIZE, ours.device)
-    runner = ModelRunner(ours, cache, Sampler(2, VOCAB_SIZE, ours.device), 2, CONTEXT)
+    runner = ModelRunner(ours, cache, Sampler(2, VOCAB_SIZE, ours.device), 2, 99, CONTEXT)
     prompt = PROMPTS[0][:4]
-    plan = StepPlan(
-        [
-            ScheduledSequence(0, 0, prompt, [1], True, admission(prompt)),
-            ScheduledSequence(1, 0, prompt, [2], False, admission(prompt, prompt_logprobs=1), prompt[1:]),
-        ]
+    results = execute(
+        runner,
+        ScheduledSequence(0, 0, 4, [1], True, admission(prompt)),
+        ScheduledSequence(1, 0, 4, [2], False, admission(prompt, prompt_logprobs=1), 3),
     )
-    assert [s.is_corrupt for s in runner.execute(plan).sequences] == [True, True]
+    assert [s.failure for s in results] == [Failure.CORRUPT, Failure.CORRUPT]
 
 
 # ------------------------------------------------------------------------------------------------- the process

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 from nanoserve.model import sampler as module
-from nanoserve.model.sampler import Sampler, draw, most_likely, token_logprobs, uniform
-from nanoserve.request import Admission, SamplingParams, SequenceResult
+from nanoserve.model.sampler import Place, Sampler, draw, most_likely, token_logprobs, uniform
+from nanoserve.request import Admission, Failure, SamplingParams, SequenceResult
 
 CPU = torch.device("cpu")
 VOCAB = 60
@@ -37,10 +37,18 @@ def sampler_of(*admissions: Admission, vocab: int = VOCAB) -> Sampler:
     return sampler
 
 
+def sample(sampler: Sampler, rows: list[int], positions: list[int], logits: Tensor) -> list[SequenceResult]:
+    """At one place of each row, and what is drawn there is kept."""
+    places = [Place(row, position) for row, position in zip(rows, positions, strict=True)]
+    results = sampler.sample(places, logits)
+    sampler.keep([(place, result.token_ids) for place, result in zip(places, results, strict=True)])
+    return results
+
+
 def draw_once(params: SamplingParams, logits: list[float] | Tensor, position: int = 1, **more) -> SequenceResult:
     logits = torch.as_tensor(logits)
     sampler = sampler_of(admission(params, **more), vocab=len(logits))
-    return sampler.sample([0], [position], logits[None])[0]
+    return sample(sampler, [0], [position], logits[None])[0]
 
 
 def token_of(params: SamplingParams, logits: list[float] | Tensor, position: int = 1, **more) -> int:
@@ -59,7 +67,7 @@ def drawn_shares(monkeypatch: pytest.MonkeyPatch, entry: Admission, logits: Tens
     monkeypatch.setattr(module, "uniform", lambda _, position: (position - len(entry.token_ids) + 0.5) / GRID)
     sampler = sampler_of(*[entry] * GRID, vocab=len(logits))
     positions = [len(entry.token_ids) + i for i in range(GRID)]
-    results = sampler.sample(list(range(GRID)), positions, logits.expand(GRID, -1))
+    results = sample(sampler, list(range(GRID)), positions, logits.expand(GRID, -1))
     tokens = torch.tensor([result.token_ids[0] for result in results])
     return torch.bincount(tokens, minlength=len(logits)) / GRID
 
@@ -176,7 +184,7 @@ def test_a_large_top_k_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_draw_is_possible_and_kept_by_every_filter(logits: list[float], params: SamplingParams, seed: int) -> None:
     result = draw_once(params, logits, seed=seed)
     if max(logits) == -INF:
-        assert result == SequenceResult(is_corrupt=True)
+        assert result == SequenceResult(failure=Failure.CORRUPT)
         return
     token_id = result.token_ids[0]
     # The order of preference: the higher logit, then the lower id.
@@ -206,7 +214,7 @@ def test_drawn_frequencies_pass_a_chi_square_test(name: str) -> None:
     num_draws = 4000
     logits = some_logits(VOCAB, seed=7, spread=1.0)
     sampler = sampler_of(*[entry] * num_draws)
-    results = sampler.sample(list(range(num_draws)), list(range(1, num_draws + 1)), logits.expand(num_draws, -1))
+    results = sample(sampler, list(range(num_draws)), list(range(1, num_draws + 1)), logits.expand(num_draws, -1))
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in results]), minlength=VOCAB).double()
     expected = reference(params, logits, entry).double() * num_draws
 
@@ -235,7 +243,7 @@ def test_a_seed_repeats_its_draws_and_another_seed_does_not() -> None:
 
     def run(seed: int) -> list[int]:
         sampler = sampler_of(admission(SamplingParams(), seed=seed))
-        return [sampler.sample([0], [i + 1], logits[i : i + 1])[0].token_ids[0] for i in range(30)]
+        return [sample(sampler, [0], [i + 1], logits[i : i + 1])[0].token_ids[0] for i in range(30)]
 
     assert run(5) == run(5)
     assert run(5) != run(6)
@@ -288,7 +296,7 @@ def test_greedy_takes_the_most_likely_token_and_leaves_the_logits_alone(dtype: t
     edited = replace(GREEDY, logit_bias={0: -1.0})
     drawn = SamplingParams(top_p=0.9)
     sampler = sampler_of(*[admission(p) for p in (GREEDY, GREEDY, edited, drawn, drawn)])
-    results = sampler.sample([0, 1, 2, 3, 4], [1] * 5, logits)
+    results = sample(sampler, [0, 1, 2, 3, 4], [1] * 5, logits)
     assert [r.token_ids[0] for r in results[:2]] == logits[:2].argmax(-1).tolist()
     assert torch.equal(logits, copy)
 
@@ -359,12 +367,12 @@ def test_penalties_follow_the_tokens_that_sample_draws() -> None:
     params = replace(GREEDY, frequency_penalty=1.0)
     sampler = sampler_of(admission(params, prompt=(2,)), vocab=3)
     logits = torch.tensor([[3.0, 2.5, 0.0]])
-    drawn = [sampler.sample([0], [position], logits)[0].token_ids[0] for position in range(1, 8)]
+    drawn = [sample(sampler, [0], [position], logits)[0].token_ids[0] for position in range(1, 8)]
     # Each draw costs its token 1: 3, 2.5, 2, 1.5, 1, 0.5 and then the first of 0 (twice) and 0.
     assert drawn == [0, 1, 0, 1, 0, 1, 0]
     # A sequence that was preempted comes back with its completion, and goes on the same.
     sampler.admit(0, admission(params, prompt=(2,), output=tuple(drawn[:4])))
-    assert [sampler.sample([0], [position], logits)[0].token_ids[0] for position in (5, 6, 7)] == drawn[4:]
+    assert [sample(sampler, [0], [position], logits)[0].token_ids[0] for position in (5, 6, 7)] == drawn[4:]
 
 
 def test_a_very_small_repetition_penalty_is_no_infinity() -> None:
@@ -400,7 +408,7 @@ def test_min_tokens_stands_above_bias() -> None:
 def test_ids_outside_the_vocabulary_touch_no_other_row() -> None:
     params = replace(GREEDY, logit_bias={2: 50.0, 3: -50.0}, repetition_penalty=1.5, min_tokens=5)
     sampler = sampler_of(admission(params, prompt=(0, 2, 3), output=(3,), ends=(2, 3)), admission(GREEDY), vocab=2)
-    results = sampler.sample([0, 1], [4, 1], torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+    results = sample(sampler, [0, 1], [4, 1], torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
     assert [r.token_ids for r in results] == [[1], [0]]
 
 
@@ -428,8 +436,8 @@ ASSORTED = [
 def test_a_row_draws_the_same_alone_and_among_others(rows: list[int], seed: int, dtype: torch.dtype) -> None:
     logits = some_logits(len(ASSORTED), VOCAB, seed=seed).to(dtype)
     logits[:, seed % VOCAB] = -INF
-    together = sampler_of(*ASSORTED).sample(rows, [5] * len(rows), logits[rows])
-    alone = [sampler_of(*ASSORTED).sample([row], [5], logits[row][None])[0] for row in rows]
+    together = sample(sampler_of(*ASSORTED), rows, [5] * len(rows), logits[rows])
+    alone = [sample(sampler_of(*ASSORTED), [row], [5], logits[row][None])[0] for row in rows]
     assert together == alone
 
 
@@ -439,10 +447,10 @@ def test_how_many_rows_are_worked_on_at_once_changes_nothing(
 ) -> None:
     logits = some_logits(len(ASSORTED), VOCAB)
     rows = list(range(len(ASSORTED)))
-    expected = sampler_of(*ASSORTED).sample(rows, [5] * len(rows), logits)
+    expected = sample(sampler_of(*ASSORTED), rows, [5] * len(rows), logits)
     monkeypatch.setattr(module, "CPU_LOGITS_AT_ONCE", rows_at_once * VOCAB)
     monkeypatch.setattr(module, "LOGPROB_CHUNK", rows_at_once * VOCAB)
-    assert sampler_of(*ASSORTED).sample(rows, [5] * len(rows), logits) == expected
+    assert sample(sampler_of(*ASSORTED), rows, [5] * len(rows), logits) == expected
 
 
 @pytest.mark.parametrize("bad", [[NAN, 0.0], [INF, 0.0], [0.0, INF], [NAN, NAN], [-INF, -INF], [INF, -INF]])
@@ -451,11 +459,12 @@ def test_a_corrupt_row_has_no_token_and_harms_no_other(bad: list[float], name: s
     params = replace({"greedy": GREEDY, **FILTERS}[name], logprobs=1)
     sampler = sampler_of(*[admission(params, seed=i, ends=(5,)) for i in range(3)])
     logits = some_logits(3, VOCAB)
-    expected = sampler.sample([0, 1, 2], [1, 1, 1], logits)
+    expected = sample(sampler, [0, 1, 2], [1, 1, 1], logits)
     logits[1] = torch.tensor(bad).repeat(VOCAB // 2) if bad == [-INF, -INF] else logits[1]
     logits[1, 10:12] = torch.tensor(bad)
     sampler = sampler_of(*[admission(params, seed=i, ends=(5,)) for i in range(3)])
-    assert sampler.sample([0, 1, 2], [1, 1, 1], logits) == [expected[0], SequenceResult(is_corrupt=True), expected[2]]
+    corrupt = SequenceResult(failure=Failure.CORRUPT)
+    assert sample(sampler, [0, 1, 2], [1, 1, 1], logits) == [expected[0], corrupt, expected[2]]
 
 
 def test_impossible_tokens_alone_do_not_corrupt() -> None:
@@ -465,9 +474,26 @@ def test_impossible_tokens_alone_do_not_corrupt() -> None:
         assert token_of(params, logits) in {3, 4}
 
 
-def test_a_row_with_nothing_left_to_draw_is_corrupt() -> None:
+def test_a_row_with_nothing_left_to_draw_has_no_token_and_is_not_corrupt() -> None:
     params = SamplingParams(min_tokens=3)
-    assert draw_once(params, [0.0, -INF], ends=(0,)) == SequenceResult(is_corrupt=True)
+    assert draw_once(params, [0.0, -INF], ends=(0,)) == SequenceResult(failure=Failure.NO_TOKEN)
+    assert draw_once(params, [0.0, NAN], ends=(0,)) == SequenceResult(failure=Failure.CORRUPT)
+
+
+@pytest.mark.parametrize("penalty", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
+def test_a_place_behind_drafts_is_sampled_as_if_they_were_drawn(penalty: str) -> None:
+    params = replace(GREEDY, logprobs=0, **{penalty: 1.8})
+    logits = some_logits(4, VOCAB, seed=3, spread=1.0)
+    drafted = [int(token) for token in logits.argmax(-1)[[0, 1, 0]]]
+    sampler = sampler_of(admission(params, prompt=(4, 5)))
+    places = [Place(0, 2 + i, tuple(drafted[:i])) for i in range(4)]
+    ahead = sampler.sample(places, logits)
+    # The drafts are nobody's yet.
+    assert sampler.sample(places, logits) == ahead
+    for i, draft in enumerate(drafted):
+        assert sampler.sample([Place(0, 2 + i)], logits[i : i + 1]) == [ahead[i]]
+        sampler.keep([(Place(0, 2 + i), [draft])])
+    assert sampler.sample([Place(0, 5)], logits[3:]) == [ahead[3]]
 
 
 def test_a_failed_step_leaves_the_rows_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,25 +503,25 @@ def test_a_failed_step_leaves_the_rows_as_they_were(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(module, "token_logprobs", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            sampler.sample([0, 1], [1, 1], logits)
+            sample(sampler, [0, 1], [1, 1], logits)
     with pytest.raises(IndexError):
-        sampler.sample([0, 1], [1, 1], logits[:1])
-    assert [r.token_ids for r in sampler.sample([0, 1], [1, 1], logits)] == [[0], [0]]
+        sample(sampler, [0, 1], [1, 1], logits[:1])
+    assert [r.token_ids for r in sample(sampler, [0, 1], [1, 1], logits)] == [[0], [0]]
 
 
 def test_a_row_forgets_the_sequence_before() -> None:
     sampler = sampler_of(admission(replace(GREEDY, logit_bias={1: 9.0})), vocab=2)
     sampler.admit(0, admission(GREEDY))
-    assert sampler.sample([0], [1], torch.tensor([[1.0, 0.0]]))[0].token_ids == [0]
+    assert sample(sampler, [0], [1], torch.tensor([[1.0, 0.0]]))[0].token_ids == [0]
 
 
 def test_a_row_that_was_never_admitted_is_an_error() -> None:
     with pytest.raises(ValueError, match="row 0"):
-        Sampler(1, 2, CPU).sample([0], [1], torch.zeros(1, 2))
+        sample(Sampler(1, 2, CPU), [0], [1], torch.zeros(1, 2))
 
 
 def test_no_rows_give_no_results() -> None:
-    assert Sampler(1, 2, CPU).sample([], [], torch.zeros(0, 2)) == []
+    assert sample(Sampler(1, 2, CPU), [], [], torch.zeros(0, 2)) == []
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
@@ -550,7 +576,7 @@ def test_sampled_logprobs_are_of_the_raw_logits() -> None:
 def test_each_row_gets_as_many_alternatives_as_it_asked_for() -> None:
     wanted = [None, 0, 3, 1]
     sampler = sampler_of(*[admission(replace(GREEDY, logprobs=n)) for n in wanted])
-    results = sampler.sample([0, 1, 2, 3], [1] * 4, some_logits(4, VOCAB))
+    results = sample(sampler, [0, 1, 2, 3], [1] * 4, some_logits(4, VOCAB))
     assert [[len(entry.top) for entry in r.logprobs] for r in results] == [[], [0], [3], [1]]
 
 

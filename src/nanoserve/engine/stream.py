@@ -8,7 +8,7 @@ It lives on the event loop, between `Engine`, which pushes what a step gave, and
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from nanoserve.engine.text import TextCodec, TextStream
@@ -39,7 +39,7 @@ class Started:
 class PromptLogprobs:
     """Log-probabilities of the next prompt tokens."""
 
-    tokens: list[TokenLogprob]
+    tokens: Sequence[TokenLogprob]
 
 
 @dataclass(slots=True)

@@ -195,6 +195,7 @@ class PagedKVCache:
         self.device = device
         num_bytes = num_blocks * block_size * sum(spec.bytes_per_token for spec in specs)
         self._memory = memory = _zeros(num_bytes, device)
+        self._is_closed = False
         self.layers = []
         for spec in specs:
             pools = []
@@ -225,8 +226,14 @@ class PagedKVCache:
 
         advise(0, size, madv_hugepage)
         for start in range(0, size, CLAIMED_AT_ONCE):
+            if self._is_closed:
+                return
             advise(start, min(CLAIMED_AT_ONCE, size - start), madv_populate_write)
         advise(0, size, madv_collapse)
+
+    def close(self) -> None:
+        """Claim no more memory. Any thread."""
+        self._is_closed = True
 
     def lines(self, slots: Tensor, num_kv_heads: int) -> Tensor:
         """Where the keys of tokens lie in a layer of so many heads: the same for all such layers, and for values.

@@ -1,9 +1,10 @@
 """What attention computes for requests: the same as attend_reference, batched.
 
-A step's single-token sequences (those that generate) are computed in groups of similar length, its chunks of prompts
-one by one. For groups there are two ways: by the plain formula over the blocks where they lie, which is fast only once
-it is compiled (formulas.py), and by copying the blocks next to each other for torch's batched products. In the first,
-blocks at the beginning that sequences share, such as a system prompt's, are read once for all of them.
+Tokens of sequences with few of them (those that generate) are computed in groups of similar length, each token as if
+it were a sequence of its own; chunks of prompts one by one. For groups there are two ways: by the plain formula over
+the blocks where they lie, which is fast only once it is compiled (formulas.py), and by copying the blocks next to each
+other for torch's batched products. In the first, blocks at the beginning that tokens share, such as a system prompt's,
+are read once for all of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nanoserve.model.attention import AttentionBatch, AttentionCall, AttentionLayer
+from nanoserve.model.attention import AttentionCall
 
-# Single-token sequences are computed in groups whose keys take at most this much. On a CPU that copies them first: what
-# stays in its caches between copying and multiplying.
+# A sequence with more tokens in a step is a chunk, whose context is copied once for all of them. Where contexts are
+# copied for groups too, only single tokens are grouped.
+FEW_TOKENS = 8
+# Tokens are computed in groups whose keys take at most this much. On a CPU that copies them first: what stays in its
+# caches between copying and multiplying.
 CPU_GROUP_BYTES = 4 << 20
 GROUP_BYTES = 256 << 20
-# A group is padded to its longest sequence, which may be this much longer than its shortest.
+# A group is padded to its longest context, which may be this much longer than its shortest.
 MAX_PADDING = 1.25
-# Sequences that share blocks at their beginning are a group if to read them once saves at least so much.
+# Tokens that share blocks at their beginning are a group if to read them once saves at least so much.
 MIN_SAVED_BYTES = 8 << 20
 # What attend_singles computes side by side, as far as a CPU has registers: heads, and parts of a value, of at least so
 # many numbers.
@@ -36,11 +40,23 @@ MAX_SCORES = 1 << 24
 MAX_QUERIES = 128
 
 
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """A token that is computed in a group."""
+
+    # Index in the step.
+    sequence: int
+    # The first position in its sequence that it sees, the block of that, and how many blocks from there.
+    first_key: int
+    first_block: int
+    num_blocks: int
+
+
 @dataclass(frozen=True)
 class _Group:
-    """Single-token sequences of similar length, computed together."""
+    """Tokens with contexts of similar length, computed together."""
 
-    # [n]: their tokens in the step.
+    # [n]: their places in the step.
     tokens: Tensor
     # [num_shared]: blocks that all of them see first, and as a whole.
     shared: Tensor
@@ -69,19 +85,21 @@ class _Group:
 
 
 def attend(call: AttentionCall) -> Tensor:
-    """The same as attend_reference: single-token sequences in groups, chunks one by one."""
-    batch = call.batch
+    """The same as attend_reference: few tokens in groups, chunks one by one."""
+    facts = call.facts
     out = call.queries.new_empty(call.queries.shape[1], call.queries.shape[0], call.values.shape[2])
-    if batch.num_single:
-        compiled = batch.compiled.get(call.form)
-        for group in _groups(call, must_copy=compiled is None):
-            part = _attend_copies(call, group) if compiled is None else _attend_in_place(call, group, compiled)
-            if group.is_step:
-                return part
-            out[group.tokens] = part
-    for sequence, token in batch.chunks():
-        end = token + batch.counts[sequence]
+    compiled = call.attention.compiled.get(call.form)
+    num_grouped = facts.num_with_at_most(1 if compiled is None else FEW_TOKENS)  # sequences
+    for group in _groups(call, num_grouped, must_copy=compiled is None) if num_grouped else ():
+        part = _attend_copies(call, group) if compiled is None else _attend_in_place(call, group, compiled)
+        if group.is_step:
+            return part
+        out[group.tokens] = part
+    token = sum(facts.counts[:num_grouped])
+    for sequence in range(num_grouped, len(facts.counts)):
+        end = token + facts.counts[sequence]
         _attend_chunk(call, sequence, token, out[token:end])
+        token = end
     return out  # [num_tokens, num_heads, value_width]
 
 
@@ -167,49 +185,55 @@ def _with_shared(call: AttentionCall, group: _Group, queries: Tensor, own: Tenso
     return torch.lerp(own.float(), shared.float(), weight).to(own.dtype)
 
 
-def _groups(call: AttentionCall, *, must_copy: bool) -> list[_Group]:
-    """The single-token sequences, cut into groups; the same for all layers that see the same and have as many heads."""
-    batch, layer, kv = call.batch, call.layer, call.kv
+def _groups(call: AttentionCall, num_sequences: int, *, must_copy: bool) -> list[_Group]:
+    """The tokens of the first so many sequences, cut into groups; the same for all layers that see the same and have as
+    many heads.
+    """
+    facts, layer, kv, shared = call.facts, call.layer, call.kv, call.attention.shared
+    block_size = facts.block_size
     num_kv_heads, dtype = len(call.keys), call.queries.dtype
     key = ("groups", layer.window, layer.chunk, num_kv_heads, dtype, must_copy)
-    if key not in batch.shared:
-        block_size = batch.cache.block_size
-        spans = [  # of each sequence: the first block that is seen, and how many
-            (first := layer.first_key(start) // block_size, start // block_size - first + 1)
-            for start in batch.starts[: batch.num_single]
+    if key not in shared:
+        tokens = [
+            _Token(sequence, first, first // block_size, position // block_size - first // block_size + 1)
+            for sequence, (start, count) in enumerate(zip(facts.starts[:num_sequences], facts.counts, strict=False))
+            for position in range(start, start + count)
+            for first in [layer.first_key(position)]
         ]
-        limit = CPU_GROUP_BYTES if must_copy and batch.cache.device.type == "cpu" else GROUP_BYTES
+        limit = CPU_GROUP_BYTES if must_copy and kv.keys.device.type == "cpu" else GROUP_BYTES
         max_blocks = limit // (kv.keys[0].numel() * kv.keys.itemsize)
-        families = [(list(range(batch.num_single)), 0)] if must_copy else _families(call, [num for _, num in spans])
-        batch.shared[key] = [
-            _make_group(batch, layer, [members[i] for i in part], spans, num_shared, num_kv_heads, dtype)
+        families = [(list(range(len(tokens))), 0)] if must_copy else _families(call, tokens)
+        shared[key] = [
+            _make_group(call, tokens, [members[i] for i in part], num_shared)
             for members, num_shared in families
-            for part in _similar([spans[i][1] - num_shared for i in members], max_blocks)
+            for part in _similar([tokens[i].num_blocks - num_shared for i in members], max_blocks)
         ]
-    groups: list[_Group] = batch.shared[key]
+    groups: list[_Group] = shared[key]
     return groups
 
 
-def _families(call: AttentionCall, num_blocks: list[int]) -> list[tuple[list[int], int]]:
-    """The single-token sequences, and how many blocks at their beginning they share: 0 = too few to save much.
+def _families(call: AttentionCall, tokens: list[_Token]) -> list[tuple[list[int], int]]:
+    """Indices of tokens, and how many blocks at their beginning they share: 0 = too few to save much.
 
-    num_blocks: of each, how many it sees. Its last one is never shared.
+    The last block that a token sees is never shared.
     """
-    batch, kv = call.batch, call.kv
+    facts, kv = call.facts, call.kv
     block_bytes = kv.keys[0].nbytes + kv.values[0].nbytes
+    first_blocks = facts.block_tables[:, 0].tolist()
     alike: dict[int, list[int]] = {}  # first block -> those that see all from there
-    for i, first_block in enumerate(batch.block_tables[: batch.num_single, 0].tolist()):
-        if call.layer.first_key(batch.starts[i]) == 0:
-            alike.setdefault(first_block, []).append(i)
+    for i, token in enumerate(tokens):
+        if token.first_key == 0:
+            alike.setdefault(first_blocks[token.sequence], []).append(i)
     families = []
     for members in alike.values():
-        if (len(members) - 1) * max(num_blocks[i] for i in members) * block_bytes < MIN_SAVED_BYTES:
+        num_blocks = [tokens[i].num_blocks for i in members]
+        if (len(members) - 1) * max(num_blocks) * block_bytes < MIN_SAVED_BYTES:
             continue
-        tables = batch.block_tables[members, : min(num_blocks[i] for i in members) - 1]
+        tables = facts.block_tables[[tokens[i].sequence for i in members], : min(num_blocks) - 1]
         num_shared = int((tables == tables[0]).all(0).cumprod(0).sum())
         if (len(members) - 1) * num_shared * block_bytes >= MIN_SAVED_BYTES:
             families.append((members, num_shared))
-    others = set(range(batch.num_single)).difference(*(members for members, _ in families))
+    others = set(range(len(tokens))).difference(*(members for members, _ in families))
     return [*families, (sorted(others), 0)] if others else families
 
 
@@ -225,27 +249,22 @@ def _similar(num_blocks: list[int], max_blocks: int) -> Iterator[list[int]]:
     yield sorted(members)
 
 
-def _make_group(
-    batch: AttentionBatch,
-    layer: AttentionLayer,
-    members: list[int],
-    spans: list[tuple[int, int]],
-    num_shared: int,
-    num_kv_heads: int,
-    dtype: torch.dtype,
-) -> _Group:
-    device, block_size = batch.cache.device, batch.cache.block_size
-    sequences = torch.tensor(members, device=device)  # [n]
-    first = torch.tensor([[spans[i][0] + num_shared] for i in members], device=device)  # [n, 1]
-    num = torch.tensor([[spans[i][1] - num_shared] for i in members], device=device)  # [n, 1]
-    step = torch.arange(int(num.max()), device=device)  # [num_blocks]
-    # Padding repeats a sequence's own last block: another's may hold NaN within this step.
+def _make_group(call: AttentionCall, tokens: list[_Token], members: list[int], num_shared: int) -> _Group:
+    facts, block_size = call.facts, call.facts.block_size
+    device, chosen = facts.positions.device, [tokens[i] for i in members]
+    # Each [n] or [n, 1].
+    index, sequences = torch.tensor([members, [token.sequence for token in chosen]], device=device)
+    first = torch.tensor([[token.first_block + num_shared] for token in chosen], device=device)
+    num = torch.tensor([[token.num_blocks - num_shared] for token in chosen], device=device)
+    step = torch.arange(max(token.num_blocks for token in chosen) - num_shared, device=device)  # [num_blocks]
+    # Padding repeats a token's own last block: another sequence's may hold NaN within this step.
     columns = first + torch.minimum(step, num - 1)  # [n, num_blocks]
-    blocks = batch.block_tables[sequences].gather(1, columns)  # [n, num_blocks]
+    blocks = facts.block_tables[sequences].gather(1, columns)  # [n, num_blocks]
     keys = first * block_size + torch.arange(len(step) * block_size, device=device)  # [n, num_keys]
-    hidden = layer.hides(batch.positions[sequences, None], keys)  # [n, num_keys]
-    shared = batch.block_tables[members[0], :num_shared]
-    return _Group(sequences, shared, blocks, _bias(hidden, dtype), num_kv_heads, len(members) == len(batch.positions))
+    hidden = call.layer.hides(facts.positions[index, None], keys)  # [n, num_keys]
+    shared = facts.block_tables[chosen[0].sequence, :num_shared]
+    bias = _bias(hidden, call.queries.dtype)
+    return _Group(index, shared, blocks, bias, len(call.keys), len(members) == len(facts.positions))
 
 
 def _attend_copies(call: AttentionCall, group: _Group) -> Tensor:
@@ -262,9 +281,9 @@ def _attend_copies(call: AttentionCall, group: _Group) -> Tensor:
 
 
 def _attend_chunk(call: AttentionCall, sequence: int, token: int, out: Tensor) -> None:
-    """One sequence with several tokens. out: [count, num_heads, value_width], its part of the result."""
-    batch, layer, num_kv_heads = call.batch, call.layer, len(call.keys)
-    start, count, block_size = batch.starts[sequence], batch.counts[sequence], batch.cache.block_size
+    """One sequence with many tokens. out: [count, num_heads, value_width], its part of the result."""
+    facts, layer, num_kv_heads = call.facts, call.layer, len(call.keys)
+    start, count, block_size = facts.starts[sequence], facts.counts[sequence], facts.block_size
     end = start + count
     queries, keys, values = (t[:, token : token + count] for t in (call.queries, call.keys, call.values))
     if call.is_fused and start == 0 and layer.first_key(end - 1) == 0:
@@ -278,7 +297,7 @@ def _attend_chunk(call: AttentionCall, sequence: int, token: int, out: Tensor) -
     if start > 0:
         first_block = layer.first_key(start) // block_size
         base = first_block * block_size
-        blocks = batch.block_tables[sequence, first_block : -(-end // block_size)]
+        blocks = facts.block_tables[sequence, first_block : -(-end // block_size)]
         keys, values = _copy_runs(call, _runs(blocks, num_kv_heads), num_kv_heads)
     else:
         keys, values = keys.contiguous(), values.contiguous()
@@ -297,7 +316,7 @@ def _attend_chunk(call: AttentionCall, sequence: int, token: int, out: Tensor) -
 
 def _chunk_bias(call: AttentionCall, first: int, start: int, end: int) -> Tensor:
     """For queries at start to end - 1 and keys at first to end - 1: [end - start, end - first]"""
-    layer, shared = call.layer, call.batch.shared
+    layer, shared = call.layer, call.attention.shared
     key = ("bias", layer.window, layer.chunk, first, start, end, call.queries.dtype)
     if key not in shared:
         keys = torch.arange(first, end, device=call.queries.device)
@@ -322,7 +341,7 @@ def _copy_runs(call: AttentionCall, runs: Tensor, num_rows: int) -> tuple[Tensor
     copies = []
     for name, pool in (("keys", call.kv.keys), ("values", call.kv.values)):
         lines = pool.view(pool.shape[0] * pool.shape[1], -1)  # [num_blocks * num_kv_heads, block_size * width]
-        copy = call.batch.buffers.take(name, len(runs), lines)
+        copy = call.attention.buffers.take(name, len(runs), lines)
         torch.index_select(lines, 0, runs, out=copy)
         copies.append(copy.view(num_rows, -1, pool.shape[3]))
     return copies[0], copies[1]

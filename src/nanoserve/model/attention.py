@@ -1,7 +1,7 @@
 """Attention over the paged KV cache, as one operator that transformers calls in place of its own.
 
 A step packs the new tokens of all sequences into one row, without padding: first the sequences with one token, then
-the chunks of prompts.
+those with more, up to chunks of prompts.
 
     tokens      [ a | b | c | d d d d | e e e ]        counts 1 1 1 4 3
     queries      every token of the step
@@ -9,17 +9,18 @@ the chunks of prompts.
 
 For every layer the operator stores the step's keys and values in the cache, then lets each query see the tokens of
 its own sequence up to itself, or the last `window` of them, or those of its own `chunk`. No mask is built by
-transformers. The operator takes tensors and numbers only, so that a compiled layer can call it; all else that the
-step has to say (`AttentionBatch`) is set by `attending` before the model runs, and found by the layer's index.
+transformers. The operator takes tensors and numbers only, so that a compiled layer can call it; it finds the model's
+`Attention`, and in it the step's facts, through `attending`, which the runner opens around the model.
 
 Here are the vocabulary, the operator and `attend_reference`, to be read first; attend.py computes the same, batched,
 and is what serves requests. A test compares them.
 """
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,43 +90,71 @@ class AttentionForm:
 CompiledAttention = dict[AttentionForm, Callable[..., tuple[Tensor, Tensor]]]
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionBatch:
-    """What attention must know of a step. Positions and lengths count tokens of a sequence from its beginning."""
+class StepFacts:
+    """The sequences of a step, packed one behind the other, those with fewer tokens first: set once a step.
 
-    cache: PagedKVCache
-    # By their index.
-    layers: Sequence[AttentionLayer]
-    # What computes a layer; returns [num_tokens, num_heads, value_width].
-    attend: "Callable[[AttentionCall], Tensor]"
-    # Of attend.py: memory, and compiled functions.
-    buffers: Buffers
-    compiled: CompiledAttention
-    # Of each sequence: tokens computed before this step, and tokens in it.
-    starts: list[int]
-    counts: list[int]
-    # [num_tokens]: where the new keys and values go.
-    slots: Tensor
-    # [num_tokens]
-    positions: Tensor
-    # [num_sequences, max_num_blocks]: only what covers start + count is valid.
-    block_tables: Tensor
-    # What layers of one kind share in this step: lines, groups and masks, made by the first of them.
-    shared: dict[Any, Any] = field(default_factory=dict)
+    Positions count tokens of a sequence from its beginning. Tensors lie where they always lie, so that what was
+    recorded for their addresses finds the next step there; lists say the same to whoever computes on the host.
+    """
 
-    @property
-    def num_single(self) -> int:
-        """Sequences with one token, which come first."""
-        return next((i for i, count in enumerate(self.counts) if count > 1), len(self.counts))
+    def __init__(self, block_tables: Tensor, block_size: int, max_num_tokens: int) -> None:
+        """block_tables: [max_num_seqs, max_num_blocks], of all rows; whoever owns them changes them in place."""
+        device = block_tables.device
+        self.block_size = block_size
+        self._all_tables = block_tables
+        self._of_sequences = torch.zeros(2, len(block_tables), dtype=torch.long, device=device)
+        self._of_tokens = torch.zeros(3, max_num_tokens, dtype=torch.long, device=device)
+        self.set([0], [0], [1])
 
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """(sequence, its first token in the step) of those with more than one token."""
-        token = first = self.num_single
-        for sequence in range(first, len(self.counts)):
-            yield sequence, token
-            token += self.counts[sequence]
+    def set(self, rows: list[int], starts: list[int], counts: list[int]) -> None:
+        """Of each sequence: its row, tokens computed before this step, and tokens in it."""
+        self.starts, self.counts = starts, counts
+        device = self._all_tables.device
+        num_sequences, num_tokens = len(rows), sum(counts)
+        given = torch.tensor([rows, starts, counts], device=device)  # [3, num_sequences]
+        first = given[2].cumsum(0) - given[2]  # [num_sequences]: each one's first token
+        sequences = torch.arange(num_sequences, device=device)
+        # [num_sequences]: where each one's blocks stand in the tables, and its tokens with this step's.
+        self.rows, self.lengths = self._of_sequences[:, :num_sequences]
+        # [num_tokens]: its index in the step, its place in its sequence, and where its key and value go.
+        self.sequence_of, self.positions, self.slots = self._of_tokens[:, :num_tokens]
+        self.rows.copy_(given[0])
+        self.lengths.copy_(given[1] + given[2])
+        self.sequence_of.copy_(sequences.repeat_interleave(given[2], output_size=num_tokens))
+        place = torch.arange(num_tokens, device=device)
+        self.positions.copy_(place + (given[1] - first)[self.sequence_of])
+        longest = max(start + count for start, count in zip(starts, counts, strict=True))
+        # [num_sequences, max_num_blocks]: only what covers its length is valid.
+        self.block_tables = self._all_tables[self.rows, : -(-longest // self.block_size)]
+        blocks = self.block_tables[self.sequence_of, self.positions // self.block_size]  # [num_tokens]
+        self.slots.copy_(blocks * self.block_size + self.positions % self.block_size)
 
-    def run_layer(
+    def num_with_at_most(self, num_tokens: int) -> int:
+        """Sequences with so many tokens in the step, or fewer. They come first."""
+        return bisect.bisect_right(self.counts, num_tokens)
+
+
+class Attention:
+    """Attention of one model over its paged cache: where every layer's call comes to. Engine thread only."""
+
+    def __init__(
+        self, cache: PagedKVCache, layers: Sequence[AttentionLayer], attend: "Callable[[AttentionCall], Tensor]"
+    ) -> None:
+        """layers: by their index. attend: computes a layer; returns [num_tokens, num_heads, value_width]."""
+        self.cache = cache
+        self.layers = layers
+        self.buffers = Buffers()
+        # Filled while the server runs, by compiled.py.
+        self.compiled: CompiledAttention = {}
+        self._attend = attend
+
+    def prepare(self, facts: StepFacts) -> None:
+        """The next calls are of this step."""
+        self.facts = facts
+        # What layers of one kind share in it: lines, groups and masks, made by the first of them.
+        self.shared: dict[Any, Any] = {}
+
+    def run(
         self,
         index: int,
         queries: Tensor,
@@ -139,16 +168,16 @@ class AttentionBatch:
         layer = self.layers[index]
         if layer.temperature is not None:
             floor, strength = layer.temperature
-            scale = 1 + strength * torch.log1p(((self.positions + 1) / floor).floor())  # [num_tokens]
+            scale = 1 + strength * torch.log1p(((self.facts.positions + 1) / floor).floor())  # [num_tokens]
             queries = (queries * scale[:, None]).to(queries.dtype)
         self.cache.write(index, self._lines(len(keys)), keys, values)
         kv = self.cache.layers[index]
-        return self.attend(AttentionCall(self, layer, kv, queries, keys, values, scaling, softcap, sinks))
+        return self._attend(AttentionCall(self, self.facts, layer, kv, queries, keys, values, scaling, softcap, sinks))
 
     def _lines(self, num_kv_heads: int) -> Tensor:
         key = ("lines", num_kv_heads)
         if key not in self.shared:
-            self.shared[key] = self.cache.lines(self.slots, num_kv_heads)
+            self.shared[key] = self.cache.lines(self.facts.slots, num_kv_heads)
         lines: Tensor = self.shared[key]
         return lines
 
@@ -157,7 +186,8 @@ class AttentionBatch:
 class AttentionCall:
     """What one layer asks in a step."""
 
-    batch: AttentionBatch
+    attention: Attention
+    facts: StepFacts
     layer: AttentionLayer
     kv: LayerKV
     # [num_heads, num_tokens, key_width]
@@ -203,7 +233,7 @@ class AttentionCall:
 # ------------------------------------------------------------------------------------------------ the operator
 
 
-# Computes one layer of the step that runs in this thread. Arguments and result as of AttentionBatch.run_layer.
+# Computes one layer of the step that runs in this thread. Arguments and result as of Attention.run.
 RunLayer = Callable[[int, Tensor, Tensor, Tensor, float, float | None, Tensor | None], Tensor]
 _run_layer: ContextVar[RunLayer] = ContextVar("run_layer")
 
@@ -274,12 +304,12 @@ def attend_reference(call: AttentionCall) -> Tensor:
 
     Returns [num_tokens, num_heads, value_width].
     """
-    batch, kv, queries = call.batch, call.kv, call.queries
+    facts, kv, queries = call.facts, call.kv, call.queries
     outputs = []
     token = 0
-    for start, count, block_table in zip(batch.starts, batch.counts, batch.block_tables, strict=True):
+    for start, count, block_table in zip(facts.starts, facts.counts, facts.block_tables, strict=True):
         length = start + count
-        blocks = block_table[: -(-length // batch.cache.block_size)]
+        blocks = block_table[: -(-length // facts.block_size)]
         k = kv.keys[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float()  # [num_kv_heads, length, key_width]
         v = kv.values[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float()
         group = queries.shape[0] // k.shape[0]  # query heads that share a KV head

@@ -7,6 +7,7 @@ Tokens of all sequences are packed into one row without padding. The head, whose
 runs only for positions whose logits are wanted.
 """
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model.attend import attend
-from nanoserve.model.attention import AttentionBatch, Buffers, CompiledAttention, RunLayer, attending
+from nanoserve.model.attention import Attention, RunLayer, StepFacts, attending
 from nanoserve.model.loader import LoadedModel, fix_rope
-from nanoserve.model.sampler import Sampler, token_logprobs
+from nanoserve.model.sampler import Place, Sampler, token_logprobs
 from nanoserve.model.threads import ComputeThreads
-from nanoserve.request import ScheduledSequence, SequenceResult, StepPlan, StepResult, TokenLogprob
+from nanoserve.request import Failure, Logprobs, ScheduledSequence, SequenceResult, StepPlan, StepResult
 
 # Logits of prompt positions are made for so many numbers at a time, to bound memory.
 PROMPT_LOGITS_AT_ONCE = 1 << 24
@@ -27,9 +28,12 @@ PROMPT_LOGITS_AT_ONCE = 1 << 24
 class ModelRunner:
     """One model on one device. Implements Executor. Engine thread only.
 
-    Owns the K/V tensors, each row's block table on the device, the buffers of attention, and through the sampler what
-    sampling remembers of a row. A step that raises leaves rows as they were.
+    Owns the K/V tensors, each row's tokens and block table on the device, attention's memory, and through the sampler
+    what sampling remembers of a row. A step that raises leaves rows as they were.
     """
+
+    # A CPU has nothing to do between two steps that could hide a plan.
+    depth = 1
 
     def __init__(
         self,
@@ -37,51 +41,62 @@ class ModelRunner:
         cache: PagedKVCache,
         sampler: Sampler,
         max_num_seqs: int,
+        max_num_tokens: int,
         max_context_tokens: int,
         *,
         threads: ComputeThreads | None = None,
     ) -> None:
-        """threads: None where no threads of a CPU compute."""
+        """max_num_tokens: of a step. threads: None where no threads of a CPU compute."""
         self._model = model
         self._cache = cache
         self._sampler = sampler
         self._threads = threads
-        self._buffers = Buffers()
-        # Filled while the server runs, by model/compiled.py.
-        self.compiled_attention: CompiledAttention = {}
+        self._plans: deque[StepPlan] = deque()
+        self.attention = Attention(cache, model.attention_layers, attend)
         max_num_blocks = -(-max_context_tokens // cache.block_size)
+        # Row -> its tokens, as far as they are known, and one behind a full context. Not zeroed: memory is taken when
+        # it is used.
+        self._tokens = torch.empty(max_num_seqs, max_context_tokens + 1, dtype=torch.int32, device=model.device)
         # Row -> its blocks in order; beyond the row's own number of them the ids mean nothing.
         self._block_tables = torch.zeros(max_num_seqs, max_num_blocks, dtype=torch.long, device=model.device)
         self._num_blocks = [0] * max_num_seqs
+        self._facts = StepFacts(self._block_tables, cache.block_size, max_num_tokens)
         # Row -> alternatives to report for prompt tokens.
         self._num_prompt_top = [0] * max_num_seqs
         fix_rope(model.model, max_context_tokens)
 
+    def submit(self, plan: StepPlan) -> None:
+        self._plans.append(plan)
+
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Compute a step. Raises only if the whole step failed."""
-        sequences = plan.sequences
-        self._update_block_tables(sequences)
-        batch, token_ids = self._pack(sequences)
+    def collect(self) -> StepResult:
+        """Compute the oldest plan's step."""
+        sequences = self._plans.popleft().sequences
+        self._write_tables(sequences)
+        facts = self._facts
+        facts.set([s.row for s in sequences], [s.start for s in sequences], [s.num_known for s in sequences])
         try:
-            hidden = self._run_trunk(batch, token_ids)  # [num_tokens, hidden_size]
+            hidden = self._run_trunk(self._tokens[facts.rows[facts.sequence_of], facts.positions].long())
         except Exception:
             # Some layers have written, perhaps NaN, into blocks that others get next.
-            self._cache.clear(batch.slots)
+            self._cache.clear(facts.slots)
             raise
-        corrupt = self._clear_corrupt(batch, hidden)
+        corrupt = self._clear_corrupt(hidden)
         self._commit_rows(sequences)
-        ends = torch.tensor(batch.counts).cumsum(0).tolist()
+        ends = torch.tensor(facts.counts).cumsum(0).tolist()
         drawn = self._sample(sequences, hidden, ends, corrupt)
         return StepResult(
             [
-                SequenceResult(is_corrupt=True)
+                SequenceResult(failure=Failure.CORRUPT)
                 if i in corrupt
-                else self._with_prompt_logprobs(s, drawn.get(i, SequenceResult()), hidden[end - len(s.token_ids) : end])
+                else self._with_prompt_logprobs(s, drawn.get(i, SequenceResult()), hidden[end - s.num_known : end])
                 for i, (s, end) in enumerate(zip(sequences, ends, strict=True))
             ],
             num_threads=self._threads.count if self._threads else None,
         )
+
+    def close(self) -> None:
+        self._cache.close()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -90,19 +105,21 @@ class ModelRunner:
         Before any request: it writes into block 0, and zeroes it again.
         """
         num_tokens = min(4, self._cache.block_size)
-        table = torch.zeros(2, 1, dtype=torch.long, device=self._model.device)
-        counts = [1, num_tokens - 1] if num_tokens > 1 else [1]
-        batch = self._batch([0] * len(counts), counts, table[: len(counts)])
-        hidden = self._run_trunk(batch, torch.zeros(sum(counts), dtype=torch.long, device=self._model.device))
+        counts = [1, num_tokens - 1] if num_tokens > 1 and len(self._num_blocks) > 1 else [1]
+        self._facts.set(list(range(len(counts))), [0] * len(counts), counts)
+        hidden = self._run_trunk(torch.zeros(sum(counts), dtype=torch.long, device=self._model.device))
         self._logits(hidden[:1])
-        self._cache.clear(batch.slots)
+        self._cache.clear(self._facts.slots)
 
     # ------------------------------------------------------------------------------------------------- the rows
 
-    def _update_block_tables(self, sequences: list[ScheduledSequence]) -> None:
-        """Write new block ids behind those that the row has. The row's number of blocks is not changed yet."""
+    def _write_tables(self, sequences: list[ScheduledSequence]) -> None:
+        """A new sequence's tokens, and new block ids behind those that a row has. Its number of them comes later."""
         rows, columns, blocks = [], [], []
         for s in sequences:
+            if s.admission is not None:
+                token_ids = torch.tensor(s.admission.token_ids, dtype=torch.int32)
+                self._tokens[s.row, : len(token_ids)] = token_ids.to(self._model.device)
             first = 0 if s.admission is not None else self._num_blocks[s.row]
             for column, block in enumerate(s.new_block_ids, start=first):
                 rows.append(s.row)
@@ -123,41 +140,12 @@ class ModelRunner:
 
     # ------------------------------------------------------------------------------------------------- the step
 
-    def _pack(self, sequences: list[ScheduledSequence]) -> tuple[AttentionBatch, Tensor]:
-        """The step's facts, and its token ids: [num_tokens]."""
-        device = self._model.device
-        rows = torch.tensor([s.row for s in sequences], device=device)  # [num_sequences]
-        token_ids = torch.tensor([token for s in sequences for token in s.token_ids], device=device)
-        starts, counts = [s.start for s in sequences], [len(s.token_ids) for s in sequences]
-        longest = max(start + count for start, count in zip(starts, counts, strict=True))
-        max_num_blocks = -(-longest // self._cache.block_size)
-        return self._batch(starts, counts, self._block_tables[rows, :max_num_blocks]), token_ids
-
-    def _batch(self, starts: list[int], counts: list[int], block_tables: Tensor) -> AttentionBatch:
-        device, block_size = self._model.device, self._cache.block_size
-        facts = torch.tensor([starts, counts], device=device)  # [2, num_sequences]
-        sequence = torch.arange(len(counts), device=device).repeat_interleave(facts[1])  # [num_tokens]
-        offset = facts[0] - (facts[1].cumsum(0) - facts[1])  # [num_sequences]: position - index in the step
-        positions = torch.arange(sum(counts), device=device) + offset[sequence]  # [num_tokens]
-        blocks = block_tables[sequence, positions // block_size]  # [num_tokens]
-        slots = blocks * block_size + positions % block_size  # [num_tokens]
-        return AttentionBatch(
-            self._cache,
-            self._model.attention_layers,
-            attend,
-            self._buffers,
-            self.compiled_attention,
-            starts,
-            counts,
-            slots,
-            positions,
-            block_tables,
-        )
-
-    def _run_trunk(self, batch: AttentionBatch, token_ids: Tensor) -> Tensor:
-        """[num_tokens, hidden_size]"""
-        with attending(self._adapting(batch.run_layer)):
-            out = self._model.trunk(input_ids=token_ids[None], position_ids=batch.positions[None], use_cache=False)
+    def _run_trunk(self, token_ids: Tensor) -> Tensor:
+        """token_ids: [num_tokens], of the step that the facts are of. Returns [num_tokens, hidden_size]."""
+        self.attention.prepare(self._facts)
+        positions = self._facts.positions[None]
+        with attending(self._adapting(self.attention.run)):
+            out = self._model.trunk(input_ids=token_ids[None], position_ids=positions, use_cache=False)
         hidden: Tensor = out[0][0]
         return hidden
 
@@ -172,7 +160,7 @@ class ModelRunner:
 
         return adapt_and_run
 
-    def _clear_corrupt(self, batch: AttentionBatch, hidden: Tensor) -> set[int]:
+    def _clear_corrupt(self, hidden: Tensor) -> set[int]:
         """Sequences with NaN or infinity in this step; what they wrote into the cache is zeroed.
 
         A key or value that is not finite makes its own token's hidden state so too, because a token sees itself.
@@ -180,10 +168,9 @@ class ModelRunner:
         bad = ~hidden.isfinite().all(-1)  # [num_tokens]
         if not bad.any():
             return set()
-        counts = torch.tensor(batch.counts, device=bad.device)
-        sequence = torch.arange(len(batch.counts), device=bad.device).repeat_interleave(counts)  # [num_tokens]
+        sequence = self._facts.sequence_of  # [num_tokens]
         corrupt = set(sequence[bad].tolist())
-        self._cache.clear(batch.slots[torch.isin(sequence, torch.tensor(list(corrupt), device=bad.device))])
+        self._cache.clear(self._facts.slots[torch.isin(sequence, torch.tensor(list(corrupt), device=bad.device))])
         return corrupt
 
     # ----------------------------------------------------------------------------------------------- the results
@@ -202,23 +189,30 @@ class ModelRunner:
             return {}
         last = torch.tensor([ends[i] - 1 for i in members], device=hidden.device)  # [n]
         logits = self._logits(hidden[last])
-        rows = [sequences[i].row for i in members]
-        positions = [sequences[i].start + len(sequences[i].token_ids) for i in members]
-        return dict(zip(members, self._sampler.sample(rows, positions, logits), strict=True))
+        places = [Place(sequences[i].row, sequences[i].start + sequences[i].num_known) for i in members]
+        results = self._sampler.sample(places, logits)
+        drawn = [(place, result.token_ids) for place, result in zip(places, results, strict=True) if result.token_ids]
+        self._sampler.keep(drawn)
+        if drawn:
+            rows, positions = [place.row for place, _ in drawn], [place.position for place, _ in drawn]
+            index = torch.tensor([rows, positions, [token for _, [token] in drawn]], device=hidden.device)  # [3, n]
+            self._tokens[index[0], index[1]] = index[2].int()
+        return dict(zip(members, results, strict=True))
 
     def _with_prompt_logprobs(
         self, sequence: ScheduledSequence, result: SequenceResult, hidden: Tensor
     ) -> SequenceResult:
-        """hidden: [num_scheduled_tokens, hidden_size], of this sequence."""
-        targets = sequence.prompt_targets
-        if not targets or result.is_corrupt:
+        """hidden: [num_known, hidden_size], of this sequence."""
+        if not sequence.num_prompt_logprobs or result.failure is not None:
             return result
+        first = sequence.start + 1
+        targets = self._tokens[sequence.row, first : first + sequence.num_prompt_logprobs].tolist()
         size = max(1, PROMPT_LOGITS_AT_ONCE // self._model.vocab_size)
-        logprobs: list[TokenLogprob] = []
+        parts: list[Logprobs] = []
         for i in range(0, len(targets), size):
             part = targets[i : i + size]
             logits = self._logits(hidden[i : i + len(part)])
             if not logits.isfinite().all():
-                return SequenceResult(is_corrupt=True)
-            logprobs += token_logprobs(logits, part, self._num_prompt_top[sequence.row])
-        return SequenceResult(result.token_ids, result.logprobs, logprobs)
+                return SequenceResult(failure=Failure.CORRUPT)
+            parts.append(token_logprobs(logits, part, self._num_prompt_top[sequence.row]))
+        return SequenceResult(result.token_ids, result.logprobs, Logprobs.join(parts))

@@ -12,17 +12,20 @@ Nothing here depends on which rows share the step. A row's order of preference i
 token id), and its noise is a function of (seed, position).
 """
 
+import copy
 import enum
 import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nanoserve.request import Admission, SamplingParams, SequenceResult, TokenLogprob
+from nanoserve.request import Admission, Failure, Logprobs, SamplingParams, SequenceResult
 
 # How many of the most likely tokens are put in order to find the nucleus of top_p, and the factor by which that
 # grows where they do not hold it.
@@ -40,6 +43,8 @@ LOGITS_AT_ONCE = 1 << 24
 LOGPROB_CHUNK = 1 << 23
 
 FLOAT32 = torch.finfo(torch.float32)
+# In place of a token.
+_CORRUPT, _NO_TOKEN = -1, -2
 
 
 class _Path(enum.Enum):
@@ -59,11 +64,21 @@ class _Path(enum.Enum):
     LARGE_TOP_K = enum.auto()
 
 
-class Sampler:
-    """Draws the next token of each row.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a token is drawn."""
 
-    Runs on the engine thread. State is per row, replaced by `admit`, and advanced only when `sample` has its result,
-    so that an exception leaves every row as it was.
+    row: int
+    # Tokens that the sequence has before it.
+    position: int
+    # The last of those, if they are drafts: nobody has said yet that they are right.
+    drafted: tuple[int, ...] = ()
+
+
+class Sampler:
+    """Draws tokens at places of rows.
+
+    Runs on the engine thread. State is per row: replaced by `admit`, and advanced by `keep`.
     """
 
     def __init__(self, max_num_rows: int, vocab_size: int, device: torch.device) -> None:
@@ -77,34 +92,35 @@ class Sampler:
         """A sequence takes the row."""
         self._rows[row] = _Row(admission, self._vocab_size)
 
-    def sample(self, rows: list[int], positions: list[int], logits: Tensor) -> list[SequenceResult]:
-        """One token for each of `rows`, with log-probabilities where they are wanted.
+    def sample(self, places: list[Place], logits: Tensor) -> list[SequenceResult]:
+        """One token for each place, with log-probabilities where they are wanted.
 
-        logits: [len(rows), vocab], raw, any float dtype; left unchanged.
-        positions[i]: tokens that sequence i has before the one to draw.
+        logits: [len(places), vocab], raw, any float dtype; left unchanged.
 
-        A row is corrupt, and gets no token, if its logits hold NaN or +inf, or if no token is possible.
+        Logits that hold NaN or +inf, or nothing but -inf, are corrupt; where edits leave nothing else, there is no
+        token.
         """
-        if not rows:
+        if not places:
             return []
-        states = [self._state(row) for row in rows]
-        # The maximum shows what is wrong with a row too: NaN, +inf, or -inf if there is nothing else.
+        targets = [(self._state(place.row), place) for place in places]
+        # The maximum shows what is wrong with logits too: NaN, +inf, or -inf if there is nothing else.
         best, tokens = _largest(logits)  # [n], [n]
-        is_usable = best.isfinite()  # [n]
-        for path, members in self._batches(states, positions):
+        tokens = tokens.where(best.isfinite(), _CORRUPT)
+        for path, members in self._batches(targets):
             index = torch.tensor(members, device=self._device)
             scores = logits.index_select(0, index).float()  # [m, vocab], a copy
-            drawn, is_possible = _sample_batch(
-                path, [states[i] for i in members], [positions[i] for i in members], scores
-            )
-            tokens[index] = drawn
-            is_usable[index] &= is_possible
-        token_ids: list[int] = tokens.where(is_usable, -1).tolist()  # the step's one wait for the device
-        results = _results(states, logits, token_ids)
-        for state, token_id in zip(states, token_ids, strict=True):
-            if token_id >= 0 and state.seen is not None:
-                state.seen.add(token_id)
-        return results
+            drawn, is_possible = _sample_batch(path, [targets[i] for i in members], scores)
+            drawn = drawn.where(is_possible, _NO_TOKEN)
+            tokens[index] = drawn.where(tokens[index] >= 0, _CORRUPT)
+        token_ids: list[int] = tokens.tolist()  # the step's one wait for the device
+        return _results([state for state, _ in targets], logits, token_ids)
+
+    def keep(self, drawn: Iterable[tuple[Place, list[int]]]) -> None:
+        """These tokens are the sequences' from now on."""
+        for place, token_ids in drawn:
+            if (seen := self._state(place.row).seen) is not None:
+                for token_id in token_ids:
+                    seen.add(token_id)
 
     def _state(self, row: int) -> "_Row":
         state = self._rows[row]
@@ -112,11 +128,11 @@ class Sampler:
             raise ValueError(f"row {row} was not admitted")
         return state
 
-    def _batches(self, states: list["_Row"], positions: list[int]) -> Iterator[tuple[_Path, list[int]]]:
-        """Indices of the rows that need more than the argmax of their raw logits, with what they need."""
+    def _batches(self, targets: "list[_Target]") -> Iterator[tuple[_Path, list[int]]]:
+        """Indices of the places that need more than the argmax of their raw logits, with what they need."""
         groups: dict[_Path, list[int]] = {}
-        for i, (state, position) in enumerate(zip(states, positions, strict=True)):
-            path = state.path(position)
+        for i, (state, place) in enumerate(targets):
+            path = state.path(place.position)
             if path is not _Path.ARGMAX:
                 groups.setdefault(path, []).append(i)
         for path, members in groups.items():
@@ -201,24 +217,37 @@ class _SeenTokens:
             self.token_ids = torch.cat([self.token_ids, torch.tensor([token_id])])
             self.counts = torch.cat([self.counts, torch.ones(1)])
 
+    def after(self, drafted: tuple[int, ...]) -> "_SeenTokens":
+        """The same, had these tokens been generated too."""
+        if not drafted:
+            return self
+        seen = copy.copy(self)
+        seen.counts, seen._slots = self.counts.clone(), dict(self._slots)
+        for token_id in drafted:
+            seen.add(token_id)
+        return seen
+
+
+# A place, and the state of its row.
+_Target = tuple[_Row, Place]
+
 
 # ----------------------------------------------------------------------------------------- the order of things
 
 
-def _sample_batch(path: _Path, states: list[_Row], positions: list[int], scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [m], and whether each row had any possible one [m]. Overwrites scores [m, vocab]."""
-    _apply_penalties(scores, states)
-    _apply_bias(scores, states)
-    _forbid_early_end(scores, states, positions)
+def _sample_batch(path: _Path, targets: list[_Target], scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [m], and whether each place had any possible one [m]. Overwrites scores [m, vocab]."""
+    for edit in EDITS:
+        edit(scores, targets)
     best = scores.amax(dim=1, keepdim=True)  # [m, 1]
     is_possible = best.isfinite().squeeze(1)
     if path is _Path.GREEDY:
         return scores.argmax(dim=1), is_possible
-    params = [state.params for state in states]
+    params = [state.params for state, _ in targets]
     temperature = _column(scores, [max(p.temperature, FLOAT32.tiny) for p in params])
     # With the maximum at 0 no temperature overflows upwards, and exp(scores) is p / p_max.
     scores.sub_(best).div_(temperature)
-    noise = [uniform(state.seed, position) for state, position in zip(states, positions, strict=True)]
+    noise = [uniform(state.seed, place.position) for state, place in targets]
     uniforms = torch.tensor(noise, dtype=torch.float64, device=scores.device)  # [m]
     return _draw_batch(path, scores, params, uniforms), is_possible
 
@@ -226,18 +255,20 @@ def _sample_batch(path: _Path, states: list[_Row], positions: list[int], scores:
 # ---------------------------------------------------------------------------------------- edits, all sparse
 
 
-def _apply_penalties(scores: Tensor, states: list[_Row]) -> None:
-    """Repetition, frequency and presence penalties on the tokens that each row has seen.
+def _apply_penalties(scores: Tensor, targets: list[_Target]) -> None:
+    """Repetition, frequency and presence penalties on the tokens that stand before each place.
 
     x <- (x / r if x > 0 else x * r) - frequency * count - presence * [count > 0]
     """
-    seen = {row: state.seen for row, state in enumerate(states) if state.seen is not None}
+    seen = {
+        line: state.seen.after(place.drafted) for line, (state, place) in enumerate(targets) if state.seen is not None
+    }
     if not seen:
         return
-    cells = _cells(scores, {row: s.token_ids for row, s in seen.items()})
+    cells = _cells(scores, {line: s.token_ids for line, s in seen.items()})
     counts = torch.cat([s.counts for s in seen.values()]).to(scores.device)  # [num_seen]
     # One row of parameters for each seen token: [num_seen, 3] -> three times [num_seen].
-    params = [states[row].params for row in seen]
+    params = [targets[line][0].params for line in seen]
     repetition, frequency, presence = (
         torch.tensor([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params])
         .repeat_interleave(torch.tensor([len(s.token_ids) for s in seen.values()]), dim=0)
@@ -251,29 +282,31 @@ def _apply_penalties(scores: Tensor, states: list[_Row]) -> None:
     scores[cells] = values.clamp(max=FLOAT32.max)
 
 
-def _apply_bias(scores: Tensor, states: list[_Row]) -> None:
-    biased = {row: state for row, state in enumerate(states) if len(state.bias) > 0}
+def _apply_bias(scores: Tensor, targets: list[_Target]) -> None:
+    biased = {line: state for line, (state, _) in enumerate(targets) if len(state.bias) > 0}
     if biased:
-        cells = _cells(scores, {row: state.bias_token_ids for row, state in biased.items()})
+        cells = _cells(scores, {line: state.bias_token_ids for line, state in biased.items()})
         scores[cells] += torch.cat([state.bias for state in biased.values()]).to(scores.device)
 
 
-def _forbid_early_end(scores: Tensor, states: list[_Row], positions: list[int]) -> None:
+def _forbid_early_end(scores: Tensor, targets: list[_Target]) -> None:
     """No end token before min_tokens."""
     forbidden = {
-        row: state.end_token_ids
-        for row, (state, position) in enumerate(zip(states, positions, strict=True))
-        if state.forbids_end(position)
+        line: state.end_token_ids for line, (state, place) in enumerate(targets) if state.forbids_end(place.position)
     }
     if forbidden:
         scores[_cells(scores, forbidden)] = -torch.inf
 
 
+# In this order; each changes scores [m, vocab] in place.
+EDITS: tuple[Callable[[Tensor, list[_Target]], None], ...] = (_apply_penalties, _apply_bias, _forbid_early_end)
+
+
 def _cells(scores: Tensor, token_ids: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """Index of the given tokens [num_tokens of the row] in the given rows of scores: two of [sum of num_tokens]."""
+    """Index of the given tokens [num_tokens of the line] in the given lines of scores: two of [sum of num_tokens]."""
     lengths = torch.tensor([len(ids) for ids in token_ids.values()])
-    rows = torch.tensor(list(token_ids)).repeat_interleave(lengths)
-    return rows.to(scores.device), torch.cat(list(token_ids.values())).to(scores.device)
+    lines = torch.tensor(list(token_ids)).repeat_interleave(lengths)
+    return lines.to(scores.device), torch.cat(list(token_ids.values())).to(scores.device)
 
 
 # ---------------------------------------------------------------------------------------- filters and draw
@@ -388,21 +421,20 @@ def _column(like: Tensor, values: Sequence[float]) -> Tensor:
 # --------------------------------------------------------------------------------------- log-probabilities
 
 
-def token_logprobs(logits: Tensor, targets: list[int], num_top: int) -> list[TokenLogprob]:
+def token_logprobs(logits: Tensor, targets: list[int], num_top: int) -> Logprobs:
     """log-softmax of raw logits [k, vocab] at targets [k], each with the num_top most likely tokens.
 
     Always finite: what has no probability gets the least float32. The rank is 1 + the number of tokens that are
-    more likely, so that equals share one.
+    more likely, so that equals share one. k is at least 1.
     """
     chunk = max(1, LOGPROB_CHUNK // logits.shape[1])
-    result: list[TokenLogprob] = []
-    for start in range(0, len(targets), chunk):
-        end = start + chunk
-        result += _chunk_logprobs(logits[start:end].float(), targets[start:end], num_top)
-    return result
+    starts = range(0, len(targets), chunk)
+    return Logprobs.join(
+        [_chunk_logprobs(logits[i : i + chunk].float(), targets[i : i + chunk], num_top) for i in starts]
+    )
 
 
-def _chunk_logprobs(logits: Tensor, targets: list[int], num_top: int) -> list[TokenLogprob]:
+def _chunk_logprobs(logits: Tensor, targets: list[int], num_top: int) -> Logprobs:
     target = torch.tensor(targets, device=logits.device)[:, None]  # [k, 1]
     chosen = logits.gather(1, target)  # [k, 1]
     top_ids = most_likely(logits, min(num_top, logits.shape[1]))  # [k, num_top]
@@ -411,31 +443,33 @@ def _chunk_logprobs(logits: Tensor, targets: list[int], num_top: int) -> list[To
     top_ranks = (top[:, None, :] > top[:, :, None]).sum(dim=2) + 1  # [k, num_top]
     logprobs = torch.cat([chosen, top], dim=1) - logits.logsumexp(dim=1, keepdim=True)
     logprobs = logprobs.nan_to_num(nan=FLOAT32.min, neginf=FLOAT32.min).clamp_(max=0)
-    columns = (torch.cat([target, top_ids], dim=1), logprobs, torch.cat([rank, top_ranks], dim=1))
-    result: list[TokenLogprob] = []
-    for row in zip(*(column.tolist() for column in columns), strict=True):
-        entry, *alternatives = (TokenLogprob(*fields) for fields in zip(*row, strict=True))
-        result.append(replace(entry, top=tuple(alternatives)))
-    return result
+    token_ids, ranks = torch.cat([target, top_ids], dim=1), torch.cat([rank, top_ranks], dim=1)  # [k, 1 + num_top]
+    return Logprobs(token_ids.shape[1], _column_of("q", token_ids), _column_of("f", logprobs), _column_of("q", ranks))
+
+
+def _column_of(code: str, values: Tensor) -> "array[Any]":
+    column = array(code)
+    column.frombytes(values.cpu().contiguous().numpy().tobytes())
+    return column
 
 
 def _results(states: list[_Row], logits: Tensor, token_ids: list[int]) -> list[SequenceResult]:
-    """Pack what was drawn; -1 = nothing, the row is corrupt."""
+    """Pack what was drawn, one for each of the states."""
     num_top = {
         i: state.params.logprobs
         for i, (state, token_id) in enumerate(zip(states, token_ids, strict=True))
         if state.params.logprobs is not None and token_id >= 0
     }
-    logprobs: dict[int, TokenLogprob] = {}
+    logprobs: dict[int, Logprobs] = {}
     if num_top:
         index = torch.tensor(list(num_top), device=logits.device)
         drawn = [token_ids[i] for i in num_top]
         entries = token_logprobs(logits.index_select(0, index), drawn, max(num_top.values()))
-        for (i, count), entry in zip(num_top.items(), entries, strict=True):
-            logprobs[i] = replace(entry, top=entry.top[:count])
+        for line, (i, count) in enumerate(num_top.items()):
+            logprobs[i] = entries.cut(line, line + 1, min(1 + count, entries.width))
     return [
-        SequenceResult(token_ids=[token_id], logprobs=[logprobs[i]] if i in logprobs else [])
+        SequenceResult(token_ids=[token_id], logprobs=logprobs.get(i, ()))
         if token_id >= 0
-        else SequenceResult(is_corrupt=True)
+        else SequenceResult(failure=Failure.CORRUPT if token_id == _CORRUPT else Failure.NO_TOKEN)
         for i, token_id in enumerate(token_ids)
     ]
