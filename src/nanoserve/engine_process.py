@@ -1,7 +1,7 @@
 """The step loop in a process of its own, for `nanoserve serve`: both ends of the pipe.
 
     event loop ── post ──▶ writer thread ══╗              ╔══▶ reader thread ── post ──▶ EngineCore
-               ◀─ deliver ── on readable ══╝     pipe     ╚═══ events and state of a step ◀── engine thread
+               ◀─ deliver ── on readable ══╝     pipe     ╚═══ sender thread ◀── events of a step, engine thread
 
 In one process Python's interpreter lock would make gRPC and the engine wait for each other: with 100 streams of a small
 model on two cores that cost a tenth of the throughput. Requests and events are plain data, so all that changes is how
@@ -36,6 +36,10 @@ from nanoserve.request import EngineEnded, Event, Fact, Message, Report, Stage
 
 # Anything that can be pickled, both ways.
 Pipe: TypeAlias = "Connection[Any, Any]"
+
+# Steps, and lines of the log, that wait to be sent. More are made only for a server that has stood still for seconds;
+# then the engine waits for it, rather than fill the memory.
+MAX_UNSENT = 1000
 
 # -------------------------------------------------------------------------- what the engine's process says at its start
 
@@ -196,20 +200,31 @@ class RemoteCore:
 
 
 class _Speaker(logging.handlers.QueueHandler):
-    """Tells the server how the start goes, what to log, and what came of steps. Any thread; a lock guards the pipe."""
+    """Tells the server how the start goes, what to log, and what came of steps. Any thread.
+
+    A thread of its own writes into the pipe, so that no step waits for a server that has no time to read.
+    """
 
     def __init__(self, pipe: Pipe) -> None:
         super().__init__(queue.SimpleQueue())  # not used: `enqueue` is ours
         self._pipe = pipe
+        self._unsent: queue.Queue[object] = queue.Queue(MAX_UNSENT)
+        self._sender = threading.Thread(target=self._send, name="nanoserve-sender", daemon=True)
+        self._sender.start()
 
     def say(self, what: object) -> None:
-        """Send it; if the server is gone, nobody must hear it."""
-        self.acquire()
-        try:
-            with contextlib.suppress(OSError):
+        """Have it sent, in order."""
+        self._unsent.put(what)
+
+    def finish(self) -> None:
+        """Return when all has been sent. Nothing may be said after this."""
+        self._unsent.put(None)
+        self._sender.join()
+
+    def _send(self) -> None:
+        while (what := self._unsent.get()) is not None:
+            with contextlib.suppress(OSError):  # the server is gone, and nobody must hear it
                 self._pipe.send(what)
-        finally:
-            self.release()
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """A line of the log, which QueueHandler has made fit to travel."""
@@ -231,7 +246,13 @@ def main(descriptor: int) -> None:
     logging.getLogger().setLevel(log_level)
     core: Future[EngineCore] = Future()
     threading.Thread(target=_obey, args=(pipe, core), name="nanoserve-pipe", daemon=True).start()
+    try:
+        _run(options, speaker, core)
+    finally:
+        speaker.finish()
 
+
+def _run(options: Options, speaker: _Speaker, core: "Future[EngineCore]") -> None:
     from nanoserve.build import build_core  # torch, which the server does without
 
     try:
