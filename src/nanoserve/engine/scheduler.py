@@ -31,7 +31,7 @@ from nanoserve.request import (
     StepPlan,
     StepResult,
 )
-from nanoserve.step_record import WaitReason
+from nanoserve.step_record import SchedulerStats, WaitReason
 
 
 @dataclass(slots=True, eq=False)
@@ -74,19 +74,6 @@ class Sequence:
     @property
     def gap(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """A snapshot between two steps."""
-
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_owned_blocks: int
-    num_cached_blocks: int
-    block_size: int
-    num_preemptions: int
 
 
 class Scheduler:
