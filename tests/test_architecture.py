@@ -1,6 +1,7 @@
 """The floors of the house: who may import whom, who may know torch, and what can be taken out."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import nanoserve
 SOURCE = Path(nanoserve.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 MAX_FUNCTION_LINES = 60
+PAGE = Path(__file__).parent.parent / "docs" / "architecture.md"
 
 # Room -> rooms that it may import. What engine and model share is the vocabulary in request.py.
 ALLOWED = {
@@ -72,6 +74,18 @@ def imports_of(path: Path) -> set[str]:
             inside = {f"{module}.{alias.name}" for alias in node.names} & set(map(module_of, MODULES))
             names |= inside or {module}
     return names
+
+
+def test_the_page_draws_the_same_imports():
+    lines = re.findall(r"^(\w+) +─▶(.*)$", PAGE.read_text(), re.MULTILINE)
+    assert {room: set(allowed.split()) for room, allowed in lines} == ALLOWED
+
+
+def test_the_page_has_every_error():
+    """As the reference has them, which is made from the code."""
+    told = re.findall(r"^\| ([A-Z_]+) \| ([A-Z_]+) \|", PAGE.read_text(), re.MULTILINE)
+    reference = (PAGE.parent / "reference" / "errors.md").read_text()
+    assert told == re.findall(r"^\| \[([A-Z_]+)\]\(.*?\) \| ([A-Z_]+) ", reference, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
