@@ -13,7 +13,6 @@ from typing import Any
 
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel, Stats
-from nanoserve.engine.scheduler import SchedulerStats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
 from nanoserve.request import (
     CancelledByOperator,
@@ -23,6 +22,7 @@ from nanoserve.request import (
     SamplingParams,
     TokenLogprob,
 )
+from nanoserve.step_record import SchedulerStats
 
 EOS = 256
 Events = AsyncGenerator[StreamEvent, None]

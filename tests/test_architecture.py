@@ -1,30 +1,48 @@
 """The floors of the house: who may import whom, who may know torch, and what can be taken out."""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
+from nanoserve_client import Client, NanoserveError
+from serve_process import serving
 
 import nanoserve
 
 SOURCE = Path(nanoserve.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
+MAX_FUNCTION_LINES = 60
+PAGE = Path(__file__).parent.parent / "docs" / "architecture.md"
 
 # Room -> rooms that it may import. What engine and model share is the vocabulary in request.py.
 ALLOWED = {
     "__main__": {"cli"},
     "bench": {"cli", "checkpoint", "config", "request", "build", "engine"},
-    "cli": {"config", "request", "observer", "observability", "rpc", "build", "engine", "engine_process", "local"},
+    "cli": {
+        "config",
+        "request",
+        "observer",
+        "observability",
+        "flight_recorder",
+        "rpc",
+        "build",
+        "engine",
+        "engine_process",
+        "local",
+    },
     "llm": {"config", "request", "local"},
     "local": {"checkpoint", "config", "request", "rpc", "build"},
     "engine_process": {"checkpoint", "config", "request", "observer", "engine", "build"},
-    "build": {"config", "request", "engine", "model", "features", "kv_cache"},
-    "rpc": {"config", "request", "step_record", "observer", "observability", "engine"},
+    "build": {"config", "request", "engine", "model", "kv_cache"},
+    "flight_recorder": {"request", "step_record", "observer", "rpc"},
+    "rpc": {"config", "request", "observer", "engine"},
     "engine": {"config", "request", "step_record", "observer", "kv_cache"},
     "model": {"checkpoint", "config", "request", "kv_cache"},
-    "features": {"config", "request", "kv_cache"},
     "kv_cache": {"config", "request"},
     "observability": {"config", "request", "step_record", "observer"},
     "observer": {"request", "step_record"},
@@ -40,6 +58,10 @@ def room_of(path: Path) -> str:
     return relative.parts[0].removesuffix(".py")
 
 
+def module_of(path: Path) -> str:
+    return ".".join(["nanoserve", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+
+
 def imports_of(path: Path) -> set[str]:
     """Full names of the modules that a file imports anywhere in it."""
     names: set[str] = set()
@@ -48,8 +70,22 @@ def imports_of(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            names.add(node.module or "")
+            module = node.module or ""
+            inside = {f"{module}.{alias.name}" for alias in node.names} & set(map(module_of, MODULES))
+            names |= inside or {module}
     return names
+
+
+def test_the_page_draws_the_same_imports():
+    lines = re.findall(r"^(\w+) +─▶(.*)$", PAGE.read_text(), re.MULTILINE)
+    assert {room: set(allowed.split()) for room, allowed in lines} == ALLOWED
+
+
+def test_the_page_has_every_error():
+    """As the reference has them, which is made from the code."""
+    told = re.findall(r"^\| ([A-Z_]+) \| ([A-Z_]+) \|", PAGE.read_text(), re.MULTILINE)
+    reference = (PAGE.parent / "reference" / "errors.md").read_text()
+    assert told == re.findall(r"^\| \[([A-Z_]+)\]\(.*?\) \| ([A-Z_]+) ", reference, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -98,10 +134,22 @@ def test_only_config_reads_the_environment():
             assert not names & {"environ", "getenv", "putenv"}, path
 
 
-def test_features_do_not_import_each_other_and_only_build_imports_them():
-    for path in MODULES:
-        used = {name for name in imports_of(path) if name.startswith("nanoserve.features")}
-        assert not used or path.name == "build.py", path
+def test_no_imports_go_round_in_a_circle():
+    """Not in functions either, and not for type checking alone."""
+    modules = {module_of(path): path for path in MODULES}
+    left = {module: (imports_of(path) & modules.keys()) - {module} for module, path in modules.items()}
+    # Take out what imports nothing that is left, until nothing can be taken out: what remains are circles.
+    while free := [module for module, used in left.items() if not used & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_functions_are_short(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, node.name
 
 
 def test_observers_know_nothing_of_each_other():
@@ -109,6 +157,24 @@ def test_observers_know_nothing_of_each_other():
     for name in ("tracing", "metrics", "access_log", "logs"):
         used = {each.rpartition(".")[2] for each in imports_of(folder / f"{name}.py") if ".observability." in each}
         assert used <= {"conventions"}, name
+
+
+def test_the_flight_recorder_can_be_deleted(tmp_path):
+    """Its folder, and the lines of the composition root that name it. The server then serves as before, but for the two
+    RPCs that ask the recorder."""
+    source = tmp_path / "nanoserve"
+    shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__", "flight_recorder"))
+    root = source / "cli" / "serve.py"
+    kept = [line for line in root.read_text().splitlines(keepends=True) if "recorder" not in line.lower()]
+    root.write_text("".join(kept))
+    assert [path for path in source.rglob("*.py") if "flight_recorder" in path.read_text()] == [source / "rpc/admin.py"]
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    with serving(sabotage=code) as server, Client(server.address) as client:
+        assert client.generate("Once", max_tokens=3, ignore_eos=True).result().usage.completion_tokens == 3
+        for call in (lambda: client.explain_request("x"), lambda: next(client.watch_engine())):
+            with pytest.raises(NanoserveError) as caught:
+                call()
+            assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_RECORDED")
 
 
 def test_gateway_needs_neither_the_engine_nor_torch():

@@ -68,6 +68,19 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """The scheduler's counts between two steps."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_owned_blocks: int
+    num_cached_blocks: int
+    block_size: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One step, for those who watch. Without parts: something was aborted, and no step followed."""
 

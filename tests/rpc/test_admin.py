@@ -16,10 +16,10 @@ from nanoserve_client import watching as client_watching
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc
 
 from nanoserve.config import ServerConfig
-from nanoserve.observability.flight_recorder import FlightRecorder
-from nanoserve.observability.timeline import WANTED
+from nanoserve.flight_recorder.recorder import FlightRecorder
+from nanoserve.flight_recorder.timeline import WAIT_REASONS, WANTED
 from nanoserve.observer import Observers
-from nanoserve.rpc import admin, watching
+from nanoserve.rpc import admin
 from nanoserve.rpc.server import Server
 from nanoserve.step_record import WaitReason
 
@@ -249,7 +249,7 @@ async def test_fifty_watchers_are_served_and_forgotten_when_they_leave(monkeypat
 
 @pytest.mark.parametrize("reason", WaitReason)
 def test_every_reason_to_wait_has_its_name_on_both_sides(reason):
-    number = watching._WAIT_REASONS[reason]
+    number = WAIT_REASONS[reason]
     assert admin_pb2.WaitReason.Name(number) == f"WAIT_REASON_{reason.name}"
     assert client_watching._WAIT_REASONS[number].value == reason.value
     assert WANTED[reason]

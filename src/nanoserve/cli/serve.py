@@ -13,7 +13,6 @@ from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import FILE_FORMAT, TERMINAL_FORMAT, start_logging
 from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, Options, ServerConfig
 from nanoserve.observability import logs
-from nanoserve.observability.flight_recorder import FlightRecorder
 from nanoserve.observer import Observers
 from nanoserve.request import Fact, Stage
 
@@ -67,13 +66,21 @@ async def serve(options: Options, loading: Loading) -> int:
 
 async def _serve_by(process: "EngineProcess", options: Options, loading: Loading) -> int:
     """The same by an engine's process that has begun."""
+    from nanoserve.flight_recorder.recorder import FlightRecorder
     from nanoserve.observability.telemetry import Telemetry
     from nanoserve.rpc.server import Server
 
     telemetry = Telemetry(options.observability)
     recorder = FlightRecorder()
-    observers = Observers(recorder, *telemetry.observers)
-    server = Server(options.server, observers=observers, recorder=recorder)
+    observers = Observers(
+        recorder,
+        *telemetry.observers,
+    )
+    server = Server(
+        options.server,
+        recorder=recorder,
+        observers=observers,
+    )
     try:
         async with openai_api(options.server, server, telemetry) as http_facts:
             return await _serve(process, options, loading, server, observers, http_facts)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from nanoserve.engine.scheduler import Scheduler, SchedulerStats
+from nanoserve.engine.scheduler import Scheduler
 from nanoserve.request import (
     Abort,
     Command,
@@ -26,6 +26,7 @@ from nanoserve.request import (
     Request,
     ResetCache,
 )
+from nanoserve.step_record import SchedulerStats
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
-from nanoserve.engine.scheduler import SchedulerStats
-from nanoserve.engine.stream import RequestStream, StreamEvent
+from nanoserve.engine.stream import Progress, RequestStream, StreamEvent
 from nanoserve.engine.text import TextCodec
 from nanoserve.observer import Observers, RequestRecord
 from nanoserve.request import (
@@ -47,7 +47,7 @@ from nanoserve.request import (
     SequenceOutput,
     Violation,
 )
-from nanoserve.step_record import StepRecord
+from nanoserve.step_record import SchedulerStats, StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +93,58 @@ class Stats:
     uptime_s: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Arrival:
-    """A request whose prompt is being encoded."""
+    """One call of `generate`: what was asked, and what became of it."""
 
+    # Becomes Request.id.
+    number: int
     # The caller's name for it.
     label: str
+    prompt: Prompt
+    params: SamplingParams
+    priority: int
+    # time.monotonic(), now and at the hard deadline.
+    arrival_s: float
+    deadline_s: float | None
+    cache_salt: str
+    skip_cache_read: bool
+    # An operator ended it while its prompt was encoded.
     is_cancelled: bool = False
+    # None until its prompt is encoded; from then on `params` has the seed.
+    stream: RequestStream | None = None
+    end_s: float | None = None
+    error: RequestError | None = None
+
+    def record(self, *, wants_content: bool) -> RequestRecord:
+        """What observers may know of it by now."""
+        progress = Progress() if self.stream is None else self.stream.progress
+        prompt: str | list[int] | list[dict[str, Any]] | None = None
+        texts: tuple[str, ...] | None = None
+        if wants_content:
+            prompt = self.prompt.messages if isinstance(self.prompt, Chat) else self.prompt
+            texts = tuple((self.stream and self.stream.texts) or [""] * self.params.n)
+        return RequestRecord(
+            label=self.label,
+            arrival_s=self.arrival_s,
+            number=self.number,
+            params=self.params,
+            priority=self.priority,
+            is_chat=isinstance(self.prompt, Chat),
+            id="" if self.stream is None else self.stream.request.id,
+            num_prompt_tokens=0 if self.stream is None else len(self.stream.request.prompt_token_ids),
+            started_s=progress.started_s,
+            num_cached_tokens=progress.num_cached_tokens,
+            first_token_s=progress.first_token_s,
+            last_token_s=progress.last_token_s,
+            num_completion_tokens=progress.num_completion_tokens,
+            finish_reasons=dict(progress.finish_reasons),
+            num_preemptions=progress.num_preemptions,
+            end_s=self.end_s,
+            error=self.error,
+            prompt=prompt,
+            texts=texts,
+        )
 
 
 class RollingSum:
@@ -156,7 +201,7 @@ class Engine:
         self._text_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="nanoserve-text")
         self._long_text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoserve-long-text")
         self._ids = itertools.count(1)
-        # By identity: requests that are not posted yet.
+        # By number: requests that are not posted yet.
         self._arrivals: dict[int, _Arrival] = {}
         # Of requests that were posted and are not over.
         self._streams: dict[str, RequestStream] = {}
@@ -217,30 +262,23 @@ class Engine:
         NotReady), at any time if it fails (DeadlineExceeded, CancelledByOperator, EngineFailure, NotReady).
         """
         arrival_s = time.monotonic()
-        with self._observed(RequestRecord(label, arrival_s, params=params, priority=priority)) as record:
-            record.is_chat = isinstance(prompt, Chat)
-            if self._observers.wants_content:
-                record.prompt = prompt.messages if isinstance(prompt, Chat) else prompt
-                record.texts = dict.fromkeys(range(params.n), "")
+        deadline_s = None if timeout_s is None else arrival_s + timeout_s
+        arrival = _Arrival(
+            next(self._ids), label, prompt, params, priority, arrival_s, deadline_s, cache_salt, skip_cache_read
+        )
+        with self._observed(arrival):
             self._check_admission()
-            arrival = _Arrival(label)
-            self._arrivals[id(arrival)] = arrival
-            try:
-                threads = self._text_threads if _num_chars(prompt) < LONG_PROMPT_CHARS else self._long_text_thread
-                token_ids, _ = await self._encode(prompt, add_special_tokens, threads)
-                request = self._make_request(
-                    token_ids, params, arrival_s, timeout_s, priority, cache_salt, skip_cache_read=skip_cache_read
-                )
-                # Things may have changed while the prompt was encoded.
-                self._check_ready()
-                if arrival.is_cancelled:
-                    raise CancelledByOperator
-            finally:
-                del self._arrivals[id(arrival)]
-            record.id, record.num_prompt_tokens, record.params = request.id, len(token_ids), request.params
-            self._observers.request_posted(record)
-            goes_on = not (isinstance(prompt, Chat) and prompt.begins_message)
-            stream = RequestStream(request, self.codec, record, goes_on=goes_on, min_delta_tokens=min_delta_tokens)
+            request = await self._prepare(arrival, add_special_tokens)
+            stream = RequestStream(
+                request,
+                self.codec,
+                label=label,
+                goes_on=not (isinstance(prompt, Chat) and prompt.begins_message),
+                min_delta_tokens=min_delta_tokens,
+                keeps_text=self._observers.wants_content,
+            )
+            arrival.params, arrival.stream = request.params, stream
+            self._observers.request_posted(request.id)
             self._streams[request.id] = stream
             self._is_idle.clear()
             try:
@@ -255,16 +293,33 @@ class Engine:
                     self._is_idle.set()
 
     @contextlib.contextmanager
-    def _observed(self, record: RequestRecord) -> Iterator[RequestRecord]:
-        self._observers.request_arrived(record)
+    def _observed(self, arrival: _Arrival) -> Iterator[None]:
+        now = functools.partial(arrival.record, wants_content=self._observers.wants_content)
+        self._observers.request_arrived(now)
         try:
-            yield record
+            yield
         except RequestError as error:
-            record.error = error
+            arrival.error = error
             raise
         finally:
-            record.end_s = time.monotonic()
-            self._observers.request_ended(record)
+            arrival.end_s = time.monotonic()
+            self._observers.request_ended(now())
+
+    async def _prepare(self, arrival: _Arrival, add_special_tokens: bool | None) -> Request:
+        """Encode the prompt. Raises a RequestError if the request cannot run, or not any more."""
+        self._arrivals[arrival.number] = arrival
+        try:
+            is_short = _num_chars(arrival.prompt) < LONG_PROMPT_CHARS
+            threads = self._text_threads if is_short else self._long_text_thread
+            token_ids, _ = await self._encode(arrival.prompt, add_special_tokens, threads)
+            request = self._make_request(arrival, token_ids)
+            # Things may have changed while the prompt was encoded.
+            self._check_ready()
+            if arrival.is_cancelled:
+                raise CancelledByOperator
+            return request
+        finally:
+            del self._arrivals[arrival.number]
 
     def _check_ready(self) -> None:
         # A stalled step may yet end, so requests may queue behind it; a dead thread and a drain are final.
@@ -277,17 +332,8 @@ class Engine:
         if num_waiting >= self._max_waiting:
             raise Overloaded(self._max_waiting, RETRY_AFTER_S)
 
-    def _make_request(
-        self,
-        token_ids: list[int],
-        params: SamplingParams,
-        arrival_s: float,
-        timeout_s: float | None,
-        priority: int,
-        cache_salt: str,
-        *,
-        skip_cache_read: bool,
-    ) -> Request:
+    def _make_request(self, arrival: _Arrival, token_ids: list[int]) -> Request:
+        params = arrival.params
         if len(token_ids) + (params.max_tokens != 0) > self.model.max_context_tokens:
             raise ContextLengthExceeded(len(token_ids), self.model.max_context_tokens)
         if params.min_tokens > (room := self.model.max_context_tokens - len(token_ids)):
@@ -297,21 +343,21 @@ class Engine:
             # A tokenizer may know more tokens than the model; one such id would fail the whole step.
             what = f"the prompt has token {max(token_ids)}; the model knows 0 to {self.model.vocab_size - 1}"
             raise InvalidRequest([Violation("prompt", what)])
-        if timeout_s is not None and time.monotonic() >= arrival_s + timeout_s:
+        if arrival.deadline_s is not None and time.monotonic() >= arrival.deadline_s:
             raise DeadlineExceeded("waiting", 0)
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(63))
         return Request(
-            id=f"{next(self._ids)}",
+            id=f"{arrival.number}",
             prompt_token_ids=token_ids,
             params=params,
             eos_token_ids=frozenset() if params.ignore_eos else frozenset(self.model.eos_token_ids),
-            priority=priority,
-            arrival_s=arrival_s,
-            deadline_s=None if timeout_s is None else arrival_s + timeout_s,
-            time_limit_s=None if params.time_limit_s is None else arrival_s + params.time_limit_s,
-            cache_salt=cache_salt,
-            skip_cache_read=skip_cache_read,
+            priority=arrival.priority,
+            arrival_s=arrival.arrival_s,
+            deadline_s=arrival.deadline_s,
+            time_limit_s=None if params.time_limit_s is None else arrival.arrival_s + params.time_limit_s,
+            cache_salt=arrival.cache_salt,
+            skip_cache_read=arrival.skip_cache_read,
         )
 
     async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool | None = None) -> tuple[list[int], str]:
@@ -343,7 +389,7 @@ class Engine:
         arrivals = [arrival for arrival in self._arrivals.values() if arrival.label == label]
         for arrival in arrivals:
             arrival.is_cancelled = True
-        streams = [stream for stream in self._streams.values() if stream.record.label == label]
+        streams = [stream for stream in self._streams.values() if stream.label == label]
         for stream in streams:
             self._give_up(stream, CancelledByOperator())
         return len(arrivals) + len(streams)
@@ -418,7 +464,7 @@ class Engine:
         try:
             self._deliver_to(stream, event)
         except Exception:
-            logger.exception("delivery to request %s failed", stream.record.label)
+            logger.exception("delivery to request %s failed", stream.label)
             self._give_up(stream, EngineFailure())
 
     def _deliver_to(self, stream: RequestStream, event: RequestStarted | SequenceOutput | RequestFailed) -> None:
@@ -433,7 +479,7 @@ class Engine:
                     self._core.post(Abort(event.request_id, event.index))
             case RequestFailed(reason=FailureReason.DEADLINE):
                 phase = "running" if stream.has_started else "waiting"
-                stream.fail(DeadlineExceeded(phase, stream.record.num_completion_tokens))
+                stream.fail(DeadlineExceeded(phase, stream.progress.num_completion_tokens))
             case RequestFailed(reason=FailureReason.NOT_A_NUMBER):
                 stream.fail(EngineFailure("the model computed NaN or infinity for this request"))
             case RequestFailed(reason=FailureReason.NO_TOKEN):

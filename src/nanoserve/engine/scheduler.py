@@ -36,7 +36,7 @@ from nanoserve.request import (
     StepPlan,
     StepResult,
 )
-from nanoserve.step_record import WaitReason
+from nanoserve.step_record import SchedulerStats, WaitReason
 
 
 @dataclass(slots=True, eq=False)
@@ -92,19 +92,6 @@ class _Step:
     # Aligned with the plan's. Those that have ended since have no row.
     sequences: list[Sequence]
     notes: StepNotes
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """A snapshot between two steps."""
-
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_owned_blocks: int
-    num_cached_blocks: int
-    block_size: int
-    num_preemptions: int
 
 
 class Scheduler:

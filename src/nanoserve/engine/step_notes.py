@@ -2,13 +2,22 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
-from nanoserve.request import StepPlan
-from nanoserve.step_record import Preemption, Release, StepPart, StepRecord, Wait, WaitReason
+from nanoserve.request import Request, StepPlan
+from nanoserve.step_record import Preemption, Release, SchedulerStats, StepPart, StepRecord, Wait, WaitReason
 
-if TYPE_CHECKING:
-    from nanoserve.engine.scheduler import SchedulerStats, Sequence
+
+class Sequence(Protocol):
+    """What is read here of the scheduler's sequences."""
+
+    request: Request
+    index: int
+    rank: tuple[int, int, int]
+    block_ids: list[int]
+
+
+_S = TypeVar("_S", bound=Sequence)
 
 
 @dataclass(slots=True)
@@ -25,11 +34,11 @@ class StepNotes:
     num_threads: int | None = None
     is_planned: bool = False
 
-    def preempted(self, sequence: "Sequence", beneficiary: "Sequence") -> None:
+    def preempted(self, sequence: Sequence, beneficiary: Sequence) -> None:
         """`sequence` made place for `beneficiary`."""
         self.preemptions.append(Preemption(sequence.request.id, sequence.index, beneficiary.request.id))
 
-    def released(self, sequence: "Sequence", freed_block_ids: list[int]) -> None:
+    def released(self, sequence: Sequence, freed_block_ids: list[int]) -> None:
         """`sequence` gave up its blocks."""
         releases = self.late_releases if self.is_planned else self.early_releases
         releases.append(Release(sequence.request.id, sequence.index, freed_block_ids))
@@ -38,7 +47,7 @@ class StepNotes:
         """These blocks, which nobody owned, were cached and are free."""
         self.early_releases.append(Release("", 0, freed_block_ids))
 
-    def planned(self, now: float, step: Iterable["Sequence"], plan: StepPlan, block_size: int) -> None:
+    def planned(self, now: float, step: Iterable[Sequence], plan: StepPlan, block_size: int) -> None:
         """`step`: the sequence of each entry of the plan."""
         self.start_s = now
         self.is_planned = True
@@ -59,9 +68,7 @@ class StepNotes:
                 )
             )
 
-    def waits(
-        self, head: "Sequence", reason: WaitReason, running: Iterable["Sequence"], step: Mapping["Sequence", int]
-    ) -> None:
+    def waits(self, head: Sequence, reason: WaitReason, running: Iterable[_S], step: Mapping[_S, int]) -> None:
         """`head` of the queue is not in the step."""
         match reason:
             case WaitReason.BLOCKS:
@@ -72,7 +79,7 @@ class StepNotes:
                 behind = min(running, key=lambda s: s.rank, default=None)
         self.wait = Wait(head.request.id, head.index, reason, behind.request.id if behind else "")
 
-    def record(self, number: int, end_s: float, after: "SchedulerStats", *, has_failed: bool) -> StepRecord:
+    def record(self, number: int, end_s: float, after: SchedulerStats, *, has_failed: bool) -> StepRecord:
         """`after`: the scheduler's counts at the end of the step."""
         return StepRecord(
             number=number,

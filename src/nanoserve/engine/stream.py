@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from nanoserve.engine.text import TextCodec, TextStream
-from nanoserve.observer import RequestRecord
 from nanoserve.request import (
     FinishReason,
     Request,
@@ -75,6 +74,23 @@ class Finished:
 StreamEvent = Started | PromptLogprobs | Delta | Finished
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far a request has come: its counts and times. Only its RequestStream changes it."""
+
+    # When it was first scheduled. None = it was not yet.
+    started_s: float | None = None
+    # Prompt tokens from the prefix cache.
+    num_cached_tokens: int = 0
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    # Of all its sequences.
+    num_completion_tokens: int = 0
+    # Of the sequences that have come to their end.
+    finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
+    num_preemptions: int = 0
+
+
 class RequestStream:
     """The mailbox of one request. Event loop only.
 
@@ -86,20 +102,25 @@ class RequestStream:
         self,
         request: Request,
         codec: TextCodec,
-        record: RequestRecord,
         *,
+        label: str = "",
         goes_on: bool = False,
         min_delta_tokens: int = 0,
+        keeps_text: bool = False,
     ) -> None:
-        """Fills in the record as things happen. goes_on: its text continues that of the prompt."""
+        """label: the caller's name for the request. goes_on: its text continues that of the prompt. keeps_text: `texts`
+        has all that was generated, until the request ends."""
         self.request = request
-        self.record = record
+        self.label = label
+        self.progress = Progress()
         self._min_delta_tokens = min_delta_tokens
         params = request.params
-        self._texts: list[TextStream] | None = None
+        # By sequence. None = not kept.
+        self.texts: list[str] | None = [""] * params.n if keeps_text else None
+        self._decoders: list[TextStream] | None = None
         if params.detokenize:
             context = request.prompt_token_ids if goes_on else ()
-            self._texts = [TextStream(codec, params, context) for _ in range(params.n)]
+            self._decoders = [TextStream(codec, params, context) for _ in range(params.n)]
         self._events: deque[StreamEvent] = deque()
         # Unread output, by sequence.
         self._pending: dict[int, Delta] = {}
@@ -110,7 +131,7 @@ class RequestStream:
 
     @property
     def has_started(self) -> bool:
-        return self.record.started_s is not None
+        return self.progress.started_s is not None
 
     @property
     def is_over(self) -> bool:
@@ -120,8 +141,8 @@ class RequestStream:
 
     def start(self, event: RequestStarted) -> None:
         """The request runs."""
-        self.record.started_s = event.time_s
-        self.record.num_cached_tokens = event.num_cached_tokens
+        self.progress.started_s = event.time_s
+        self.progress.num_cached_tokens = event.num_cached_tokens
         prompt, params = self.request.prompt_token_ids, self.request.params
         self._events.append(Started(len(prompt), event.num_cached_tokens, params))
         if params.prompt_logprobs is not None:
@@ -138,11 +159,11 @@ class RequestStream:
         delta = self._pending.setdefault(output.index, Delta(output.index))
         token_ids, finish_reason, stop_token_id = output.token_ids, output.finish_reason, output.stop_token_id
         stopped = False
-        if self._texts is not None:
-            piece = self._texts[output.index].push(token_ids, finish_reason)
+        if self._decoders is not None:
+            piece = self._decoders[output.index].push(token_ids, finish_reason)
             delta.text += piece.text
-            if self.record.texts is not None:
-                self.record.texts[output.index] += piece.text
+            if self.texts is not None:
+                self.texts[output.index] += piece.text
             if piece.stop_string is not None:
                 delta.stop_string = piece.stop_string
                 token_ids = token_ids[: piece.num_tokens]
@@ -154,8 +175,8 @@ class RequestStream:
         self._count(output, len(token_ids))
         if finish_reason is not None:
             self._unfinished.remove(output.index)
-            self.record.finish_reasons[output.index] = finish_reason
-            self.record.num_preemptions += output.num_preemptions
+            self.progress.finish_reasons[output.index] = finish_reason
+            self.progress.num_preemptions += output.num_preemptions
             if not self._unfinished:
                 self._finish()
         self._news.set()
@@ -169,22 +190,22 @@ class RequestStream:
 
     def _count(self, output: SequenceOutput, num_tokens: int) -> None:
         if num_tokens:
-            self.record.num_completion_tokens += num_tokens
-            self.record.first_token_s = self.record.first_token_s or output.time_s
-            self.record.last_token_s = output.time_s
+            self.progress.num_completion_tokens += num_tokens
+            self.progress.first_token_s = self.progress.first_token_s or output.time_s
+            self.progress.last_token_s = output.time_s
 
     def _finish(self) -> None:
-        record = self.record
-        assert record.started_s is not None
-        first_token_s = record.first_token_s or time.monotonic()
+        progress = self.progress
+        assert progress.started_s is not None
+        first_token_s = progress.first_token_s or time.monotonic()
         self._finished = Finished(
-            prompt_tokens=record.num_prompt_tokens,
-            cached_tokens=record.num_cached_tokens,
-            completion_tokens=record.num_completion_tokens,
-            queue_s=record.started_s - record.arrival_s,
-            prefill_s=first_token_s - record.started_s,
-            decode_s=(record.last_token_s or first_token_s) - first_token_s,
-            preemptions=record.num_preemptions,
+            prompt_tokens=len(self.request.prompt_token_ids),
+            cached_tokens=progress.num_cached_tokens,
+            completion_tokens=progress.num_completion_tokens,
+            queue_s=progress.started_s - self.request.arrival_s,
+            prefill_s=first_token_s - progress.started_s,
+            decode_s=(progress.last_token_s or first_token_s) - first_token_s,
+            preemptions=progress.num_preemptions,
         )
 
     # ------------------------------------------------------------------------------------ the caller's side

@@ -17,7 +17,7 @@ class AccessLog(Observer):
     def call_ended(self, call: CallRecord) -> None:
         fields = dict(_fields(call))
         line = " ".join(f"{name}={value}" for name, value in fields.items())
-        logger.info("%s", line, extra={"fields": fields, "call": call})
+        logger.info("%s", line, extra={"fields": fields})
 
 
 def _fields(call: CallRecord) -> Iterator[tuple[str, Any]]:

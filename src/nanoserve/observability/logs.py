@@ -12,7 +12,7 @@ class IdFilter(logging.Filter):
     """Gives a record what the formatters want of the call that its task serves. It drops nothing."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        call = getattr(record, "call", None) or current_call.get()
+        call = current_call.get()
         named = {"request_id": call.request_id, "trace_id": call.trace_id} if call is not None else {}
         ids = {name: value for name, value in named.items() if value}
         record.ids = ids

@@ -4,6 +4,7 @@ No label takes a value that a caller chooses, so their number is bounded. docs/o
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
@@ -30,6 +31,40 @@ STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 STEP_TOKEN_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
 
 
+# Name, unit, buckets, description.
+HISTOGRAMS = (
+    ("rpc.server.call.duration", "s", names.RPC_BUCKETS, "Time from an RPC's begin to its status."),
+    ("gen_ai.server.request.duration", "s", names.REQUEST_BUCKETS, "Time from a request's begin to its end."),
+    (
+        "gen_ai.server.time_to_first_token",
+        "s",
+        names.FIRST_TOKEN_BUCKETS,
+        "Time from a request's begin to its first token, of requests that went well.",
+    ),
+    (
+        "gen_ai.server.time_per_output_token",
+        "s",
+        names.OUTPUT_TOKEN_BUCKETS,
+        "Time per token after the first, of requests that went well.",
+    ),
+    ("nanoserve.queue.wait", "s", QUEUE_BUCKETS, "Time from a request's begin to its first step."),
+    ("nanoserve.step.duration", "s", STEP_BUCKETS, "Time that a step took."),
+    ("nanoserve.step.tokens", "{token}", STEP_TOKEN_BUCKETS, "Tokens that a step computed, by their kind."),
+)
+# Name, unit, description.
+COUNTERS = (
+    ("nanoserve.prompt.tokens", "{token}", "Prompt tokens of requests that began to run."),
+    ("nanoserve.prompt.cached_tokens", "{token}", "Those of them that the prefix cache had."),
+    ("nanoserve.completion.tokens", "{token}", "Tokens that were generated for callers."),
+    ("nanoserve.preemptions", "{preemption}", "Times that a sequence lost its blocks to another."),
+    ("nanoserve.calls.rejected", "{call}", "RPCs that were turned away, by reason."),
+    ("nanoserve.requests.cancelled", "{request}", "Requests that their caller, or an operator, ended."),
+    ("nanoserve.requests.deadline_missed", "{request}", "Requests whose deadline passed, by what they did then."),
+    ("nanoserve.sequences.finished", "{sequence}", "Sequences that came to their end, by reason."),
+)
+THREADS = "CPU threads that computed the last step: fewer than usual while other processes want the CPUs."
+
+
 class Metrics(Observer):
     """Event loop thread, but for the gauges, which any thread may read: they show the last step's record."""
 
@@ -39,77 +74,37 @@ class Metrics(Observer):
         self._startup_s: float | None = None
         self._last_step: StepRecord | None = None
         self._num_threads: int | None = None
+        self._histograms = {
+            name: meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets)
+            for name, unit, buckets, description in HISTOGRAMS
+        }
+        self._counters = {name: meter.create_counter(name, unit, what) for name, unit, what in COUNTERS}
+        for name, unit, description in (
+            ("nanoserve.queue.length", "{sequence}", "Sequences that wait for a step."),
+            ("nanoserve.sequences.running", "{sequence}", "Sequences that hold KV blocks."),
+            ("nanoserve.kv.blocks", "{block}", "Blocks of the KV cache, by state."),
+            ("nanoserve.step.threads", "{thread}", THREADS),
+            ("nanoserve.startup.duration", "s", "Time from the begin of the start to ready."),
+        ):
+            meter.create_observable_gauge(name, [partial(self._observe, name)], unit, description)
 
-        def histogram(name: str, unit: str, buckets: tuple[float, ...], description: str):  # type: ignore[no-untyped-def]
-            return meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets)
-
-        self._call_duration = histogram(
-            "rpc.server.call.duration", "s", names.RPC_BUCKETS, "Time from an RPC's begin to its status."
-        )
-        self._request_duration = histogram(
-            "gen_ai.server.request.duration", "s", names.REQUEST_BUCKETS, "Time from a request's begin to its end."
-        )
-        self._first_token = histogram(
-            "gen_ai.server.time_to_first_token",
-            "s",
-            names.FIRST_TOKEN_BUCKETS,
-            "Time from a request's begin to its first token, of requests that went well.",
-        )
-        self._output_token = histogram(
-            "gen_ai.server.time_per_output_token",
-            "s",
-            names.OUTPUT_TOKEN_BUCKETS,
-            "Time per token after the first, of requests that went well.",
-        )
-        self._queue_wait = histogram(
-            "nanoserve.queue.wait", "s", QUEUE_BUCKETS, "Time from a request's begin to its first step."
-        )
-        self._step_duration = histogram("nanoserve.step.duration", "s", STEP_BUCKETS, "Time that a step took.")
-        self._step_tokens = histogram(
-            "nanoserve.step.tokens", "{token}", STEP_TOKEN_BUCKETS, "Tokens that a step computed, by their kind."
-        )
-        self._prompt_tokens = meter.create_counter(
-            "nanoserve.prompt.tokens", "{token}", "Prompt tokens of requests that began to run."
-        )
-        self._cached_tokens = meter.create_counter(
-            "nanoserve.prompt.cached_tokens", "{token}", "Those of them that the prefix cache had."
-        )
-        self._completion_tokens = meter.create_counter(
-            "nanoserve.completion.tokens", "{token}", "Tokens that were generated for callers."
-        )
-        self._preemptions = meter.create_counter(
-            "nanoserve.preemptions", "{preemption}", "Times that a sequence lost its blocks to another."
-        )
-        self._rejections = meter.create_counter(
-            "nanoserve.calls.rejected", "{call}", "RPCs that were turned away, by reason."
-        )
-        self._cancellations = meter.create_counter(
-            "nanoserve.requests.cancelled", "{request}", "Requests that their caller, or an operator, ended."
-        )
-        self._deadline_misses = meter.create_counter(
-            "nanoserve.requests.deadline_missed", "{request}", "Requests whose deadline passed, by what they did then."
-        )
-        self._finishes = meter.create_counter(
-            "nanoserve.sequences.finished", "{sequence}", "Sequences that came to their end, by reason."
-        )
-        meter.create_observable_gauge(
-            "nanoserve.queue.length", [self._observe_queue], "{sequence}", "Sequences that wait for a step."
-        )
-        meter.create_observable_gauge(
-            "nanoserve.sequences.running", [self._observe_running], "{sequence}", "Sequences that hold KV blocks."
-        )
-        meter.create_observable_gauge(
-            "nanoserve.kv.blocks", [self._observe_blocks], "{block}", "Blocks of the KV cache, by state."
-        )
-        meter.create_observable_gauge(
-            "nanoserve.step.threads",
-            [self._observe_threads],
-            "{thread}",
-            "CPU threads that computed the last step: fewer than usual while other processes want the CPUs.",
-        )
-        meter.create_observable_gauge(
-            "nanoserve.startup.duration", [self._observe_startup], "s", "Time from the begin of the start to ready."
-        )
+    def _observe(self, name: str, _options: CallbackOptions) -> Iterable[Observation]:
+        """What a gauge shows; nothing before it is known."""
+        step = self._last_step
+        match name:
+            case "nanoserve.startup.duration" if self._startup_s is not None:
+                return [Observation(self._startup_s)]
+            case "nanoserve.step.threads" if self._num_threads is not None:
+                return [Observation(self._num_threads)]
+            case "nanoserve.queue.length" if step is not None:
+                return [Observation(step.num_waiting)]
+            case "nanoserve.sequences.running" if step is not None:
+                return [Observation(step.num_running)]
+            case "nanoserve.kv.blocks" if step is not None:
+                counts = (step.num_free_blocks, step.num_cached_blocks, step.num_owned_blocks)
+                states = zip(("free", "cached", "owned"), counts, strict=True)
+                return [Observation(count, {names.BLOCK_STATE: state}) for state, count in states]
+        return []
 
     # ---------------------------------------------------------------------------------------- what happens
 
@@ -120,27 +115,27 @@ class Metrics(Observer):
         self._last_step = step
         self._num_threads = step.num_threads or self._num_threads
         if step.parts:
-            self._step_duration.record(step.end_s - step.start_s)
-            self._step_tokens.record(step.num_prompt_tokens, {names.TOKEN_TYPE: "input"})
-            self._step_tokens.record(step.num_completion_tokens, {names.TOKEN_TYPE: "output"})
+            self._histograms["nanoserve.step.duration"].record(step.end_s - step.start_s)
+            self._histograms["nanoserve.step.tokens"].record(step.num_prompt_tokens, {names.TOKEN_TYPE: "input"})
+            self._histograms["nanoserve.step.tokens"].record(step.num_completion_tokens, {names.TOKEN_TYPE: "output"})
         if step.preemptions:
-            self._preemptions.add(len(step.preemptions))
+            self._counters["nanoserve.preemptions"].add(len(step.preemptions))
 
     def request_ended(self, request: RequestRecord) -> None:
         if request.started_s is not None:
-            self._queue_wait.record(request.started_s - request.arrival_s)
-            self._prompt_tokens.add(request.num_prompt_tokens)
-            self._cached_tokens.add(request.num_cached_tokens)
-            self._completion_tokens.add(request.num_completion_tokens)
+            self._histograms["nanoserve.queue.wait"].record(request.started_s - request.arrival_s)
+            self._counters["nanoserve.prompt.tokens"].add(request.num_prompt_tokens)
+            self._counters["nanoserve.prompt.cached_tokens"].add(request.num_cached_tokens)
+            self._counters["nanoserve.completion.tokens"].add(request.num_completion_tokens)
         for reason in request.finish_reasons.values():
-            self._finishes.add(1, {names.FINISH_REASON: reason.value})
+            self._counters["nanoserve.sequences.finished"].add(1, {names.FINISH_REASON: reason.value})
 
     def call_ended(self, call: CallRecord) -> None:
         attributes = {names.RPC_SYSTEM: "grpc", names.RPC_METHOD: call.method, names.RPC_STATUS: call.code}
         error = {} if call.code == "OK" else {names.ERROR_TYPE: call.code}
-        self._call_duration.record(call.end_s - call.start_s, attributes | error)
+        self._histograms["rpc.server.call.duration"].record(call.end_s - call.start_s, attributes | error)
         if call.reason in REJECTIONS:
-            self._rejections.add(1, {names.ERROR_REASON: call.reason})
+            self._counters["nanoserve.calls.rejected"].add(1, {names.ERROR_REASON: call.reason})
         if call.method == GENERATE:
             self._generation_ended(call)
 
@@ -148,9 +143,11 @@ class Metrics(Observer):
         request = call.request
         if call.code == "DEADLINE_EXCEEDED":
             is_waiting = request is None or request.started_s is None
-            self._deadline_misses.add(1, {names.PHASE: "waiting" if is_waiting else "running"})
+            self._counters["nanoserve.requests.deadline_missed"].add(
+                1, {names.PHASE: "waiting" if is_waiting else "running"}
+            )
         elif call.code in ("CANCELLED", "ABORTED"):
-            self._cancellations.add(1, {names.RPC_STATUS: call.code})
+            self._counters["nanoserve.requests.cancelled"].add(1, {names.RPC_STATUS: call.code})
         if request is None:
             return
         attributes = {
@@ -160,32 +157,13 @@ class Metrics(Observer):
         }
         if call.code != "OK":
             attributes[names.ERROR_TYPE] = call.reason or call.code
-        self._request_duration.record(call.end_s - call.start_s, attributes)
+        self._histograms["gen_ai.server.request.duration"].record(call.end_s - call.start_s, attributes)
         if call.code == "OK" and request.first_token_s is not None and request.last_token_s is not None:
-            self._first_token.record(request.first_token_s - call.start_s, attributes)
+            self._histograms["gen_ai.server.time_to_first_token"].record(
+                request.first_token_s - call.start_s, attributes
+            )
             # Sequences of one request generate side by side.
             num_later_tokens = request.num_completion_tokens / request.params.n - 1
             if num_later_tokens > 0:
                 seconds = (request.last_token_s - request.first_token_s) / num_later_tokens
-                self._output_token.record(seconds, attributes)
-
-    # -------------------------------------------------------------------------------------- what is the case
-
-    def _observe_queue(self, _options: CallbackOptions) -> Iterable[Observation]:
-        return [Observation(self._last_step.num_waiting)] if self._last_step else []
-
-    def _observe_running(self, _options: CallbackOptions) -> Iterable[Observation]:
-        return [Observation(self._last_step.num_running)] if self._last_step else []
-
-    def _observe_blocks(self, _options: CallbackOptions) -> Iterable[Observation]:
-        step = self._last_step
-        if step is None:
-            return []
-        states = {"free": step.num_free_blocks, "cached": step.num_cached_blocks, "owned": step.num_owned_blocks}
-        return [Observation(count, {names.BLOCK_STATE: state}) for state, count in states.items()]
-
-    def _observe_threads(self, _options: CallbackOptions) -> Iterable[Observation]:
-        return [] if self._num_threads is None else [Observation(self._num_threads)]
-
-    def _observe_startup(self, _options: CallbackOptions) -> Iterable[Observation]:
-        return [] if self._startup_s is None else [Observation(self._startup_s)]
+                self._histograms["gen_ai.server.time_per_output_token"].record(seconds, attributes)

@@ -13,7 +13,7 @@ was in. They are made when the call is over, from times that were noted anyway, 
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opentelemetry import trace
@@ -21,7 +21,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, Trac
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from nanoserve.observability import conventions as names
-from nanoserve.observer import CallRecord, Observer, RequestRecord
+from nanoserve.observer import CallRecord, Observer, RequestRecord, current_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Tracing(Observer):
         self.wants_content = wants_content
         self._tracer: Tracer = provider.get_tracer(names.NANOSERVE)
         self._propagator = TraceContextTextMapPropagator()
-        # Of calls in progress: the span, and what turns their monotonic times into Unix time.
-        self._calls: dict[CallRecord, tuple[Span, int]] = {}
+        # Of calls in progress, by number: the span, and what turns their monotonic times into Unix time.
+        self._calls: dict[int, tuple[Span, int]] = {}
         self._model = ""
 
     def server_ready(self, model: str, after_s: float) -> None:  # noqa: ARG002
@@ -56,11 +56,12 @@ class Tracing(Observer):
             attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: call.method},
             start_time=_ns(call.start_s, unix_offset_ns),
         )
-        call.trace_id = trace.format_trace_id(span.get_span_context().trace_id)
-        self._calls[call] = (span, unix_offset_ns)
+        # So that log lines, and the other observers at the end, can name the trace.
+        current_call.set(replace(call, trace_id=trace.format_trace_id(span.get_span_context().trace_id)))
+        self._calls[call.number] = (span, unix_offset_ns)
 
     def call_ended(self, call: CallRecord) -> None:
-        span, unix_offset_ns = self._calls.pop(call)
+        span, unix_offset_ns = self._calls.pop(call.number)
         if span.is_recording():
             span.set_attributes(dict(_call_attributes(call)))
             if call.code in names.SERVER_ERRORS:
@@ -160,7 +161,7 @@ def _input_messages(prompt: str | list[int] | list[dict[str, Any]]) -> list[dict
 
 
 def _output_messages(request: RequestRecord) -> Iterator[dict[str, Any]]:
-    for index, text in (request.texts or {}).items():
+    for index, text in enumerate(request.texts or ()):
         reason = request.finish_reasons.get(index)
         yield _message("assistant", text) | {"finish_reason": reason.value if reason else "error"}
 

@@ -3,12 +3,12 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from nanoserve_client.v1 import admin_pb2
 
 from nanoserve.engine.engine import Engine
-from nanoserve.observability.flight_recorder import FlightRecorder
-from nanoserve.rpc import messages, validate, watching
+from nanoserve.rpc import messages, validate
 from nanoserve.rpc.call import Call
 from nanoserve.rpc.errors import NotRecorded, RequestNotFound
 
@@ -16,10 +16,23 @@ from nanoserve.rpc.errors import NotRecorded, RequestNotFound
 WATCHERS_SHARE = 0.1
 
 
+class Recorder(Protocol):
+    """Remembers what the engine did, for WatchEngine and ExplainRequest: flight_recorder/ is one."""
+
+    def snapshot(self, position: int | None) -> tuple[admin_pb2.WatchEngineResponse, int]:
+        """The engine now, without `stats`, and its steps since the snapshot that came with this position. None = it is
+        the first one. Also the position for the next snapshot."""
+        ...
+
+    def explain(self, request_id: str) -> list[admin_pb2.RequestTimeline]:
+        """What happened to all requests with the caller's id, newest first; empty = none is known."""
+        ...
+
+
 class AdminService:
     """Event loop thread; keeps nothing between calls but the number of those who watch."""
 
-    def __init__(self, engine: Callable[[], Engine], recorder: FlightRecorder | None) -> None:
+    def __init__(self, engine: Callable[[], Engine], recorder: Recorder | None) -> None:
         """`engine` raises NotReady until there is one. recorder: None = nothing is recorded."""
         self._engine = engine
         self._recorder = recorder
@@ -45,9 +58,8 @@ class AdminService:
         try:
             while True:
                 begin_s = time.thread_time()
-                snapshot = recorder.snapshot(position)
-                position = snapshot.position
-                message = watching.snapshot(snapshot, messages.stats(self._engine().stats()))
+                message, position = recorder.snapshot(position)
+                message.stats.CopyFrom(messages.stats(self._engine().stats()))
                 took_s = time.thread_time() - begin_s
                 # While the reader is slow this waits, and the next snapshot is made when it is over.
                 await call.context.write(message)
@@ -62,9 +74,9 @@ class AdminService:
         timelines = self._needed_recorder().explain(request_id)
         if not timelines:
             raise RequestNotFound(request_id)
-        return admin_pb2.ExplainRequestResponse(timelines=map(watching.timeline, timelines))
+        return admin_pb2.ExplainRequestResponse(timelines=timelines)
 
-    def _needed_recorder(self) -> FlightRecorder:
+    def _needed_recorder(self) -> Recorder:
         if self._recorder is None:
             raise NotRecorded
         return self._recorder

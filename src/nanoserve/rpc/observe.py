@@ -1,8 +1,9 @@
-"""Tells those who watch of each RPC to nanoserve's services: one interceptor, before the one that asks for keys.
+"""Tells observers of each RPC to nanoserve's services: one interceptor, before the one that asks for keys.
 
 How an RPC ended is read where its caller reads it, in status and trailers; only a call that was cut off has none.
 """
 
+import itertools
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -32,6 +33,7 @@ class ObserverInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, observers: Observers) -> None:
         self._observers = observers
+        self._numbers = itertools.count(1)
 
     async def intercept_service(
         self,
@@ -55,22 +57,20 @@ class ObserverInterceptor(grpc.aio.ServerInterceptor):
                 method=method.removeprefix("/"),
                 request_id=header(metadata, REQUEST_ID_HEADER) or "",
                 start_s=time.monotonic(),
+                number=next(self._numbers),
                 traceparent=traceparent,
                 tracestate=header(metadata, "tracestate") or "",
                 trace_id=traceparent.split("-")[1] if _TRACEPARENT.fullmatch(traceparent) else "",
             )
             self._observers.call_started(call)
+            outcome = {"code": grpc.StatusCode.OK.name}
             try:
-                answer = await serve(request, context)
+                return await serve(request, context)
             except BaseException as error:
-                _note_failure(call, error, context)
+                outcome = _failure(error, context)
                 raise
-            else:
-                call.code = grpc.StatusCode.OK.name
-                return answer
             finally:
-                call.end_s = time.monotonic()
-                self._observers.call_ended(call)
+                self._observers.call_ended(**outcome)
 
         return observed
 
@@ -83,24 +83,27 @@ _KINDS: dict[str, Callable[..., "grpc.RpcMethodHandler[Any, Any]"]] = {
 }
 
 
-def _note_failure(call: CallRecord, error: BaseException, context: _Context) -> None:
+def _failure(error: BaseException, context: _Context) -> dict[str, str]:
+    """What the call's record says of it at the end."""
     left_s = context.time_remaining()
     if isinstance(error, grpc.aio.AbortError):
         code: Any = context.code()
-        call.code = _CODE_NAMES[code] if isinstance(code, int) else code.name
+        found = {"code": _CODE_NAMES[code] if isinstance(code, int) else code.name}
         for key, value in context.trailing_metadata() or ():
             if key == "grpc-status-details-bin":
-                _note_details(call, status_pb2.Status.FromString(value))
-    elif left_s is not None and left_s < DEADLINE_MARGIN_S:
-        call.code, call.reason = grpc.StatusCode.DEADLINE_EXCEEDED.name, "DEADLINE"
-    else:
-        call.code = grpc.StatusCode.CANCELLED.name
+                found |= _details(status_pb2.Status.FromString(value))
+        return found
+    if left_s is not None and left_s < DEADLINE_MARGIN_S:
+        return {"code": grpc.StatusCode.DEADLINE_EXCEEDED.name, "reason": "DEADLINE"}
+    return {"code": grpc.StatusCode.CANCELLED.name}
 
 
-def _note_details(call: CallRecord, status: Any) -> None:
+def _details(status: Any) -> dict[str, str]:
+    found = {}
     error, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
     for detail in status.details:
         if detail.Unpack(error):
-            call.reason = error.reason
+            found["reason"] = error.reason
         elif detail.Unpack(request):
-            call.request_id = request.request_id
+            found["request_id"] = request.request_id
+    return found

@@ -25,10 +25,9 @@ from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
 from nanoserve.config import ServerConfig
 from nanoserve.engine.engine import Engine
-from nanoserve.observability.flight_recorder import FlightRecorder
 from nanoserve.observer import Observers
 from nanoserve.request import NotReady
-from nanoserve.rpc.admin import AdminService
+from nanoserve.rpc.admin import AdminService, Recorder
 from nanoserve.rpc.auth import ApiKeyInterceptor, read_api_keys, read_tls_credentials
 from nanoserve.rpc.call import service_handler
 from nanoserve.rpc.errors import ServerError
@@ -79,11 +78,11 @@ class Server:
         engine: Engine | None = None,
         *,
         observers: Observers | None = None,
-        recorder: FlightRecorder | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Raises ServerError if a key or certificate file cannot be used. Inside a running event loop.
 
-        observers: of the calls; None = nobody watches. recorder: one of the observers, who answers AdminService.
+        observers: of the calls; None = nobody watches. recorder: for AdminService; None = it has no records.
         """
         self._config = config
         self._engine = engine

@@ -3,16 +3,28 @@
 import asyncio
 import contextlib
 import re
+from dataclasses import replace
 
 import pytest
 from engine_bench import BLOCK, SECONDS, running
+from nanoserve_client.v1 import admin_pb2
+from nanoserve_client.v1.admin_pb2 import (
+    TimelineCacheHit,
+    TimelineDecode,
+    TimelineEnd,
+    TimelinePreemption,
+    TimelinePrefill,
+    TimelineWait,
+)
 
-from nanoserve.observability import flight_recorder
-from nanoserve.observability.flight_recorder import FlightRecorder, SequencePhase
-from nanoserve.observability.timeline import CacheHit, Decoded, Ended, Prefilled, Waited, WasPreempted
+from nanoserve.flight_recorder import recorder as flight_recorder
+from nanoserve.flight_recorder.recorder import FlightRecorder
+from nanoserve.flight_recorder.timeline import WAIT_REASONS
 from nanoserve.observer import CallRecord, Observer, Observers, RequestRecord
 from nanoserve.request import Overloaded, RequestError, SamplingParams
 from nanoserve.step_record import Preemption, StepRecord, Wait, WaitReason
+
+ROWS, BLOCKS = admin_pb2.WAIT_REASON_ROWS, admin_pb2.WAIT_REASON_BLOCKS
 
 
 def prompt(start, count):
@@ -26,7 +38,7 @@ class Onlooker(Observer):
         self.recorder, self.seen = recorder, []
 
     def step_ended(self, step):
-        self.seen.append((step, self.recorder.snapshot(self.seen[-1][1].position if self.seen else None)))
+        self.seen.append((step, *self.recorder.snapshot(self.seen[-1][2] if self.seen else None)))
 
 
 @contextlib.asynccontextmanager
@@ -69,7 +81,7 @@ async def finish(bench, *tasks):
 
 
 def explained(recorder, label):
-    [timeline] = recorder.explain(label)
+    [timeline] = recorder.timelines(label)
     return timeline
 
 
@@ -78,7 +90,9 @@ def events(timeline, kind):
 
 
 def reasons(timeline):
-    return [event.reason for event in events(timeline, Waited) if event.reason]
+    """Without those that are not for the scheduler."""
+    names = {number: reason for reason, number in WAIT_REASONS.items()}
+    return [names[event.reason] for event in events(timeline, TimelineWait) if event.reason]
 
 
 def text_of(timeline):
@@ -102,12 +116,12 @@ async def test_a_wait_names_what_it_was_for_and_behind_whom(options, reason, tex
     timeline = explained(recorder, "second")
     assert reasons(timeline) == [reason]
     assert text in text_of(timeline)
-    [wait] = [e for e in events(timeline, Waited) if e.reason]
-    assert (wait.behind, wait.num_before) == ("first", 0)
+    [wait] = [e for e in events(timeline, TimelineWait) if e.reason]
+    assert (wait.behind_request_id, wait.requests_before) == ("first", 0)
     assert re.search(rf"Waited [\d.]+ m?s {text}\.", timeline.summary)
     # The third waited for the second to get its turn, too.
-    behind_second = next(e for e in events(explained(recorder, "third"), Waited) if e.reason)
-    assert (behind_second.reason, behind_second.num_before) == (reason, 1)
+    behind_second = next(e for e in events(explained(recorder, "third"), TimelineWait) if e.reason)
+    assert (behind_second.reason, behind_second.requests_before) == (WAIT_REASONS[reason], 1)
     assert "after request second, which waited" in text_of(explained(recorder, "third"))
     assert not reasons(explained(recorder, "first"))
 
@@ -128,9 +142,9 @@ async def test_chunks_are_counted():
         task = await in_a_step(bench, "long", prompt(0, 40), max_tokens=3)
         await finish(bench, task)
     timeline = explained(recorder, "long")
-    assert events(timeline, Prefilled) == [Prefilled(0, 40, 3, is_after_preemption=False)]
+    assert events(timeline, TimelinePrefill) == [TimelinePrefill(index=0, tokens=40, chunks=3)]
     assert "prefilled 40 tokens in 3 chunks, a step each" in text_of(timeline)
-    assert events(timeline, Decoded) == [Decoded(3)]
+    assert events(timeline, TimelineDecode) == [TimelineDecode(completion_tokens=3)]
     assert text_of(timeline).endswith("it ended: length")
     assert "Prefilled in 3 chunks. Generated 3 tokens in " in timeline.summary
 
@@ -139,12 +153,12 @@ async def test_cached_tokens_are_told():
     async with recorded() as (bench, recorder):
         await finish(bench, await in_a_step(bench, "first", prompt(0, 33), max_tokens=2))
         await finish(bench, await ask(bench, "second", [*prompt(0, 24), *prompt(99, 9)], max_tokens=2))
-    assert not events(explained(recorder, "first"), CacheHit)
+    assert not events(explained(recorder, "first"), TimelineCacheHit)
     timeline = explained(recorder, "second")
-    assert events(timeline, CacheHit) == [CacheHit(24, 33)]
+    assert events(timeline, TimelineCacheHit) == [TimelineCacheHit(cached_tokens=24, prompt_tokens=33)]
     assert "24 of 33 prompt tokens came from the prefix cache" in text_of(timeline)
     assert "24 of 33 prompt tokens came from the prefix cache. Prefilled in 1 chunk." in timeline.summary
-    assert events(timeline, Prefilled) == [Prefilled(0, 9, 1, is_after_preemption=False)]
+    assert events(timeline, TimelinePrefill) == [TimelinePrefill(index=0, tokens=9, chunks=1)]
 
 
 async def test_a_preemption_names_for_whom_and_what_came_after():
@@ -153,24 +167,24 @@ async def test_a_preemption_names_for_whom_and_what_came_after():
         young = await ask(bench, "young", prompt(100, 12), max_tokens=14)
         await finish(bench, old, young)
     timeline = explained(recorder, "young")
-    assert [e.for_label for e in events(timeline, WasPreempted)] == ["old"]
+    assert [e.for_request_id for e in events(timeline, TimelinePreemption)] == ["old"]
     assert "Preempted once, for request old." in timeline.summary
     assert "was preempted for request old; ran again after" in text_of(timeline)
-    assert any(e.is_after_preemption for e in events(timeline, Prefilled))
+    assert any(e.after_preemption for e in events(timeline, TimelinePrefill))
     assert reasons(timeline) == [WaitReason.BLOCKS]
-    [absence] = [e for e in timeline.entries if isinstance(e.event, WasPreempted)]
-    [wait] = [e for e in timeline.entries if isinstance(e.event, Waited) and e.event.reason]
+    [absence] = [e for e in timeline.entries if isinstance(e.event, TimelinePreemption)]
+    [wait] = [e for e in timeline.entries if isinstance(e.event, TimelineWait) and e.event.reason]
     assert absence.start_s <= wait.start_s
     assert wait.end_s <= absence.end_s
-    assert not events(explained(recorder, "old"), WasPreempted)
+    assert not events(explained(recorder, "old"), TimelinePreemption)
 
 
 async def test_sequences_of_one_request_wait_for_each_other():
     async with recorded(max_num_seqs=1) as (bench, recorder):
         await finish(bench, await in_a_step(bench, "both", prompt(0, 9), n=2, max_tokens=5))
     timeline = explained(recorder, "both")
-    [wait] = [e for e in events(timeline, Waited) if e.reason]
-    assert (wait.index, wait.reason) == (1, WaitReason.ROWS)
+    [wait] = [e for e in events(timeline, TimelineWait) if e.reason]
+    assert (wait.index, wait.reason) == (1, admin_pb2.WAIT_REASON_ROWS)
     assert "sequence 1 waited" in text_of(timeline)
     assert "behind its own other sequences" in text_of(timeline)
 
@@ -184,41 +198,41 @@ async def test_entries_lie_inside_the_request_and_are_in_order():
         timeline = explained(recorder, f"{i}")
         starts = [entry.start_s for entry in timeline.entries]
         assert starts == sorted(starts)
-        assert all(timeline.arrival_s <= e.start_s <= e.end_s <= timeline.end_s for e in timeline.entries)
+        assert all(timeline.request.arrival_s <= e.start_s <= e.end_s <= timeline.end_s for e in timeline.entries)
         # What it waited, from its arrival until it began, is all there is before its first chunk.
-        begun_s = next(e.start_s for e in timeline.entries if isinstance(e.event, Prefilled))
+        begun_s = next(e.start_s for e in timeline.entries if isinstance(e.event, TimelinePrefill))
         waited_s = sum(
-            e.end_s - e.start_s for e in timeline.entries if isinstance(e.event, Waited) and e.end_s <= begun_s
+            e.end_s - e.start_s for e in timeline.entries if isinstance(e.event, TimelineWait) and e.end_s <= begun_s
         )
-        assert waited_s <= begun_s - timeline.arrival_s + 1e-9
+        assert waited_s <= begun_s - timeline.request.arrival_s + 1e-9
 
 
 async def test_a_running_request_has_a_timeline_too():
     async with recorded(max_num_seqs=1) as (bench, recorder):
         first = await in_a_step(bench, "first", prompt(0, 9), max_tokens=4)
         second = await ask(bench, "second", prompt(0, 9), max_tokens=4)
-        assert not explained(recorder, "first").is_over
-        assert not events(explained(recorder, "second"), Ended)
+        assert not explained(recorder, "first").request.end_s
+        assert not events(explained(recorder, "second"), TimelineEnd)
         await finish(bench, first, second)
-        assert explained(recorder, "first").is_over
+        assert explained(recorder, "first").request.end_s
 
 
 async def test_requests_with_one_label_are_all_told_newest_first():
     async with recorded() as (bench, recorder):
         for count in (9, 10, 11):
             await finish(bench, await ask(bench, "same", prompt(0, count), max_tokens=2))
-    assert [timeline.num_prompt_tokens for timeline in recorder.explain("same")] == [11, 10, 9]
+    assert [timeline.request.num_prompt_tokens for timeline in recorder.timelines("same")] == [11, 10, 9]
 
 
 async def test_of_many_with_one_label_the_newest_are_told():
     recorder = FlightRecorder()
     for i in range(40):
-        recorder.request_ended(RequestRecord("same", float(i), end_s=i + 0.5))
-    assert [t.arrival_s for t in recorder.explain("same")] == [float(i) for i in range(39, 23, -1)]
+        recorder.request_ended(RequestRecord("same", float(i), number=i, end_s=i + 0.5))
+    assert [t.request.arrival_s for t in recorder.timelines("same")] == [float(i) for i in range(39, 23, -1)]
 
 
 async def test_an_unknown_label_has_no_timeline():
-    assert FlightRecorder().explain("never") == []
+    assert FlightRecorder().explain("never") == FlightRecorder().timelines("never") == []
 
 
 async def test_a_rejected_request_says_why():
@@ -241,7 +255,7 @@ async def test_a_call_that_never_became_a_request_says_why():
     assert entry.text == "it was refused: INVALID_ARGUMENT (INVALID_REQUEST)"
     assert entry.event.reason == "INVALID_REQUEST"
     recorder.call_ended(CallRecord("nanoserve.v1.ModelService/ListModels", "list", 1.0, end_s=1.5))
-    assert not recorder.explain("list")
+    assert not recorder.timelines("list")
 
 
 async def test_one_that_is_abandoned_while_it_waits_says_so():
@@ -251,7 +265,7 @@ async def test_one_that_is_abandoned_while_it_waits_says_so():
         second.cancel()
         await finish(bench, first)
     assert text_of(explained(recorder, "second")).endswith("its caller went away before it was done")
-    assert events(explained(recorder, "second"), Ended)[0].is_abandoned
+    assert events(explained(recorder, "second"), TimelineEnd)[0].abandoned
 
 
 async def test_a_failed_request_says_so():
@@ -266,8 +280,7 @@ async def test_a_failed_request_says_so():
 
 
 async def test_a_snapshot_before_the_first_step_is_empty():
-    snapshot = FlightRecorder().snapshot(None)
-    assert (snapshot.sequences, snapshot.cached_block_ids, snapshot.steps) == ([], [], [])
+    assert FlightRecorder().snapshot(None) == (admin_pb2.WatchEngineResponse(), 0)
 
 
 async def test_snapshots_agree_with_the_pool():
@@ -275,25 +288,31 @@ async def test_snapshots_agree_with_the_pool():
     async with recorded(onlooker=onlooker, num_blocks=20, max_num_seqs=3, max_num_batched_tokens=12) as (bench, _):
         tasks = [await ask(bench, f"{i}", prompt(i % 3, 16 + i), n=1 + i % 2, max_tokens=9) for i in range(6)]
         await finish(bench, *tasks)
-    for step, snapshot in onlooker.seen:
+    for step, snapshot, _ in onlooker.seen:
         owned = {block for state in snapshot.sequences for block in state.block_ids}
         assert len(owned) == step.num_owned_blocks
         assert len(snapshot.cached_block_ids) == step.num_cached_blocks
         assert not owned & set(snapshot.cached_block_ids)
         assert sum(bool(state.block_ids) for state in snapshot.sequences) == step.num_running
         for state in snapshot.sequences:
-            assert state.num_computed_tokens <= len(state.block_ids) * BLOCK or state.phase is SequencePhase.ENDED
-    numbers = [step.number for _, snapshot in onlooker.seen for step in snapshot.steps]
+            assert (
+                state.computed_tokens <= len(state.block_ids) * BLOCK or state.phase == admin_pb2.SEQUENCE_PHASE_ENDED
+            )
+    numbers = [step.number for _, snapshot, _ in onlooker.seen for step in snapshot.steps]
     assert numbers == sorted(set(numbers))
-    assert len(numbers) == len({step.number for step, _ in onlooker.seen if step.parts})
-    phases = {state.phase for _, snapshot in onlooker.seen for state in snapshot.sequences}
-    assert {SequencePhase.WAITING, SequencePhase.PREFILL, SequencePhase.DECODE} <= phases
+    assert len(numbers) == len({step.number for step, _, _ in onlooker.seen if step.parts})
+    phases = {state.phase for _, snapshot, _ in onlooker.seen for state in snapshot.sequences}
+    assert {
+        admin_pb2.SEQUENCE_PHASE_WAITING,
+        admin_pb2.SEQUENCE_PHASE_PREFILL,
+        admin_pb2.SEQUENCE_PHASE_DECODE,
+    } <= phases
 
 
 async def test_a_cache_reset_shows_while_requests_run():
     async with recorded() as (bench, recorder):
         await finish(bench, await ask(bench, "first", prompt(0, 16), max_tokens=2))
-        assert recorder.snapshot(None).cached_block_ids
+        assert recorder.snapshot(None)[0].cached_block_ids
         bench.executor.gate.clear()
         second = await in_a_step(bench, "second", prompt(100, 16), max_tokens=9)
         reset = asyncio.create_task(bench.engine.reset_cache())
@@ -301,7 +320,7 @@ async def test_a_cache_reset_shows_while_requests_run():
         bench.executor.gate.set()
         assert await reset
         await finish(bench, second)
-        await until(lambda: len(recorder.snapshot(None).cached_block_ids) == bench.pool.num_cached)
+        await until(lambda: len(recorder.snapshot(None)[0].cached_block_ids) == bench.pool.num_cached)
 
 
 async def test_preempted_and_ended_sequences_are_listed():
@@ -310,26 +329,26 @@ async def test_preempted_and_ended_sequences_are_listed():
         old = await in_a_step(bench, "old", prompt(0, 12), max_tokens=14)
         young = await ask(bench, "young", prompt(100, 12), max_tokens=14)
         await finish(bench, old, young)
-        states = [state for _, snapshot in onlooker.seen for state in snapshot.sequences]
-        assert ("young", SequencePhase.PREEMPTED) in {(state.request.label, state.phase) for state in states}
-        last = {state.request.label: state for state in recorder.snapshot(None).sequences}
+        states = [state for _, snapshot, _ in onlooker.seen for state in snapshot.sequences]
+        assert ("young", admin_pb2.SEQUENCE_PHASE_PREEMPTED) in {(state.request_id, state.phase) for state in states}
+        last = {state.request_id: state for state in recorder.snapshot(None)[0].sequences}
     assert {(label, state.phase) for label, state in last.items()} == {
-        ("old", SequencePhase.ENDED),
-        ("young", SequencePhase.ENDED),
+        ("old", admin_pb2.SEQUENCE_PHASE_ENDED),
+        ("young", admin_pb2.SEQUENCE_PHASE_ENDED),
     }
-    assert last["young"].num_completion_tokens == 14
+    assert last["young"].completion_tokens == 14
 
 
 async def test_a_reader_who_skips_many_steps_is_told_how_many():
     async with recorded() as (bench, recorder):
         await finish(bench, await ask(bench, "one", prompt(0, 9), max_tokens=2))
-        position = recorder.snapshot(None).position
+        _, position = recorder.snapshot(None)
         for i in range(5):
             await finish(bench, await ask(bench, "more", prompt(i, 9), max_tokens=100))
-        snapshot = recorder.snapshot(position)
+        snapshot, later = recorder.snapshot(position)
     assert len(snapshot.steps) == flight_recorder.MAX_STEPS_A_SNAPSHOT
-    assert snapshot.num_lost_steps == snapshot.position - position - len(snapshot.steps) > 0
-    assert not recorder.snapshot(snapshot.position).steps
+    assert snapshot.lost_steps == later - position - len(snapshot.steps) > 0
+    assert not recorder.snapshot(later)[0].steps
 
 
 async def test_what_is_kept_is_bounded():
@@ -363,25 +382,23 @@ async def test_nothing_of_what_was_asked_or_answered_is_kept():
     async with running(observers=Observers(recorder)) as bench:
         await bench.collect("a secret question", request={"label": "mine"}, stop=["hidden"], logit_bias={5: 1.0})
         await bench.until_free()
-    [request] = recorder._ended
+    [(request, _)] = recorder._ended.values()
     assert (request.label, request.num_prompt_tokens, request.prompt, request.texts) == ("mine", 17, None, None)
     assert request.params == SamplingParams(max_tokens=6)
 
 
 async def test_the_status_of_the_call_is_told_although_it_comes_last():
     recorder = FlightRecorder()
-    call = CallRecord("nanoserve.v1.GenerationService/Generate", "mine", 1.0)
-    request = RequestRecord("mine", 1.0, call=call, id="1", started_s=1.5, params=SamplingParams(logit_bias={5: 1.0}))
-    call.request = request
-    recorder.request_arrived(request)
-    request.end_s = 2.0
+    request = RequestRecord("mine", 1.0, number=1, id="1", started_s=1.5, params=SamplingParams(logit_bias={5: 1.0}))
+    recorder.request_arrived(lambda: request)
+    assert not explained(recorder, "mine").request.end_s
+    request = replace(request, end_s=2.0)
     recorder.request_ended(request)
-    assert explained(recorder, "mine").is_over
-    call.code = "DEADLINE_EXCEEDED"
-    recorder.call_ended(call)
+    assert explained(recorder, "mine").request.end_s
+    method = "nanoserve.v1.GenerationService/Generate"
+    recorder.call_ended(CallRecord(method, "mine", 1.0, request=request, code="DEADLINE_EXCEEDED"))
     assert explained(recorder, "mine").summary.endswith("Its deadline passed before it was done.")
-    assert not recorder._ending
-    assert recorder._ended[0].call.request is None
+    assert not explained(recorder, "mine").request.params.logit_bias
 
 
 def record(number, *, wait=None, preemptions=()):
@@ -390,40 +407,39 @@ def record(number, *, wait=None, preemptions=()):
 
 def test_waits_of_two_kinds_are_two_entries():
     recorder = FlightRecorder()
-    request = RequestRecord("mine", 1.0, id="7", num_prompt_tokens=5)
-    recorder.request_arrived(request)
+    request = RequestRecord("mine", 1.0, number=7, id="7", num_prompt_tokens=5)
+    recorder.request_arrived(lambda: request)
     for number, reason in enumerate([WaitReason.ROWS, WaitReason.ROWS, WaitReason.BLOCKS, WaitReason.ROWS], start=1):
         recorder.step_ended(record(number, wait=Wait("7", 0, reason, "")))
-    request.started_s = 5.0
+    request = replace(request, started_s=5.0)
     timeline = explained(recorder, "mine")
-    found = [(e.event.reason, e.start_s, e.end_s) for e in timeline.entries if isinstance(e.event, Waited)]
-    assert found == [(WaitReason.ROWS, 1.0, 3.0), (WaitReason.BLOCKS, 3.0, 4.0), (WaitReason.ROWS, 4.0, 5.0)]
+    found = [(e.event.reason, e.start_s, e.end_s) for e in timeline.entries if isinstance(e.event, TimelineWait)]
+    assert found == [(ROWS, 1.0, 3.0), (BLOCKS, 3.0, 4.0), (ROWS, 4.0, 5.0)]
     assert timeline.summary == "Waited 3.00 s for one of the running sequences to end. Waited 1.00 s for KV blocks."
 
 
 def test_the_wait_of_those_before_is_told_with_each_share():
     recorder = FlightRecorder()
-    request = RequestRecord("mine", 1.0, id="7", num_prompt_tokens=5)
-    recorder.request_arrived(request)
+    request = RequestRecord("mine", 1.0, number=7, id="7", num_prompt_tokens=5)
+    recorder.request_arrived(lambda: request)
     for number, (head, reason) in enumerate(
         [("5", WaitReason.ROWS), ("5", WaitReason.BLOCKS), ("6", WaitReason.BLOCKS)], 1
     ):
         recorder.step_ended(record(number, wait=Wait(head, 0, reason, "")))
-    request.started_s = 4.0
+    request = replace(request, started_s=4.0)
     [entry] = explained(recorder, "mine").entries
     expected = "waited 3.00 s after 2 requests, which waited 2.00 s for KV blocks and 1.00 s for one of the running"
     assert entry.text == f"{expected} sequences to end"
-    assert (entry.event.reason, entry.event.num_before) == (WaitReason.BLOCKS, 2)
+    assert (entry.event.reason, entry.event.requests_before) == (BLOCKS, 2)
 
 
 def test_one_that_ends_while_it_is_preempted_is_forgotten():
     recorder = FlightRecorder()
-    request = RequestRecord("mine", 0.5, id="7", started_s=0.6)
-    recorder.request_arrived(request)
+    request = RequestRecord("mine", 0.5, number=7, id="7", started_s=0.6)
+    recorder.request_arrived(lambda: request)
     recorder.step_ended(record(1, preemptions=[Preemption("7", 0, "8")]))
     assert recorder._absent
-    request.end_s = 5.0
-    recorder.request_ended(request)
+    recorder.request_ended(replace(request, end_s=5.0))
     assert not recorder._absent
     assert "was preempted for a request that is forgotten by now; has not run again for 4.00 s" in text_of(
         explained(recorder, "mine")

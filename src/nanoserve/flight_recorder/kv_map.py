@@ -1,4 +1,4 @@
-"""Which KV block is whose, kept from the records of steps, as the block pool has it in another process."""
+"""Which KV block is whose, from the records of steps: the block pool itself is in another process."""
 
 import itertools
 

@@ -1,15 +1,40 @@
-"""What happened to one request, and why it waited: records in, typed entries with plain sentences out. Pure."""
+"""What happened to one request, and why it waited: records in, the contract's events with plain sentences out. Pure."""
 
 import itertools
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from google.protobuf.timestamp_pb2 import Timestamp
+from nanoserve_client.v1 import admin_pb2
+from nanoserve_client.v1.admin_pb2 import (
+    TimelineCacheHit,
+    TimelineDecode,
+    TimelineEnd,
+    TimelinePreemption,
+    TimelinePrefill,
+    TimelineWait,
+)
+from nanoserve_client.v1.generation_pb2 import FINISH_REASON_UNSPECIFIED
+
 from nanoserve.observer import CallRecord, Chunk, RequestRecord
-from nanoserve.request import FinishReason, Overloaded, RequestError
+from nanoserve.request import Overloaded
+from nanoserve.rpc.errors import reason_of
+from nanoserve.rpc.messages import FINISH_REASONS, duration
 from nanoserve.step_record import Wait, WaitReason
 
 # Shorter waits are those for the step that was running.
 MIN_WAIT_S = 0.0005
+
+WAIT_REASONS = {reason: admin_pb2.WaitReason.Value(f"WAIT_REASON_{reason.name}") for reason in WaitReason}
+# After "waited for".
+WANTED = {
+    WaitReason.BLOCKS: "KV blocks",
+    WaitReason.ROWS: "one of the running sequences to end",
+    WaitReason.TOKENS: "a step with room for more tokens",
+    WaitReason.PREFIX: "its prefix to be cached",
+    WaitReason.BATCH: "the batch to end",
+}
 
 
 @dataclass(slots=True)
@@ -46,67 +71,17 @@ class Memory:
     labels: dict[str, str]
 
 
-# ----------------------------------------------------------------------------------------------- what happened
+# --------------------------------------------------------------------------------------------------- the answer
 
-
-@dataclass(frozen=True, slots=True)
-class Waited:
-    """A time in the queue."""
-
-    # Of several the one that took most time. None = for the prompt to be encoded, and for the step that was running.
-    reason: WaitReason | None
-    index: int
-    # The caller's id of the running request that had most of it; empty = none, or forgotten.
-    behind: str
-    # Requests that were the head of the queue in its stead; 0 = it was the head.
-    num_before: int
-    # Seconds that went by each reason, most first.
-    shares: Mapping[WaitReason, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class CacheHit:
-    """Prompt tokens from the prefix cache."""
-
-    num_cached_tokens: int
-    num_prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """Chunks of known tokens."""
-
-    index: int
-    num_tokens: int
-    num_chunks: int
-    is_after_preemption: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WasPreempted:
-    """A sequence lost its blocks until it ran again."""
-
-    index: int
-    # The caller's id of the request that the blocks were for; empty = forgotten.
-    for_label: str
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """Generation, of all sequences."""
-
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How it ended."""
-
-    finish_reasons: dict[int, FinishReason]
-    # ErrorInfo.reason of a refusal; None = `error`, if any, has it.
-    reason: str | None = None
-    error: RequestError | None = None
-    is_abandoned: bool = False
+# The name of each event in TimelineEntry.
+_FIELDS: dict[type, str] = {
+    TimelineWait: "wait",
+    TimelineCacheHit: "cache_hit",
+    TimelinePrefill: "prefill",
+    TimelinePreemption: "preemption",
+    TimelineDecode: "decode",
+    TimelineEnd: "end",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,46 +91,46 @@ class Entry:
     # time.monotonic().
     start_s: float
     end_s: float
+    # The event as a sentence, with what is known besides.
     text: str
-    event: Waited | CacheHit | Prefilled | WasPreempted | Decoded | Ended
+    event: TimelineWait | TimelineCacheHit | TimelinePrefill | TimelinePreemption | TimelineDecode | TimelineEnd
+    # Of a wait: seconds that went by each reason, most first. Empty = it was not for the scheduler.
+    shares: Mapping[WaitReason, float] = field(default_factory=dict)
+
+    def message(self, arrival_s: float) -> admin_pb2.TimelineEntry:
+        """With times from the arrival on; a call's own arrival is a moment before that of its request."""
+        start, took = duration(max(0.0, self.start_s - arrival_s)), duration(max(0.0, self.end_s - self.start_s))
+        message = admin_pb2.TimelineEntry(start=start, duration=took, text=self.text)
+        getattr(message, _FIELDS[type(self.event)]).CopyFrom(self.event)
+        return message
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
     """All that is known of a request."""
 
-    label: str
-    # The engine's own; empty = none.
-    id: str
-    arrival_s: float
+    request: RequestRecord
     # Its end, or now.
     end_s: float
-    is_over: bool
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_completion_tokens: int = 0
     # By their begin.
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Entry]
 
     @property
     def summary(self) -> str:
         """All of it in a few sentences."""
-        sentences = [*self._waits(), *self._work(), *(e.text for e in self.entries if isinstance(e.event, Ended))]
+        sentences = [*self._waits(), *self._work(), *(e.text for e in self.entries if isinstance(e.event, TimelineEnd))]
         return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
     def _waits(self) -> Iterator[str]:
-        waits = [(entry, entry.event) for entry in self.entries if isinstance(entry.event, Waited)]
+        waits = [(entry, entry.event) for entry in self.entries if isinstance(entry.event, TimelineWait)]
         shares: dict[WaitReason, float] = {}
         # The longest wait for each reason says whom it was behind.
-        longest: dict[WaitReason, Entry] = {}
         behind: dict[WaitReason, str] = {}
-        for entry, event in waits:
-            for reason, share_s in event.shares.items():
+        for entry, event in sorted(waits, key=lambda wait: wait[0].start_s - wait[0].end_s):
+            for reason, share_s in entry.shares.items():
                 shares[reason] = shares.get(reason, 0.0) + share_s
-            if event.reason is not None:
-                best = longest.get(event.reason)
-                if best is None or entry.end_s - entry.start_s > best.end_s - best.start_s:
-                    longest[event.reason], behind[event.reason] = entry, event.behind
+            for reason in itertools.islice(entry.shares, 1):
+                behind.setdefault(reason, event.behind_request_id)
         for reason, share_s in sorted(shares.items(), key=lambda share: -share[1]):
             whom = f" behind request {behind[reason]}" if behind.get(reason) else ""
             yield f"waited {_time(share_s)} for {WANTED[reason]}{whom}"
@@ -163,20 +138,38 @@ class Timeline:
             yield from (entry.text for entry, _ in waits)
 
     def _work(self) -> Iterator[str]:
-        yield from (entry.text for entry in self.entries if isinstance(entry.event, CacheHit))
-        first = next((e.event for e in self.entries if isinstance(e.event, Prefilled)), None)
+        yield from (entry.text for entry in self.entries if isinstance(entry.event, TimelineCacheHit))
+        first = next((e.event for e in self.entries if isinstance(e.event, TimelinePrefill)), None)
         if first is not None:
-            yield f"prefilled in {_count(first.num_chunks, 'chunk')}"
-        preemptions = [entry.event for entry in self.entries if isinstance(entry.event, WasPreempted)]
+            yield f"prefilled in {_count(first.chunks, 'chunk')}"
+        preemptions = [entry.event for entry in self.entries if isinstance(entry.event, TimelinePreemption)]
         if preemptions:
             times = "once" if len(preemptions) == 1 else f"{len(preemptions)} times"
-            labels = list(dict.fromkeys(event.for_label for event in preemptions if event.for_label))
+            labels = list(dict.fromkeys(event.for_request_id for event in preemptions if event.for_request_id))
             yield f"preempted {times}" + (f", for {_list(labels)}" if labels else "")
-        yield from (entry.text for entry in self.entries if isinstance(entry.event, Decoded))
+        yield from (entry.text for entry in self.entries if isinstance(entry.event, TimelineDecode))
+
+    def message(self) -> admin_pb2.RequestTimeline:
+        """For ExplainRequest."""
+        request = self.request
+        create_time = Timestamp()
+        create_time.FromMicroseconds(round((time.time() - time.monotonic() + request.arrival_s) * 1e6))
+        return admin_pb2.RequestTimeline(
+            request_id=request.label,
+            request_number=int(request.id or 0),
+            create_time=create_time,
+            duration=duration(self.end_s - request.arrival_s),
+            ended=request.end_s is not None,
+            prompt_tokens=request.num_prompt_tokens,
+            cached_tokens=request.num_cached_tokens,
+            completion_tokens=request.num_completion_tokens,
+            entries=[entry.message(request.arrival_s) for entry in self.entries],
+            summary=self.summary,
+        )
 
 
-def timeline_of(request: RequestRecord, memory: Memory, now_s: float) -> Timeline:
-    """The timeline of a request that runs or has ended."""
+def timeline_of(request: RequestRecord, code: str, memory: Memory, now_s: float) -> Timeline:
+    """The timeline of a request that runs or has ended. code: the status of its RPC; empty = not known, or no RPC."""
     end_s = now_s if request.end_s is None else request.end_s
     absences = [each for each in memory.absences if each.request_id == request.id]
     entries = [*_queue(request, memory, end_s), *_cache_hit(request), *_prefills(request, absences)]
@@ -184,25 +177,15 @@ def timeline_of(request: RequestRecord, memory: Memory, now_s: float) -> Timelin
     entries += _siblings_waits(request, memory, end_s)
     entries += _decode(request)
     entries.sort(key=lambda entry: entry.start_s)
-    return Timeline(
-        request.label,
-        request.id,
-        request.arrival_s,
-        end_s,
-        is_over=request.end_s is not None,
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_cached_tokens=request.num_cached_tokens,
-        num_completion_tokens=request.num_completion_tokens,
-        entries=[*entries, *_end(request)],
-    )
+    return Timeline(request, end_s, [*entries, *_end(request, code)])
 
 
 def timeline_of_refusal(call: CallRecord) -> Timeline:
     """The timeline of a call that was refused before the engine heard of it."""
-    ended = Ended({}, reason=call.reason, is_abandoned=not call.reason)
     why = f"it was refused: {call.code}" + (f" ({call.reason})" if call.reason else "")
-    entry = Entry(call.start_s, call.end_s, why, ended)
-    return Timeline(call.request_id, "", call.start_s, call.end_s, is_over=True, entries=[entry])
+    ended = TimelineEnd(reason=call.reason, abandoned=not call.reason)
+    record = RequestRecord(call.request_id, call.start_s, end_s=call.end_s)
+    return Timeline(record, call.end_s, [Entry(call.start_s, call.end_s, why, ended)])
 
 
 # ------------------------------------------------------------------------------------------------- the queue
@@ -214,9 +197,8 @@ def _queue(request: RequestRecord, memory: Memory, end_s: float) -> Iterator[Ent
     waits = list(_waits(request, 0, start_s, until_s, memory)) if request.id else []
     unexplained_s = (waits[0].start_s if waits else until_s) - start_s
     if unexplained_s > MIN_WAIT_S and not (request.end_s is not None and request.started_s is None and not waits):
-        yield Entry(
-            start_s, start_s + unexplained_s, _first_wait_text(request, unexplained_s, memory), Waited(None, 0, "", 0)
-        )
+        text = _first_wait_text(request, unexplained_s, memory)
+        yield Entry(start_s, start_s + unexplained_s, text, TimelineWait())
     yield from waits
 
 
@@ -253,7 +235,12 @@ def _wait_entry(
     main = last[next(iter(shares))]
     is_head = _kind(group[0], request, index) is not None
     before = [] if is_head else list(dict.fromkeys(span.wait.request_id for span in group))
-    event = Waited(main.reason, index, memory.labels.get(main.behind_request_id, ""), len(before), shares)
+    event = TimelineWait(
+        reason=WAIT_REASONS[main.reason],
+        index=index,
+        behind_request_id=memory.labels.get(main.behind_request_id, ""),
+        requests_before=len(before),
+    )
     what = []
     for reason, share_s in shares.items():
         took = f"{_time(share_s)} " if len(shares) > 1 else ""
@@ -261,17 +248,7 @@ def _wait_entry(
     who = f"sequence {index} " if index else ""
     whom = _name(before[0], request, memory) if len(before) == 1 else f"{len(before)} requests"
     after = f"after {whom}, which waited " if before else ""
-    return Entry(begin_s, until_s, f"{who}waited {_time(until_s - begin_s)} {after}{' and '.join(what)}", event)
-
-
-# After "waited for".
-WANTED = {
-    WaitReason.BLOCKS: "KV blocks",
-    WaitReason.ROWS: "one of the running sequences to end",
-    WaitReason.TOKENS: "a step with room for more tokens",
-    WaitReason.PREFIX: "its prefix to be cached",
-    WaitReason.BATCH: "the batch to end",
-}
+    return Entry(begin_s, until_s, f"{who}waited {_time(until_s - begin_s)} {after}{' and '.join(what)}", event, shares)
 
 
 def _behind(wait: Wait, request: RequestRecord, memory: Memory) -> str:
@@ -291,7 +268,8 @@ def _cache_hit(request: RequestRecord) -> Iterator[Entry]:
     if request.started_s is not None and request.num_cached_tokens:
         num_cached, num_prompt = request.num_cached_tokens, request.num_prompt_tokens
         text = f"{num_cached} of {num_prompt} prompt tokens came from the prefix cache"
-        yield Entry(request.started_s, request.started_s, text, CacheHit(num_cached, num_prompt))
+        event = TimelineCacheHit(cached_tokens=num_cached, prompt_tokens=num_prompt)
+        yield Entry(request.started_s, request.started_s, text, event)
 
 
 def _prefills(request: RequestRecord, absences: list[Absence]) -> Iterator[Entry]:
@@ -306,7 +284,9 @@ def _prefills(request: RequestRecord, absences: list[Absence]) -> Iterator[Entry
         what = "again computed" if num_preemptions else "prefilled"
         how = "in one step" if len(chunks) == 1 else f"in {len(chunks)} chunks, a step each"
         text = f"{who}{what} {_count(num_tokens, 'token')} {how}"
-        event = Prefilled(index, num_tokens, len(chunks), num_preemptions > 0)
+        event = TimelinePrefill(
+            index=index, tokens=num_tokens, chunks=len(chunks), after_preemption=num_preemptions > 0
+        )
         yield Entry(chunks[0].start_s, chunks[-1].end_s, text, event)
 
 
@@ -320,7 +300,7 @@ def _absences(request: RequestRecord, absences: list[Absence], memory: Memory, e
             why = f"for {_name(absence.for_request_id, request, memory)}"
         ended = "ran again after" if absence.end_s is not None else "has not run again for"
         text = f"{who} preempted {why}; {ended} {_time(back_s - absence.start_s)}"
-        event = WasPreempted(absence.index, memory.labels.get(absence.for_request_id, ""))
+        event = TimelinePreemption(index=absence.index, for_request_id=memory.labels.get(absence.for_request_id, ""))
         yield Entry(absence.start_s, back_s, text, event)
         yield from _waits(request, absence.index, absence.start_s, back_s, memory)
 
@@ -335,7 +315,9 @@ def _siblings_waits(request: RequestRecord, memory: Memory, end_s: float) -> Ite
     for index in range(1, request.params.n):
         until_s = first_chunks.get(index, end_s)
         waits = _waits(request, index, request.first_token_s, until_s, memory)
-        yield from (entry for entry in waits if isinstance(entry.event, Waited) and not entry.event.num_before)
+        yield from (
+            entry for entry in waits if isinstance(entry.event, TimelineWait) and not entry.event.requests_before
+        )
 
 
 def _decode(request: RequestRecord) -> Iterator[Entry]:
@@ -344,27 +326,31 @@ def _decode(request: RequestRecord) -> Iterator[Entry]:
         num_tokens = request.num_completion_tokens
         pace = f", {(num_tokens - 1) / took_s:.1f} a second" if took_s > 0 and num_tokens > 1 else ""
         text = f"generated {_count(num_tokens, 'token')} in {_time(took_s)}{pace}"
-        yield Entry(request.first_token_s, request.last_token_s, text, Decoded(num_tokens))
+        yield Entry(request.first_token_s, request.last_token_s, text, TimelineDecode(completion_tokens=num_tokens))
 
 
-def _end(request: RequestRecord) -> Iterator[Entry]:
+def _end(request: RequestRecord, code: str) -> Iterator[Entry]:
     if request.end_s is None:
         return
-    ended = Ended(request.finish_reasons, None, request.error, request.is_abandoned)
-    yield Entry(request.end_s, request.end_s, _end_text(request), ended)
+    reasons = [request.finish_reasons.get(index) for index in range(max(request.finish_reasons, default=-1) + 1)]
+    ended = TimelineEnd(
+        finish_reasons=[FINISH_REASONS[each] if each else FINISH_REASON_UNSPECIFIED for each in reasons],
+        reason="" if request.error is None else reason_of(request.error),
+        abandoned=request.is_abandoned,
+    )
+    yield Entry(request.end_s, request.end_s, _end_text(request, code), ended)
 
 
-def _end_text(request: RequestRecord) -> str:
+def _end_text(request: RequestRecord, code: str) -> str:
     if request.error is not None:
         if request.started_s is None:
             how = "it was refused" if not request.id or isinstance(request.error, Overloaded) else "it never ran"
             return f"{how}: {request.error}"
         return f"it failed: {request.error}"
     if request.is_abandoned:
-        is_deadline = request.call is not None and request.call.code == "DEADLINE_EXCEEDED"
+        is_deadline = code == "DEADLINE_EXCEEDED"
         return "its deadline passed before it was done" if is_deadline else "its caller went away before it was done"
-    reasons = [request.finish_reasons[index].value for index in sorted(request.finish_reasons)]
-    return f"it ended: {', '.join(reasons)}"
+    return f"it ended: {', '.join(reason.value for _, reason in sorted(request.finish_reasons.items()))}"
 
 
 def _time(seconds: float) -> str:
