@@ -82,7 +82,9 @@ class Bench:
             cache_identity="model",
         )
         self.core = EngineCore(self.scheduler, self.executor)
-        model = ServedModel("fake", 0.0, max_context_tokens, VOCAB, tuple(eos), SamplingParams())
+        model = ServedModel(
+            "fake", 0.0, max_context_tokens, VOCAB, tuple(eos), SamplingParams(), self.scheduler.block_names
+        )
         self.codec = byte_codec()
         limits = {"max_waiting": max_waiting, "step_timeout_s": step_timeout_s}
         self.engine = Engine(self.core, self.codec, model, **limits, observers=observers)

@@ -14,6 +14,7 @@ from typing import Any
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel, Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
+from nanoserve.kv_cache.block_pool import BlockNames
 from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
@@ -49,6 +50,7 @@ class FakeEngine:
             vocab_size=257,
             eos_token_ids=(EOS,),
             default_params=SamplingParams(temperature=0.75, top_k=40, max_tokens=99),
+            block_names=BlockNames("fake", 16, is_cache_enabled=True),
         )
         self.codec = FakeCodec()
         self.script: Script | None = None

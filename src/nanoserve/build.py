@@ -186,6 +186,7 @@ def assemble(
         vocab_size=model.vocab_size,
         eos_token_ids=eos_token_ids,
         default_params=model.default_params,
+        block_names=scheduler.block_names,
     )
     return Built(EngineCore(scheduler, runner), codec, served)
 

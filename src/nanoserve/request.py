@@ -120,6 +120,8 @@ class Request:
     time_limit_s: float | None = None
     # Prefixes are shared only within one salt.
     cache_salt: str = ""
+    # Of the prompt's blocks, from the first on: as many as are made already. The scheduler makes the others.
+    block_hashes: list[bytes] = field(default_factory=list)
     skip_cache_read: bool = False
 
 

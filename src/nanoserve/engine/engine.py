@@ -22,6 +22,7 @@ from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
 from nanoserve.engine.stream import Progress, RequestStream, StreamEvent
 from nanoserve.engine.text import TextCodec
+from nanoserve.kv_cache.block_pool import BlockNames
 from nanoserve.observer import Observers, RequestRecord
 from nanoserve.request import (
     Abort,
@@ -79,6 +80,7 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     # What an unset sampling parameter takes.
     default_params: SamplingParams
+    block_names: BlockNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +315,19 @@ class Engine:
             threads = self._text_threads if is_short else self._long_text_thread
             token_ids, _ = await self._encode(arrival.prompt, add_special_tokens, threads)
             request = self._make_request(arrival, token_ids)
-            # Things may have changed while the prompt was encoded.
+            name_blocks = functools.partial(
+                self.model.block_names.extend,
+                request.block_hashes,
+                token_ids,
+                len(token_ids) // self.model.block_names.block_size,
+                request_id=request.id,
+                cache_salt=request.cache_salt,
+            )
+            if is_short:
+                name_blocks()
+            else:
+                await asyncio.get_running_loop().run_in_executor(threads, name_blocks)
+            # Things may have changed meanwhile.
             self._check_ready()
             if arrival.is_cancelled:
                 raise CancelledByOperator

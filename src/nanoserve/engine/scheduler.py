@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from nanoserve.config import SchedulerConfig
 from nanoserve.engine.step_notes import StepNotes
-from nanoserve.kv_cache.block_pool import BlockPool, hash_block, hash_root
+from nanoserve.kv_cache.block_pool import BlockNames, BlockPool
 from nanoserve.request import (
     Admission,
     Event,
@@ -121,8 +121,7 @@ class Scheduler:
         self._config = config
         self._block_size = block_size
         self._max_context_tokens = max_context_tokens
-        self._cache_identity = cache_identity
-        self._enable_prefix_cache = enable_prefix_cache
+        self.block_names = BlockNames(cache_identity, block_size, enable_prefix_cache)
         # Live sequences of each request. Those of index > 0 wait outside of `_waiting` until the first has computed
         # the prompt, and then take its blocks from the pool.
         self._requests: dict[str, list[Sequence]] = {}
@@ -163,6 +162,7 @@ class Scheduler:
                 index=index,
                 rank=(-request.priority, arrival, index),
                 token_ids=list(request.prompt_token_ids),
+                block_hashes=list(request.block_hashes),
             )
             for index in range(request.params.n)
         ]
@@ -288,10 +288,10 @@ class Scheduler:
         if None not in self._rows:
             return WaitReason.ROWS
         hashes = self._hashes_to_match(sequence)
-        prefix = self.pool.match(hashes)
-        if len(prefix) < len(hashes) and self._is_computed_by(step, hashes[len(prefix)], len(prefix)):
-            self.pool.release(prefix)
+        num_known = self.pool.num_known(hashes)
+        if num_known < len(hashes) and self._is_computed_by(step, hashes[num_known], num_known):
             return WaitReason.PREFIX
+        prefix = self.pool.match(hashes)
         # Admitted only if there is room for all its known tokens: else it would soon preempt, or be preempted.
         if self._num_blocks_for(sequence.num_tokens) - len(prefix) > self.pool.num_available - num_kept_blocks:
             self.pool.release(prefix)
@@ -327,17 +327,10 @@ class Scheduler:
         return sequence.block_hashes[: (sequence.num_tokens - 1) // self._block_size]
 
     def _hash_blocks(self, sequence: Sequence, count: int) -> None:
-        size, hashes = self._block_size, sequence.block_hashes
-        while len(hashes) < count:
-            parent = hashes[-1] if hashes else self._root(sequence.request)
-            token_ids = sequence.token_ids[len(hashes) * size : (len(hashes) + 1) * size]
-            assert len(token_ids) == size, "only a full block has a hash"
-            hashes.append(hash_block(parent, token_ids))
-
-    def _root(self, request: Request) -> bytes:
-        # Without a prefix cache the sequences of one request still share the blocks that one of them owns.
-        own = "" if self._enable_prefix_cache else request.id
-        return hash_root(self._cache_identity, request.cache_salt, own)
+        request = sequence.request
+        self.block_names.extend(
+            sequence.block_hashes, sequence.token_ids, count, request_id=request.id, cache_salt=request.cache_salt
+        )
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Own the blocks for `count` more tokens; False if the pool has too few."""

@@ -12,9 +12,11 @@ over all tokens up to its end, so a later sequence that begins alike takes the b
 """
 
 import hashlib
+import itertools
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 
 def hash_root(*parts: str) -> bytes:
@@ -29,6 +31,27 @@ def hash_root(*parts: str) -> bytes:
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """The name of a full block; the same in every process and on every machine."""
     return hashlib.sha256(parent + struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNames:
+    """How the full blocks of a sequence are named. Any thread."""
+
+    # Model and weights.
+    cache_identity: str
+    block_size: int
+    # False = only the sequences of one request share blocks, whose prompt one of them has computed.
+    is_cache_enabled: bool
+
+    def extend(
+        self, hashes: list[bytes], token_ids: Sequence[int], count: int, *, request_id: str, cache_salt: str
+    ) -> None:
+        """Add hashes of the next blocks of these tokens until there are `count`."""
+        own = "" if self.is_cache_enabled else request_id
+        for i in range(len(hashes), count):
+            block = token_ids[i * self.block_size : (i + 1) * self.block_size]
+            assert len(block) == self.block_size, "only a full block has a hash"
+            hashes.append(hash_block(hashes[-1] if hashes else hash_root(self.cache_identity, cache_salt, own), block))
 
 
 class BlockPool:
@@ -88,15 +111,23 @@ class BlockPool:
         self._ref_counts[block_id] = 1
         return block_id
 
+    def num_known(self, hashes: Iterable[bytes]) -> int:
+        """How many blocks `match` would give."""
+        return sum(1 for _ in itertools.takewhile(self._block_of_hash.__contains__, hashes))
+
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """Take a reference to each block of the longest known prefix."""
+        find, counts = self._block_of_hash.get, self._ref_counts
         block_ids = []
         for block_hash in hashes:
-            block_id = self._block_of_hash.get(block_hash)
+            block_id = find(block_hash)
             if block_id is None:
                 break
-            self._cached.pop(block_id, None)
-            self._ref_counts[block_id] = self._ref_counts.get(block_id, 0) + 1
+            if block_id in counts:
+                counts[block_id] += 1
+            else:
+                del self._cached[block_id]
+                counts[block_id] = 1
             block_ids.append(block_id)
         return block_ids
 
