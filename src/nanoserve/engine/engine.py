@@ -216,7 +216,7 @@ class Engine:
                 loop.call_soon_threadsafe(self._deliver, events)
 
         self._core.start(deliver)
-        if self._observers.wants_steps:
+        if not self._observers.is_empty:
             self._core.post(ObserveSteps())
 
     async def close(self) -> None:
