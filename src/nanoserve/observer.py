@@ -127,8 +127,6 @@ class Observer:
     Steps are told from the engine's start on, so an observer is there before.
     """
 
-    # Steps are recorded, so that `step_ended` is told, and requests have chunks and preemptions.
-    wants_steps: bool = True
     # Requests keep what was asked and answered until they end.
     wants_content: bool = False
 
@@ -171,7 +169,6 @@ class Observers:
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
-        self.wants_steps = any(observer.wants_steps for observer in observers)
         self.wants_content = any(observer.wants_content for observer in observers)
         # Of requests that run, by id.
         self._histories: dict[str, _History] = {}

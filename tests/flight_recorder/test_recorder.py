@@ -85,8 +85,12 @@ def explained(recorder, label):
     return timeline
 
 
+def event_of(entry):
+    return getattr(entry.told, entry.told.WhichOneof("event"))
+
+
 def events(timeline, kind):
-    return [entry.event for entry in timeline.entries if isinstance(entry.event, kind)]
+    return [event_of(entry) for entry in timeline.entries if isinstance(event_of(entry), kind)]
 
 
 def reasons(timeline):
@@ -172,8 +176,8 @@ async def test_a_preemption_names_for_whom_and_what_came_after():
     assert "was preempted for request old; ran again after" in text_of(timeline)
     assert any(e.after_preemption for e in events(timeline, TimelinePrefill))
     assert reasons(timeline) == [WaitReason.BLOCKS]
-    [absence] = [e for e in timeline.entries if isinstance(e.event, TimelinePreemption)]
-    [wait] = [e for e in timeline.entries if isinstance(e.event, TimelineWait) and e.event.reason]
+    [absence] = [e for e in timeline.entries if isinstance(event_of(e), TimelinePreemption)]
+    [wait] = [e for e in timeline.entries if isinstance(event_of(e), TimelineWait) and event_of(e).reason]
     assert absence.start_s <= wait.start_s
     assert wait.end_s <= absence.end_s
     assert not events(explained(recorder, "old"), TimelinePreemption)
@@ -200,9 +204,11 @@ async def test_entries_lie_inside_the_request_and_are_in_order():
         assert starts == sorted(starts)
         assert all(timeline.request.arrival_s <= e.start_s <= e.end_s <= timeline.end_s for e in timeline.entries)
         # What it waited, from its arrival until it began, is all there is before its first chunk.
-        begun_s = next(e.start_s for e in timeline.entries if isinstance(e.event, TimelinePrefill))
+        begun_s = next(e.start_s for e in timeline.entries if isinstance(event_of(e), TimelinePrefill))
         waited_s = sum(
-            e.end_s - e.start_s for e in timeline.entries if isinstance(e.event, TimelineWait) and e.end_s <= begun_s
+            e.end_s - e.start_s
+            for e in timeline.entries
+            if isinstance(event_of(e), TimelineWait) and e.end_s <= begun_s
         )
         assert waited_s <= begun_s - timeline.request.arrival_s + 1e-9
 
@@ -253,7 +259,7 @@ async def test_a_call_that_never_became_a_request_says_why():
     recorder.call_ended(call)
     [entry] = explained(recorder, "mine").entries
     assert entry.text == "it was refused: INVALID_ARGUMENT (INVALID_REQUEST)"
-    assert entry.event.reason == "INVALID_REQUEST"
+    assert event_of(entry).reason == "INVALID_REQUEST"
     recorder.call_ended(CallRecord("nanoserve.v1.ModelService/ListModels", "list", 1.0, end_s=1.5))
     assert not recorder.timelines("list")
 
@@ -413,7 +419,9 @@ def test_waits_of_two_kinds_are_two_entries():
         recorder.step_ended(record(number, wait=Wait("7", 0, reason, "")))
     request = replace(request, started_s=5.0)
     timeline = explained(recorder, "mine")
-    found = [(e.event.reason, e.start_s, e.end_s) for e in timeline.entries if isinstance(e.event, TimelineWait)]
+    found = [
+        (event_of(e).reason, e.start_s, e.end_s) for e in timeline.entries if isinstance(event_of(e), TimelineWait)
+    ]
     assert found == [(ROWS, 1.0, 3.0), (BLOCKS, 3.0, 4.0), (ROWS, 4.0, 5.0)]
     assert timeline.summary == "Waited 3.00 s for one of the running sequences to end. Waited 1.00 s for KV blocks."
 
@@ -430,7 +438,7 @@ def test_the_wait_of_those_before_is_told_with_each_share():
     [entry] = explained(recorder, "mine").entries
     expected = "waited 3.00 s after 2 requests, which waited 2.00 s for KV blocks and 1.00 s for one of the running"
     assert entry.text == f"{expected} sequences to end"
-    assert (entry.event.reason, entry.event.requests_before) == (BLOCKS, 2)
+    assert (event_of(entry).reason, event_of(entry).requests_before) == (BLOCKS, 2)
 
 
 def test_one_that_ends_while_it_is_preempted_is_forgotten():

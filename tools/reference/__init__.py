@@ -1,1 +1,1 @@
-"""The renderings of reference pages that are not part of the product: protos.py and errors.py."""
+"""The renderings of the reference pages, one module each."""

@@ -58,7 +58,7 @@ async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemet
                 timeout_s=config.http_timeout_s,
             ),
             takes_signals=False,
-            routes=[_metrics_route(telemetry)] if telemetry.has_metrics else [],
+            routes=[_metrics_route(telemetry)] if telemetry.meter_provider else [],
             meter_provider=telemetry.meter_provider,
         )
         serving = asyncio.create_task(gateway.serve([listener]))
@@ -73,7 +73,7 @@ async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemet
 def _telemetry_facts(telemetry: "Telemetry", url: str | None) -> list[Fact]:
     """url: of the HTTP port; None = there is none."""
     facts = []
-    if telemetry.has_metrics:
+    if telemetry.meter_provider:
         pulled = "not served without the HTTP port" if url is None else f"{url}/metrics"
         pushed = telemetry.metrics_endpoint
         if url is None and pushed is None:

@@ -59,33 +59,28 @@ async def serve(options: Options, loading: Loading) -> int:
     # First, because it takes longest: to import torch alone takes seconds.
     process = EngineProcess(options)
     try:
-        return await _serve_by(process, options, loading)
+        from nanoserve.flight_recorder.recorder import FlightRecorder
+        from nanoserve.observability.telemetry import Telemetry
+        from nanoserve.rpc.server import Server
+
+        telemetry = Telemetry(options.observability)
+        recorder = FlightRecorder()
+        observers = Observers(
+            recorder,
+            *telemetry.observers,
+        )
+        server = Server(
+            options.server,
+            recorder=recorder,
+            observers=observers,
+        )
+        try:
+            async with openai_api(options.server, server, telemetry) as http_facts:
+                return await _serve(process, options, loading, server, observers, http_facts)
+        finally:
+            await telemetry.close()
     finally:
         process.kill()
-
-
-async def _serve_by(process: "EngineProcess", options: Options, loading: Loading) -> int:
-    """The same by an engine's process that has begun."""
-    from nanoserve.flight_recorder.recorder import FlightRecorder
-    from nanoserve.observability.telemetry import Telemetry
-    from nanoserve.rpc.server import Server
-
-    telemetry = Telemetry(options.observability)
-    recorder = FlightRecorder()
-    observers = Observers(
-        recorder,
-        *telemetry.observers,
-    )
-    server = Server(
-        options.server,
-        recorder=recorder,
-        observers=observers,
-    )
-    try:
-        async with openai_api(options.server, server, telemetry) as http_facts:
-            return await _serve(process, options, loading, server, observers, http_facts)
-    finally:
-        await telemetry.close()
 
 
 async def _serve(
@@ -136,20 +131,16 @@ async def _load(
     serving: "asyncio.Task[None]",
 ) -> "Engine":
     """Build the engine on another thread; a signal in the meantime ends the process."""
+    from nanoserve.engine_process import start_engine
+
     with loading:
-        building = asyncio.create_task(asyncio.to_thread(_build, process, options, loading, observers))
+        loading.report(Stage("importing torch and transformers"))
+        building = asyncio.create_task(asyncio.to_thread(start_engine, process, options, loading.report, observers))
         await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
     if not building.done():
         # Nothing can stop a thread that loads a model; the engine's process ends with this one.
         server.end_process(0)
     return building.result()
-
-
-def _build(process: "EngineProcess", options: Options, loading: Loading, observers: Observers) -> "Engine":
-    loading.report(Stage("importing torch and transformers"))
-    from nanoserve.engine_process import start_engine
-
-    return start_engine(process, options, loading.report, observers)
 
 
 def _address(config: ServerConfig, port: int) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
-from nanoserve.engine.stream import Progress, RequestStream, StreamEvent
+from nanoserve.engine.stream import RequestStream, StreamEvent
 from nanoserve.engine.text import TextCodec
 from nanoserve.kv_cache.block_pool import BlockNames
 from nanoserve.observer import Observers, RequestRecord
@@ -120,12 +120,11 @@ class _Arrival:
 
     def record(self, *, wants_content: bool) -> RequestRecord:
         """What observers may know of it by now."""
-        progress = Progress() if self.stream is None else self.stream.progress
-        prompt: str | list[int] | list[dict[str, Any]] | None = None
-        texts: tuple[str, ...] | None = None
+        stream = self.stream
+        content: dict[str, Any] = {}
         if wants_content:
-            prompt = self.prompt.messages if isinstance(self.prompt, Chat) else self.prompt
-            texts = tuple((self.stream and self.stream.texts) or [""] * self.params.n)
+            content["prompt"] = self.prompt.messages if isinstance(self.prompt, Chat) else self.prompt
+            content["texts"] = tuple((stream and stream.texts) or [""] * self.params.n)
         return RequestRecord(
             label=self.label,
             arrival_s=self.arrival_s,
@@ -133,19 +132,12 @@ class _Arrival:
             params=self.params,
             priority=self.priority,
             is_chat=isinstance(self.prompt, Chat),
-            id="" if self.stream is None else self.stream.request.id,
-            num_prompt_tokens=0 if self.stream is None else len(self.stream.request.prompt_token_ids),
-            started_s=progress.started_s,
-            num_cached_tokens=progress.num_cached_tokens,
-            first_token_s=progress.first_token_s,
-            last_token_s=progress.last_token_s,
-            num_completion_tokens=progress.num_completion_tokens,
-            finish_reasons=dict(progress.finish_reasons),
-            num_preemptions=progress.num_preemptions,
+            id=stream.request.id if stream else "",
+            num_prompt_tokens=len(stream.request.prompt_token_ids) if stream else 0,
             end_s=self.end_s,
             error=self.error,
-            prompt=prompt,
-            texts=texts,
+            **(dataclasses.asdict(stream.progress) if stream else {}),
+            **content,
         )
 
 
@@ -228,7 +220,7 @@ class Engine:
                 loop.call_soon_threadsafe(self._deliver, events)
 
         self._core.start(deliver)
-        if self._observers.wants_steps:
+        if not self._observers.is_empty:
             self._core.post(ObserveSteps())
 
     async def close(self) -> None:

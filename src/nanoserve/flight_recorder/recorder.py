@@ -15,7 +15,6 @@ from dataclasses import replace
 
 from nanoserve_client.v1 import admin_pb2
 
-from nanoserve.flight_recorder.kv_map import KvMap, SequenceKey
 from nanoserve.flight_recorder.timeline import (
     WAIT_REASONS,
     WANTED,
@@ -29,7 +28,7 @@ from nanoserve.flight_recorder.timeline import (
 from nanoserve.observer import CallRecord, Observer, RequestRecord
 from nanoserve.request import SamplingParams
 from nanoserve.rpc.messages import duration
-from nanoserve.step_record import StepPart, StepRecord, Wait
+from nanoserve.step_record import Release, StepPart, StepRecord, Wait
 
 MAX_STEPS = 512
 # Of requests that ended, and also of calls that were refused before they became a request.
@@ -46,6 +45,9 @@ NUM_FIRST_STEPS = 64
 MAX_TIMELINES = 16
 
 GENERATE = "nanoserve.v1.GenerationService/Generate"
+
+# (StepPart.request_id, StepPart.sequence_index).
+SequenceKey = tuple[str, int]
 
 
 class FlightRecorder(Observer):
@@ -215,6 +217,45 @@ class FlightRecorder(Observer):
         timelines = [timeline_of(request, code, memory, now_s) for request, code in asked[-MAX_TIMELINES:]]
         timelines += map(timeline_of_refusal, refused[-MAX_TIMELINES:])
         return sorted(timelines, key=lambda timeline: timeline.request.arrival_s, reverse=True)[:MAX_TIMELINES]
+
+
+class KvMap:
+    """Which KV block is whose, from the records of steps: the block pool itself is in another process.
+
+    Every block is free, cached, or owned: free + cached + owned = all. Event loop thread.
+    """
+
+    def __init__(self) -> None:
+        # The block table of each sequence that owns blocks. A block may be in several.
+        self.tables: dict[SequenceKey, list[int]] = {}
+        # 1 for each block that is owned or cached. Empty until the first step, when all are free.
+        self._is_used = bytearray()
+
+    def take(self, step: StepRecord) -> None:
+        """Bring the map to the end of this step, the next after the one before."""
+        if not self._is_used:
+            self._is_used = bytearray(step.num_free_blocks + step.num_cached_blocks + step.num_owned_blocks)
+        self._take_back(step.early_releases)
+        for part in step.parts:
+            if part.new_block_ids:
+                self.tables.setdefault((part.request_id, part.sequence_index), []).extend(part.new_block_ids)
+                for block_id in part.new_block_ids:
+                    self._is_used[block_id] = 1
+        self._take_back(step.late_releases)
+
+    def _take_back(self, releases: list[Release]) -> None:
+        for release in releases:
+            self.tables.pop((release.request_id, release.index), None)
+            for block_id in release.freed_block_ids:
+                self._is_used[block_id] = 0
+
+    def cached_block_ids(self) -> list[int]:
+        """Blocks that are kept for their prefix, and that nobody owns."""
+        is_cached = bytearray(self._is_used)
+        for table in self.tables.values():
+            for block_id in table:
+                is_cached[block_id] = 0
+        return list(itertools.compress(range(len(is_cached)), is_cached))
 
 
 def _trimmed(request: RequestRecord) -> RequestRecord:

@@ -7,14 +7,6 @@ from dataclasses import dataclass, field
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from nanoserve_client.v1 import admin_pb2
-from nanoserve_client.v1.admin_pb2 import (
-    TimelineCacheHit,
-    TimelineDecode,
-    TimelineEnd,
-    TimelinePreemption,
-    TimelinePrefill,
-    TimelineWait,
-)
 from nanoserve_client.v1.generation_pb2 import FINISH_REASON_UNSPECIFIED
 
 from nanoserve.observer import CallRecord, Chunk, RequestRecord
@@ -73,16 +65,6 @@ class Memory:
 
 # --------------------------------------------------------------------------------------------------- the answer
 
-# The name of each event in TimelineEntry.
-_FIELDS: dict[type, str] = {
-    TimelineWait: "wait",
-    TimelineCacheHit: "cache_hit",
-    TimelinePrefill: "prefill",
-    TimelinePreemption: "preemption",
-    TimelineDecode: "decode",
-    TimelineEnd: "end",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -91,17 +73,24 @@ class Entry:
     # time.monotonic().
     start_s: float
     end_s: float
-    # The event as a sentence, with what is known besides.
-    text: str
-    event: TimelineWait | TimelineCacheHit | TimelinePrefill | TimelinePreemption | TimelineDecode | TimelineEnd
+    # The event, and the same as a sentence with what is known besides; no times.
+    told: admin_pb2.TimelineEntry
     # Of a wait: seconds that went by each reason, most first. Empty = it was not for the scheduler.
     shares: Mapping[WaitReason, float] = field(default_factory=dict)
 
+    @property
+    def text(self) -> str:
+        return self.told.text
+
+    @property
+    def length_s(self) -> float:
+        return self.end_s - self.start_s
+
     def message(self, arrival_s: float) -> admin_pb2.TimelineEntry:
         """With times from the arrival on; a call's own arrival is a moment before that of its request."""
-        start, took = duration(max(0.0, self.start_s - arrival_s)), duration(max(0.0, self.end_s - self.start_s))
-        message = admin_pb2.TimelineEntry(start=start, duration=took, text=self.text)
-        getattr(message, _FIELDS[type(self.event)]).CopyFrom(self.event)
+        start, took = duration(max(0.0, self.start_s - arrival_s)), duration(max(0.0, self.length_s))
+        message = admin_pb2.TimelineEntry(start=start, duration=took)
+        message.MergeFrom(self.told)
         return message
 
 
@@ -118,36 +107,36 @@ class Timeline:
     @property
     def summary(self) -> str:
         """All of it in a few sentences."""
-        sentences = [*self._waits(), *self._work(), *(e.text for e in self.entries if isinstance(e.event, TimelineEnd))]
+        sentences = [*self._waits(), *self._work(), *(entry.text for entry in self._of("end"))]
         return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
+    def _of(self, event: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.told.WhichOneof("event") == event]
+
     def _waits(self) -> Iterator[str]:
-        waits = [(entry, entry.event) for entry in self.entries if isinstance(entry.event, TimelineWait)]
         shares: dict[WaitReason, float] = {}
         # The longest wait for each reason says whom it was behind.
         behind: dict[WaitReason, str] = {}
-        for entry, event in sorted(waits, key=lambda wait: wait[0].start_s - wait[0].end_s):
+        for entry in sorted(self._of("wait"), key=lambda entry: -entry.length_s):
             for reason, share_s in entry.shares.items():
                 shares[reason] = shares.get(reason, 0.0) + share_s
             for reason in itertools.islice(entry.shares, 1):
-                behind.setdefault(reason, event.behind_request_id)
+                behind.setdefault(reason, entry.told.wait.behind_request_id)
         for reason, share_s in sorted(shares.items(), key=lambda share: -share[1]):
             whom = f" behind request {behind[reason]}" if behind.get(reason) else ""
             yield f"waited {_time(share_s)} for {WANTED[reason]}{whom}"
         if not shares:
-            yield from (entry.text for entry, _ in waits)
+            yield from (entry.text for entry in self._of("wait"))
 
     def _work(self) -> Iterator[str]:
-        yield from (entry.text for entry in self.entries if isinstance(entry.event, TimelineCacheHit))
-        first = next((e.event for e in self.entries if isinstance(e.event, TimelinePrefill)), None)
-        if first is not None:
-            yield f"prefilled in {_count(first.chunks, 'chunk')}"
-        preemptions = [entry.event for entry in self.entries if isinstance(entry.event, TimelinePreemption)]
-        if preemptions:
+        yield from (entry.text for entry in self._of("cache_hit"))
+        for first in self._of("prefill")[:1]:
+            yield f"prefilled in {_count(first.told.prefill.chunks, 'chunk')}"
+        if preemptions := self._of("preemption"):
             times = "once" if len(preemptions) == 1 else f"{len(preemptions)} times"
-            labels = list(dict.fromkeys(event.for_request_id for event in preemptions if event.for_request_id))
+            labels = list(filter(None, dict.fromkeys(entry.told.preemption.for_request_id for entry in preemptions)))
             yield f"preempted {times}" + (f", for {_list(labels)}" if labels else "")
-        yield from (entry.text for entry in self.entries if isinstance(entry.event, TimelineDecode))
+        yield from (entry.text for entry in self._of("decode"))
 
     def message(self) -> admin_pb2.RequestTimeline:
         """For ExplainRequest."""
@@ -183,9 +172,10 @@ def timeline_of(request: RequestRecord, code: str, memory: Memory, now_s: float)
 def timeline_of_refusal(call: CallRecord) -> Timeline:
     """The timeline of a call that was refused before the engine heard of it."""
     why = f"it was refused: {call.code}" + (f" ({call.reason})" if call.reason else "")
-    ended = TimelineEnd(reason=call.reason, abandoned=not call.reason)
+    end = admin_pb2.TimelineEnd(reason=call.reason, abandoned=not call.reason)
     record = RequestRecord(call.request_id, call.start_s, end_s=call.end_s)
-    return Timeline(record, call.end_s, [Entry(call.start_s, call.end_s, why, ended)])
+    told = admin_pb2.TimelineEntry(text=why, end=end)
+    return Timeline(record, call.end_s, [Entry(call.start_s, call.end_s, told)])
 
 
 # ------------------------------------------------------------------------------------------------- the queue
@@ -198,7 +188,8 @@ def _queue(request: RequestRecord, memory: Memory, end_s: float) -> Iterator[Ent
     unexplained_s = (waits[0].start_s if waits else until_s) - start_s
     if unexplained_s > MIN_WAIT_S and not (request.end_s is not None and request.started_s is None and not waits):
         text = _first_wait_text(request, unexplained_s, memory)
-        yield Entry(start_s, start_s + unexplained_s, text, TimelineWait())
+        told = admin_pb2.TimelineEntry(text=text, wait=admin_pb2.TimelineWait())
+        yield Entry(start_s, start_s + unexplained_s, told)
     yield from waits
 
 
@@ -235,7 +226,7 @@ def _wait_entry(
     main = last[next(iter(shares))]
     is_head = _kind(group[0], request, index) is not None
     before = [] if is_head else list(dict.fromkeys(span.wait.request_id for span in group))
-    event = TimelineWait(
+    wait = admin_pb2.TimelineWait(
         reason=WAIT_REASONS[main.reason],
         index=index,
         behind_request_id=memory.labels.get(main.behind_request_id, ""),
@@ -248,7 +239,8 @@ def _wait_entry(
     who = f"sequence {index} " if index else ""
     whom = _name(before[0], request, memory) if len(before) == 1 else f"{len(before)} requests"
     after = f"after {whom}, which waited " if before else ""
-    return Entry(begin_s, until_s, f"{who}waited {_time(until_s - begin_s)} {after}{' and '.join(what)}", event, shares)
+    text = f"{who}waited {_time(until_s - begin_s)} {after}{' and '.join(what)}"
+    return Entry(begin_s, until_s, admin_pb2.TimelineEntry(text=text, wait=wait), shares)
 
 
 def _behind(wait: Wait, request: RequestRecord, memory: Memory) -> str:
@@ -268,8 +260,8 @@ def _cache_hit(request: RequestRecord) -> Iterator[Entry]:
     if request.started_s is not None and request.num_cached_tokens:
         num_cached, num_prompt = request.num_cached_tokens, request.num_prompt_tokens
         text = f"{num_cached} of {num_prompt} prompt tokens came from the prefix cache"
-        event = TimelineCacheHit(cached_tokens=num_cached, prompt_tokens=num_prompt)
-        yield Entry(request.started_s, request.started_s, text, event)
+        hit = admin_pb2.TimelineCacheHit(cached_tokens=num_cached, prompt_tokens=num_prompt)
+        yield Entry(request.started_s, request.started_s, admin_pb2.TimelineEntry(text=text, cache_hit=hit))
 
 
 def _prefills(request: RequestRecord, absences: list[Absence]) -> Iterator[Entry]:
@@ -284,10 +276,11 @@ def _prefills(request: RequestRecord, absences: list[Absence]) -> Iterator[Entry
         what = "again computed" if num_preemptions else "prefilled"
         how = "in one step" if len(chunks) == 1 else f"in {len(chunks)} chunks, a step each"
         text = f"{who}{what} {_count(num_tokens, 'token')} {how}"
-        event = TimelinePrefill(
+        prefill = admin_pb2.TimelinePrefill(
             index=index, tokens=num_tokens, chunks=len(chunks), after_preemption=num_preemptions > 0
         )
-        yield Entry(chunks[0].start_s, chunks[-1].end_s, text, event)
+        told = admin_pb2.TimelineEntry(text=text, prefill=prefill)
+        yield Entry(chunks[0].start_s, chunks[-1].end_s, told)
 
 
 def _absences(request: RequestRecord, absences: list[Absence], memory: Memory, end_s: float) -> Iterator[Entry]:
@@ -300,8 +293,9 @@ def _absences(request: RequestRecord, absences: list[Absence], memory: Memory, e
             why = f"for {_name(absence.for_request_id, request, memory)}"
         ended = "ran again after" if absence.end_s is not None else "has not run again for"
         text = f"{who} preempted {why}; {ended} {_time(back_s - absence.start_s)}"
-        event = TimelinePreemption(index=absence.index, for_request_id=memory.labels.get(absence.for_request_id, ""))
-        yield Entry(absence.start_s, back_s, text, event)
+        for_label = memory.labels.get(absence.for_request_id, "")
+        preemption = admin_pb2.TimelinePreemption(index=absence.index, for_request_id=for_label)
+        yield Entry(absence.start_s, back_s, admin_pb2.TimelineEntry(text=text, preemption=preemption))
         yield from _waits(request, absence.index, absence.start_s, back_s, memory)
 
 
@@ -315,9 +309,7 @@ def _siblings_waits(request: RequestRecord, memory: Memory, end_s: float) -> Ite
     for index in range(1, request.params.n):
         until_s = first_chunks.get(index, end_s)
         waits = _waits(request, index, request.first_token_s, until_s, memory)
-        yield from (
-            entry for entry in waits if isinstance(entry.event, TimelineWait) and not entry.event.requests_before
-        )
+        yield from (entry for entry in waits if not entry.told.wait.requests_before)
 
 
 def _decode(request: RequestRecord) -> Iterator[Entry]:
@@ -326,19 +318,22 @@ def _decode(request: RequestRecord) -> Iterator[Entry]:
         num_tokens = request.num_completion_tokens
         pace = f", {(num_tokens - 1) / took_s:.1f} a second" if took_s > 0 and num_tokens > 1 else ""
         text = f"generated {_count(num_tokens, 'token')} in {_time(took_s)}{pace}"
-        yield Entry(request.first_token_s, request.last_token_s, text, TimelineDecode(completion_tokens=num_tokens))
+        decode = admin_pb2.TimelineDecode(completion_tokens=num_tokens)
+        told = admin_pb2.TimelineEntry(text=text, decode=decode)
+        yield Entry(request.first_token_s, request.last_token_s, told)
 
 
 def _end(request: RequestRecord, code: str) -> Iterator[Entry]:
     if request.end_s is None:
         return
     reasons = [request.finish_reasons.get(index) for index in range(max(request.finish_reasons, default=-1) + 1)]
-    ended = TimelineEnd(
+    end = admin_pb2.TimelineEnd(
         finish_reasons=[FINISH_REASONS[each] if each else FINISH_REASON_UNSPECIFIED for each in reasons],
         reason="" if request.error is None else reason_of(request.error),
         abandoned=request.is_abandoned,
     )
-    yield Entry(request.end_s, request.end_s, _end_text(request, code), ended)
+    told = admin_pb2.TimelineEntry(text=_end_text(request, code), end=end)
+    yield Entry(request.end_s, request.end_s, told)
 
 
 def _end_text(request: RequestRecord, code: str) -> str:

@@ -12,8 +12,6 @@ logger = logging.getLogger(__name__)
 class AccessLog(Observer):
     """The fields of a line are attributes of its record too, for logs in JSON."""
 
-    wants_steps = False
-
     def call_ended(self, call: CallRecord) -> None:
         fields = dict(_fields(call))
         line = " ".join(f"{name}={value}" for name, value in fields.items())

@@ -44,7 +44,8 @@ class Telemetry:
         resource = Resource.create({} if "OTEL_SERVICE_NAME" in variables else {"service.name": "nanoserve"})
         self.observers: list[Observer] = []
         self._tracer_provider: TracerProvider | None = None
-        self._meter_provider: MeterProvider | None = None
+        # The gateway has a counter of its own there. None = there are no metrics.
+        self.meter_provider: MeterProvider | None = None
         self._registry = CollectorRegistry()
         # Of the collector that gets them; None = none does.
         self.traces_endpoint = _endpoint("TRACES", variables)
@@ -62,19 +63,9 @@ class Telemetry:
             readers: list[MetricReader] = [PrometheusMetricReader(scope_info_enabled=False, registry=self._registry)]
             if self.metrics_endpoint is not None:
                 readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
-            self._meter_provider = MeterProvider(readers, resource=resource)
-            self.observers.append(Metrics(self._meter_provider))
-        # The last one, because the others may name the trace.
+            self.meter_provider = MeterProvider(readers, resource=resource)
+            self.observers.append(Metrics(self.meter_provider))
         self.observers.append(AccessLog())
-
-    @property
-    def has_metrics(self) -> bool:
-        return self._meter_provider is not None
-
-    @property
-    def meter_provider(self) -> MeterProvider | None:
-        """For the gateway, which has a counter of its own. None = there are no metrics."""
-        return self._meter_provider
 
     async def exposition(self, accept: str) -> tuple[bytes, str]:
         """All metrics in a format that `accept` allows, and its content type."""
@@ -94,8 +85,8 @@ class Telemetry:
             patience.cancel()
 
     def _close_metrics(self) -> None:
-        if self._meter_provider is not None:
-            self._meter_provider.shutdown(FLUSH_TIMEOUT_S * 1000)
+        if self.meter_provider is not None:
+            self.meter_provider.shutdown(FLUSH_TIMEOUT_S * 1000)
 
 
 def _endpoint(signal: str, variables: Mapping[str, str]) -> str | None:
