@@ -213,7 +213,7 @@ class ModelRunner:
         targets = sequence.prompt_targets
         if not targets or result.is_corrupt:
             return result
-        size = max(1, PROMPT_LOGITS_AT_ONCE // self._model.vocab_size)
+        size = max(1, PROMPT_LOGITS_AT_ONCE // self._model.facts.vocab_size)
         logprobs: list[TokenLogprob] = []
         for i in range(0, len(targets), size):
             part = targets[i : i + size]
