@@ -6,11 +6,8 @@ Read this to see what the server is made of. It is the only module that knows bo
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +25,7 @@ from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
 from nanoserve.model.threads import ComputeThreads, one_thread, release_threads, usable_cpus
-from nanoserve.model.torch_internals import bars_made_by
+from nanoserve.model.torch_internals import watching_bars
 from nanoserve.request import Fact, Report, Stage
 
 logger = logging.getLogger(__name__)
@@ -67,9 +64,13 @@ def build_core(options: Options, *, wait_until_fast: bool = False, report: Repor
     On a CPU, parts of the model are compiled and memory is claimed behind the back of the running engine, or first,
     which takes up to a minute the first time. Raises ConfigError, whose one line says what to do.
     """
+
+    def say(share: float) -> None:
+        report(Stage("reading the weights", share) if share < 1 else Stage("preparing the layers"))
+
     report(Stage("reading the model"))
     try:
-        with _weights_reported(report), one_thread():
+        with watching_bars(say), one_thread():
             model = load_model(options.model)
         codec = TextCodec.load(model.facts.folder, trust_remote_code=options.model.trust_remote_code)
         return assemble(model, codec, options, wait_until_fast=wait_until_fast, report=report)
@@ -77,27 +78,6 @@ def build_core(options: Options, *, wait_until_fast: bool = False, report: Repor
         raise ConfigError(f"a checkpoint file in {options.model.path} cannot be read: {error}") from error
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"the device has too little memory: {error}; lower --kv-memory, or serve less") from error
-
-
-@contextmanager
-def _weights_reported(report: Report) -> Iterator[None]:
-    """Hear from transformers, which has a bar of its own, how many weights it has read."""
-
-    def watch(make_bar: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if not arguments:
-            return make_bar(**options)
-        items = list(arguments[0])
-
-        def watched() -> Iterator[Any]:
-            for i, item in enumerate(items):
-                report(Stage("reading the weights", i / len(items)))
-                yield item
-            report(Stage("preparing the layers"))
-
-        return watched()
-
-    with bars_made_by(watch):
-        yield
 
 
 def assemble(

@@ -23,6 +23,14 @@ from nanoserve.model.loader import load_skeleton
 from nanoserve.model.torch_internals import compile_ahead, mark_any_size
 from nanoserve.model.weights import apply_layout
 
+OPTIONS = {
+    # Multiply and add in one instruction, which rounds once.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # The number of threads is chosen in each step. Made for as many as there are CPUs, code leaves it open anyway, and
+    # keeps loops that are too short for threads free of them.
+    "cpp.dynamic_threads": torch.get_num_threads() != os.cpu_count(),
+}
+
 
 def main(folder: Path) -> None:
     job, names = pickle.load(sys.stdin.buffer)
@@ -46,22 +54,12 @@ def _make(folder: Path, name: str, job: Job) -> None:
     try:
         part = job.parts[name]
         function, args = prepare_formula(part) if isinstance(part, Formula) else prepare_layer(part, job)
-        compile_ahead(function, args, _options(), unfinished)
+        compile_ahead(function, args, OPTIONS, unfinished)
         unfinished.replace(folder / f"{name}.compiled")
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         unfinished.write_text(f"{name}: {type(error).__name__}: {reason[0]}")
         unfinished.replace(folder / f"{name}.error")
-
-
-def _options() -> dict[str, Any]:
-    return {
-        # Multiply and add in one instruction, which rounds once.
-        "cpp.enable_floating_point_contract_flag": "fast",
-        # The number of threads is chosen in each step. Made for as many as there are CPUs, code leaves it open anyway,
-        # and keeps loops that are too short for threads free of them.
-        "cpp.dynamic_threads": torch.get_num_threads() != os.cpu_count(),
-    }
 
 
 def prepare_layer(call: LayerCall, job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:

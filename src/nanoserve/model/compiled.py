@@ -199,7 +199,8 @@ class BackgroundCompiler:
 def _use_formula(formula: Formula, place: Place, function: Callable[..., Any]) -> bool:
     if not formula.is_computed_by(function):
         return False
-    place.table[place.key] = function
+    table, key = place
+    table[key] = function
     return True
 
 
@@ -260,7 +261,7 @@ def _formulas(
     for weight in {weight.form: weight for weight in _weights(model.model)}.values():
         yield from weight.formulas()
     for i, form in enumerate(sorted(forms, key=repr)):
-        yield f"attention-{i}", attention_formula(form, model.dtype, block_size), Place(compiled_attention, form)
+        yield f"attention-{i}", attention_formula(form, model.dtype, block_size), (compiled_attention, form)
 
 
 # -------------------------------------------------------------------------------------------- making and loading

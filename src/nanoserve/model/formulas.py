@@ -36,27 +36,20 @@ class Formula:
 
     def is_computed_by(self, compiled: Callable[..., Any]) -> bool:
         """Whether it gives the same, but for rounding."""
-        got, want = (_as_list(function(*self.trial)) for function in (compiled, self.function))
+        outs = (function(*self.trial) for function in (compiled, self.function))
+        got, want = ([out] if isinstance(out, Tensor) else out for out in outs)
         return len(got) == len(want) and all(
             torch.allclose(a, b, atol=1e-4, rtol=2 * torch.finfo(b.dtype).eps) for a, b in zip(got, want, strict=True)
         )
 
 
-def _as_list(out: Any) -> list[Tensor]:
-    return list(out) if isinstance(out, tuple | list) else [out]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the compiled function is looked for."""
-
-    table: dict[Any, Callable[..., Any]]
-    key: Any
+# Where a compiled function is looked for: a table, and its key in it.
+Place = tuple[dict[Any, Callable[..., Any]], Any]
 
 
 def attention_formula(form: AttentionForm, dtype: torch.dtype, block_size: int) -> Formula:
     """Of single tokens: for any number of sequences, of blocks a sequence, and of blocks in the cache."""
-    random = RandomNumbers()
+    random = random_numbers()
     pool = CACHE_BLOCKS, form.num_kv_heads, block_size
     num_keys = NUM_BLOCKS * block_size
     trial = (
@@ -73,11 +66,7 @@ def attention_formula(form: AttentionForm, dtype: torch.dtype, block_size: int) 
     return Formula(function, trial, ((0,), (0,), (0,), (0, 1), (0, 1), ()))
 
 
-class RandomNumbers:
-    """The same numbers in each start."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(dtype)
+def random_numbers() -> Callable[..., Tensor]:
+    """Makes tensors of a shape, the same in each start."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape, dtype=torch.float32: torch.randn(shape, generator=generator).to(dtype)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nanoserve.model.formulas import WIDTH, Formula, Place, RandomNumbers
+from nanoserve.model.formulas import WIDTH, Formula, Place, random_numbers
 from nanoserve.model.weights import Weight
 
 # The weight's rows in one tile. Other numbers of outputs are not served in this way.
@@ -64,12 +64,12 @@ class NarrowWeight(Weight):
 
     def formulas(self) -> Iterator[tuple[str, Formula, Place]]:
         for size in BLOCK_SIZES:
-            yield f"{self.form}-{size}", _formula(self.weight.dtype, size), Place(kernels, (self.weight.dtype, size))
+            yield f"{self.form}-{size}", _formula(self.weight.dtype, size), (kernels, (self.weight.dtype, size))
 
 
 def _formula(dtype: torch.dtype, size: int) -> Formula:
     """For any size of the weight, and any number of blocks of `size` tokens."""
-    random = RandomNumbers()
+    random = random_numbers()
     trial = random(2, size, WIDTH), random(3, TILE, WIDTH, dtype=dtype)
     return Formula(multiply_blocks, trial, ((0, 2), (0, 2)))
 

@@ -21,7 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nanoserve.model.formulas import WIDTH, Formula, Place, RandomNumbers
+from nanoserve.model.formulas import WIDTH, Formula, Place, random_numbers
 from nanoserve.model.torch_internals import can_read_packed, multiply_packed, pack_weight, packed_memory
 from nanoserve.model.weights import Weight
 
@@ -70,12 +70,12 @@ class PackedWeight(Weight):
 
     def formulas(self) -> Iterator[tuple[str, Formula, Place]]:
         for num_rows in FEW_ROWS:
-            yield f"{self.form}-{num_rows}", _formula(num_rows), Place(kernels, num_rows)
+            yield f"{self.form}-{num_rows}", _formula(num_rows), (kernels, num_rows)
 
 
 def _formula(num_rows: int) -> Formula:
     """For any size of the weight."""
-    random = RandomNumbers()
+    random = random_numbers()
     weight = random(3, WIDTH, TILE, 2, dtype=torch.bfloat16)
     trial = random(num_rows, WIDTH, 2, dtype=torch.bfloat16), weight.view(torch.int32).squeeze(3)
     return Formula(multiply_pairs, trial, ((1,), (0, 1)))

@@ -22,10 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 def _works(trial: Callable[[], object], what: str, instead: str) -> bool:
-    """Whether a trial gives something true. If not, one line says what was tried, and what is done instead."""
+    """Whether a trial gives something true. If not, the log says what was tried, and what is done instead.
+
+    A trial that gives None has learned that this machine lacks it, which is nothing to be said.
+    """
     try:
-        if trial():
-            return True
+        result = trial()
+        if result or result is None:
+            return bool(result)
         reason = "it does something else"
     except Exception as error:
         reason = repr(error)
@@ -64,19 +68,14 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype == torch.float32 and platform.machine() not in ("x86_64", "AMD64"):
         return False
 
-    def multiplies() -> bool:
+    def multiplies() -> bool | None:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
         weight, x = torch.eye(8, dtype=dtype)[:4], torch.arange(16, dtype=dtype).view(2, 8)
         return torch.equal(multiply_packed(x, pack_weight(weight, 2), None), functional.linear(x, weight))
 
-    return _has_packed(dtype) and _works(multiplies, "oneDNN's packed weights", "weights are served unpacked")
-
-
-def _has_packed(dtype: torch.dtype) -> bool:
-    """False where torch says that it is built without, or that the CPU lacks it, which is nothing to be said."""
-    try:
-        return bool(torch._C._has_mkldnn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    except AttributeError:
-        return True  # to be tried
+    is_there = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return is_there and _works(multiplies, "oneDNN's packed weights", "weights are served unpacked")
 
 
 def can_read_packed() -> bool:
@@ -146,14 +145,24 @@ def default_compiler_cache() -> str | None:
 
 
 @contextmanager
-def bars_made_by(make: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Meanwhile `make` gets what transformers makes its progress bars by, and makes something in their place."""
+def watching_bars(say: Callable[[float], None]) -> Iterator[None]:
+    """Meanwhile transformers shows no bars: `say` is told the share that is done, 1 at the end, of what has one."""
+
+    def watch(make_bar: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return watched(list(arguments[0])) if arguments else make_bar(**options)
+
+    def watched(items: list[Any]) -> Iterator[Any]:
+        for i, item in enumerate(items):
+            say(i / len(items))
+            yield item
+        say(1.0)
+
     set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
     if set_hook is None:
         logger.warning("transformers does not say how many weights it has read; loading shows no progress")
         yield
         return
-    before = set_hook(make)
+    before = set_hook(watch)
     try:
         yield
     finally:
