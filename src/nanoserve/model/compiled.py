@@ -258,7 +258,7 @@ def _formulas(
     model: LoadedModel, forms: Iterable[AttentionForm], compiled_attention: CompiledAttention, block_size: int
 ) -> Iterator[tuple[str, Formula, Place]]:
     """What a model's steps can use, each with its name. forms: of its attention."""
-    for weight in {weight.form: weight for weight in _weights(model.model)}.values():
+    for weight in {weight.form: weight for weight in _weights(model.model) if weight.form}.values():
         yield from weight.formulas()
     for i, form in enumerate(sorted(forms, key=repr)):
         yield f"attention-{i}", attention_formula(form, model.dtype, block_size), (compiled_attention, form)
