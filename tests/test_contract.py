@@ -36,7 +36,7 @@ from nanoserve.rpc.server import Server
 @functools.cache
 def built_in_model() -> tuple[LoadedModel, TextCodec]:
     model = load_model(ModelOptions(device="cpu", dtype="float32"))
-    return model, TextCodec.load(model.folder)
+    return model, TextCodec.load(model.facts.folder)
 
 
 def real_engine() -> Engine:

@@ -60,7 +60,7 @@ class Serving:
             self.pool,
             block_size=BLOCK,
             max_context_tokens=MAX_CONTEXT,
-            cache_identity=loaded.fingerprint,
+            cache_identity=loaded.facts.fingerprint,
             enable_prefix_cache=cache,
         )
         self.sampler = WatchedSampler(6, loaded.device)

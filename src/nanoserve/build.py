@@ -6,15 +6,11 @@ Read this to see what the server is made of. It is the only module that knows bo
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, ConfigError, Options, format_size
 from nanoserve.engine.core import EngineCore
@@ -24,10 +20,12 @@ from nanoserve.engine.text import TextCodec
 from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.kv_cache.paged_kv_cache import KVPlan, PagedKVCache, available_memory, plan_kv
 from nanoserve.model.compiled import BackgroundCompiler
+from nanoserve.model.facts import ModelFacts
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
 from nanoserve.model.threads import ComputeThreads, one_thread, release_threads, usable_cpus
+from nanoserve.model.torch_internals import watching_bars
 from nanoserve.request import Fact, Report, Stage
 
 logger = logging.getLogger(__name__)
@@ -66,40 +64,20 @@ def build_core(options: Options, *, wait_until_fast: bool = False, report: Repor
     On a CPU, parts of the model are compiled and memory is claimed behind the back of the running engine, or first,
     which takes up to a minute the first time. Raises ConfigError, whose one line says what to do.
     """
+
+    def say(share: float) -> None:
+        report(Stage("reading the weights", share) if share < 1 else Stage("preparing the layers"))
+
     report(Stage("reading the model"))
     try:
-        with _weights_reported(report), one_thread():
+        with watching_bars(say), one_thread():
             model = load_model(options.model)
-        codec = TextCodec.load(model.folder, trust_remote_code=options.model.trust_remote_code)
+        codec = TextCodec.load(model.facts.folder, trust_remote_code=options.model.trust_remote_code)
         return assemble(model, codec, options, wait_until_fast=wait_until_fast, report=report)
     except SafetensorError as error:
         raise ConfigError(f"a checkpoint file in {options.model.path} cannot be read: {error}") from error
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"the device has too little memory: {error}; lower --kv-memory, or serve less") from error
-
-
-@contextmanager
-def _weights_reported(report: Report) -> Iterator[None]:
-    """Hear from transformers, which has a bar of its own, how many weights it has read."""
-
-    def watch(make_bar: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if not arguments:
-            return make_bar(**options)
-        items = list(arguments[0])
-
-        def watched() -> Iterator[Any]:
-            for i, item in enumerate(items):
-                report(Stage("reading the weights", i / len(items)))
-                yield item
-            report(Stage("preparing the layers"))
-
-        return watched()
-
-    before = transformers_logging.set_tqdm_hook(watch)
-    try:
-        yield
-    finally:
-        transformers_logging.set_tqdm_hook(before)
 
 
 def assemble(
@@ -111,32 +89,30 @@ def assemble(
     report: Report = log_facts,
 ) -> Built:
     """Build what runs the steps of a loaded model. Raises ConfigError if the KV cache does not fit."""
-    plan = plan_kv(
-        model.kv_specs,
-        options.cache.block_size,
-        options.cache.kv_memory_bytes,
-        options.model.max_context_tokens,
-        model.max_position,
-        options.scheduler.max_num_seqs,
-        model.device,
+    runner, plan = build_runner(model, options, wait_until_fast=wait_until_fast, report=report)
+    scheduler = build_scheduler(options, model.facts, plan)
+    eos_token_ids = _eos_token_ids(model.facts, codec)
+    report(Fact("ends with", ", ".join(f"{codec.token(i)!r} ({i})" for i in eos_token_ids) or "nothing: it has no EOS"))
+    served = ServedModel(
+        name=served_name(options),
+        create_time_s=time.time(),
+        max_context_tokens=plan.max_context_tokens,
+        vocab_size=model.facts.vocab_size,
+        eos_token_ids=eos_token_ids,
+        default_params=model.facts.default_params,
+        block_names=scheduler.block_names,
     )
-    _refuse_more_than_there_is(plan, model.device)
-    dtype = str(model.dtype).removeprefix("torch.")
-    size = f"{model.num_parameters / 1e6:.1f} M parameters"
-    report(Fact("model", f"{served_name(options)}: {model.architecture}, {size}, {dtype} on {model.device}"))
-    report(Fact("KV cache", plan.describe()))
-    if options.model.max_context_tokens is None and plan.max_context_tokens < model.max_position:
-        logger.warning(
-            "the KV cache holds %d tokens, so that contexts end there and not at the model's %d; more need --kv-memory",
-            plan.num_tokens,
-            model.max_position,
-        )
-    limits = options.scheduler
-    report(Fact("step", f"at most {limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens"))
+    return Built(EngineCore(scheduler, runner), codec, served)
 
+
+def build_runner(
+    model: LoadedModel, options: Options, *, wait_until_fast: bool, report: Report
+) -> tuple[ModelRunner, KVPlan]:
+    """The model side: KV cache, sampler and runner, warm. Of the engine it knows nothing."""
+    plan = _plan_cache(model, options, report)
     report(Stage("warming up"))
     cache = PagedKVCache(plan.specs, plan.num_blocks, plan.block_size, model.device)
-    sampler = Sampler(options.scheduler.max_num_seqs, model.vocab_size, model.device)
+    sampler = Sampler(options.scheduler.max_num_seqs, model.facts.vocab_size, model.device)
     threads = None
     if model.device.type == "cpu":
         num_threads, why = usable_cpus()
@@ -168,30 +144,51 @@ def assemble(
         claiming.start()
         if wait_until_fast:
             claiming.join()
+    return runner, plan
 
-    scheduler = Scheduler(
+
+def _plan_cache(model: LoadedModel, options: Options, report: Report) -> KVPlan:
+    """How large the KV cache is made; says so, and what the model is."""
+    facts = model.facts
+    plan = plan_kv(
+        model.kv_specs,
+        options.cache.block_size,
+        options.cache.kv_memory_bytes,
+        options.model.max_context_tokens,
+        facts.max_position,
+        options.scheduler.max_num_seqs,
+        model.device,
+    )
+    _refuse_more_than_there_is(plan, model.device)
+    size = f"{facts.num_parameters / 1e6:.1f} M parameters"
+    report(Fact("model", f"{served_name(options)}: {facts.architecture}, {size}, {facts.dtype} on {model.device}"))
+    if facts.left_out:
+        report(Fact("plain weights", f"{', '.join(facts.left_out)}: no faster form is known for these"))
+    report(Fact("KV cache", plan.describe()))
+    if options.model.max_context_tokens is None and plan.max_context_tokens < facts.max_position:
+        logger.warning(
+            "the KV cache holds %d tokens, so that contexts end there and not at the model's %d; more need --kv-memory",
+            plan.num_tokens,
+            facts.max_position,
+        )
+    limits = options.scheduler
+    report(Fact("step", f"at most {limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens"))
+    return plan
+
+
+def build_scheduler(options: Options, facts: ModelFacts, plan: KVPlan) -> Scheduler:
+    """The engine's side, which has no tensors."""
+    return Scheduler(
         options.scheduler,
         BlockPool(plan.num_blocks, keep_cached=options.cache.enable_prefix_cache),
         block_size=plan.block_size,
         max_context_tokens=plan.max_context_tokens,
-        cache_identity=f"{model.fingerprint} {model.dtype}",
+        cache_identity=f"{facts.fingerprint} {facts.dtype}",
         enable_prefix_cache=options.cache.enable_prefix_cache,
     )
-    eos_token_ids = _eos_token_ids(model, codec)
-    report(Fact("ends with", ", ".join(f"{codec.token(i)!r} ({i})" for i in eos_token_ids) or "nothing: it has no EOS"))
-    served = ServedModel(
-        name=served_name(options),
-        create_time_s=time.time(),
-        max_context_tokens=plan.max_context_tokens,
-        vocab_size=model.vocab_size,
-        eos_token_ids=eos_token_ids,
-        default_params=model.default_params,
-        block_names=scheduler.block_names,
-    )
-    return Built(EngineCore(scheduler, runner), codec, served)
 
 
-def _eos_token_ids(model: LoadedModel, codec: TextCodec) -> tuple[int, ...]:
+def _eos_token_ids(model: ModelFacts, codec: TextCodec) -> tuple[int, ...]:
     """The checkpoint's, and its tokenizer's: fine-tunes often change only one of the two."""
     ids = {*model.eos_token_ids, *(() if codec.eos_token_id is None else (codec.eos_token_id,))}
     return tuple(sorted(token_id for token_id in ids if 0 <= token_id < model.vocab_size))

@@ -20,7 +20,7 @@ from nanoserve.model import compiled, cpu, narrow, packing
 from nanoserve.model.compiled import BackgroundCompiler, watch_calls
 from nanoserve.model.formulas import Formula
 from nanoserve.model.loader import LoadedModel, load_model
-from nanoserve.model.packing import PackedLinear
+from nanoserve.model.packing import PackedWeight
 
 # Of the largest logit.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.05}
@@ -115,7 +115,7 @@ def test_all_parts_are_compiled_and_compute_the_same(
     # Wide enough for the tiles of weights.
     model = check(family, tmp_path, dtype, monkeypatch, stored, hidden_size=64, intermediate_size=128)
     is_narrow = dtype == "float32" and stored != dtype
-    has_pairs = any(isinstance(m, PackedLinear) and m.pairs is not None for m in model.model.modules())
+    has_pairs = any(isinstance(m, PackedWeight) and m.pairs is not None for m in model.model.modules())
     assert set(packing.kernels) == ({1, 2} if has_pairs else set())
     num_layers = len(list(compiled.decoder_layers(model.model)))
     assert for_one_token.count(False) == num_layers
@@ -227,7 +227,7 @@ def test_layers_that_differ_in_a_constant_are_not_of_one_make(tmp_path: Path) ->
 
 def test_a_formula_that_computes_otherwise_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(_folder: Path, name: str) -> Any:
-        if name == "product-4":
+        if name == "narrow-bfloat16-4":
             return lambda x, w: narrow.multiply_blocks(x, w) * 1.01
         return (lambda q, *_: (q * 0, q[:, :, 0])) if name == "attention-0" else None
 
@@ -262,11 +262,9 @@ def quick_job(folder: Path) -> compiled.Job:
         folder=folder,
         trust_remote_code=False,
         dtype=torch.float32,
-        narrow_dtype=torch.bfloat16,
-        is_packed=False,
+        layout={},
         block_size=BLOCK_SIZE,
-        formulas={"part": Formula(torch.mul, (torch.ones(3), torch.ones(3)), ((0,), (0,)))},
-        layers={},
+        parts={"part": Formula(torch.mul, (torch.ones(3), torch.ones(3)), ((0,), (0,)))},
     )
 
 

@@ -13,15 +13,14 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from nanoserve.model import cpu
 from nanoserve.model.cpu import can_compile, compiled_folder, keep_compiled, prepare_to_load_compiled
-from nanoserve.model.packing import can_pack
+from nanoserve.model.torch_internals import can_pack
 
 # Multiplies by a packed weight with 600 numbers of rows, and prints by how many bytes the process grew.
 MANY_SHAPES = """
 import re, sys, torch
 from pathlib import Path
-from torch import nn
 from nanoserve.model.cpu import prepare_cpu
-from nanoserve.model.packing import PackedLinear
+from nanoserve.model.packing import PackedWeight
 
 def resident_bytes():
     return int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -29,11 +28,11 @@ def resident_bytes():
 prepare_cpu()
 dtype = getattr(torch, sys.argv[1])
 with torch.inference_mode():
-    linear = PackedLinear(nn.Linear(256, 256, dtype=dtype))
-    linear(torch.zeros(600, 256, dtype=dtype))
+    weight = PackedWeight(torch.zeros(256, 256, dtype=dtype))
+    weight.multiply(torch.zeros(600, 256, dtype=dtype), None)
     before = resident_bytes()
     for num_rows in range(1, 600):
-        linear(torch.zeros(num_rows, 256, dtype=dtype))
+        weight.multiply(torch.zeros(num_rows, 256, dtype=dtype), None)
 print(resident_bytes() - before)
 """
 

@@ -4,27 +4,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils import _pytree
 
-from nanoserve.model import formulas
+from nanoserve.model import narrow, packing
 from nanoserve.model.attention import AttentionForm
-from nanoserve.model.formulas import Formula
+from nanoserve.model.compiled import map_tensors
+from nanoserve.model.formulas import Formula, attention_formula
 
 PLAIN = AttentionForm(4, 2, 64, 64, 0.125, None, has_sinks=False)
 SINKS = AttentionForm(4, 2, 64, 32, 0.125, 30.0, has_sinks=True)
 FORMULAS = {
-    "packed product": formulas._packed_product(2),
-    "narrow product": formulas._narrow_product(torch.float16, 6),
-    "attention": formulas._attention(PLAIN, torch.float32, block_size=16),
-    "attention in bfloat16": formulas._attention(PLAIN, torch.bfloat16, block_size=16),
-    "attention with sinks and cap": formulas._attention(SINKS, torch.float32, block_size=8),
+    "packed product": packing._formula(2),
+    "narrow product": narrow._formula(torch.float16, 6),
+    "attention": attention_formula(PLAIN, torch.float32, block_size=16),
+    "attention in bfloat16": attention_formula(PLAIN, torch.bfloat16, block_size=16),
+    "attention with sinks and cap": attention_formula(SINKS, torch.float32, block_size=8),
 }
 
 
 @pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
 def test_only_what_computes_the_same_is_taken(formula: Formula) -> None:
     def changed(change: Any) -> Any:
-        return lambda *args: _pytree.tree_map(change, formula.function(*args))
+        return lambda *args: map_tensors(change, formula.function(*args))
 
     assert formula.is_computed_by(formula.function)
     assert not formula.is_computed_by(changed(lambda out: out * 1.03))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from nanoserve.checkpoint import ModelLoadError
 from nanoserve.config import ModelOptions
 from nanoserve.kv_cache.paged_kv_cache import KVSpec
-from nanoserve.model import loader
+from nanoserve.model import layout, loader
+from nanoserve.model.layout import has_plain
 from nanoserve.model.loader import LoadedModel, fix_rope, load_model
 from nanoserve.request import SamplingParams
 
@@ -50,28 +52,28 @@ def write_json(path: Path, **changes: object) -> None:
 
 def test_a_folder_becomes_a_model(llama_folder: Path) -> None:
     model = load(llama_folder)
-    assert model.architecture == "LlamaForCausalLM"
-    assert model.folder == llama_folder
-    assert (model.vocab_size, model.max_position) == (VOCAB_SIZE, MAX_POSITION)
-    assert model.num_parameters == sum(p.numel() for p in tiny_model("llama").parameters())
+    assert model.facts.architecture == "LlamaForCausalLM"
+    assert model.facts.folder == llama_folder
+    assert (model.facts.vocab_size, model.facts.max_position) == (VOCAB_SIZE, MAX_POSITION)
+    assert model.facts.num_parameters == sum(p.numel() for p in tiny_model("llama").parameters())
     assert not model.model.training
     assert model.kv_specs == (KVSpec(2, 8, 8, torch.float32),) * 2
 
 
 def test_weights_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "can_pack", lambda *_: False)  # packed weights cannot be read back
+    monkeypatch.setattr(layout, "can_pack", lambda *_: False)  # packed weights cannot be read back
     theirs = tiny_model("llama")
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ours = load(tmp_path)
     for name, parameter in theirs.named_parameters():
-        assert torch.equal(ours.model.get_parameter(name), parameter), name
+        assert torch.equal(attrgetter(name)(ours.model), parameter), name
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
 def test_once_packed_a_model_leaves_its_file(folder: Path) -> None:
     model = load(folder)
-    if not model.is_packed:
+    if has_plain(model.layout):
         pytest.skip("this CPU does not pack float32")
     assert model.model.get_input_embeddings().weight.shape == (VOCAB_SIZE, model.model.config.hidden_size)
     assert str(folder) not in Path("/proc/self/maps").read_text()
@@ -92,7 +94,7 @@ def test_windows_are_those_of_the_masks_not_of_the_arguments(tmp_path: Path) -> 
 
 def test_eos_ids_that_are_none_are_left_out_and_said_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_json(folder / "generation_config.json", eos_token_id=["2", None, True, 2.0, [3], 5])
-    assert load(folder).eos_token_ids == {5}
+    assert load(folder).facts.eos_token_ids == {5}
     assert "eos_token_id of the checkpoint has ['2', None, True, 2.0], which is left out" in caplog.text
 
 
@@ -104,7 +106,7 @@ def test_eos_ids_come_from_the_generation_config_or_the_config(
     if in_generation is not None:
         write_json(folder / "generation_config.json", eos_token_id=in_generation)
     write_json(folder / "config.json", eos_token_id=in_config)
-    assert load(folder).eos_token_ids == want
+    assert load(folder).facts.eos_token_ids == want
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_default_params_are_what_the_checkpoint_advises(
     folder: Path, generation: dict[str, object], want: SamplingParams
 ) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    assert load(folder).default_params == want
+    assert load(folder).facts.default_params == want
 
 
 def test_advice_that_no_caller_could_give_is_left_out_and_said_so(
@@ -132,7 +134,7 @@ def test_advice_that_no_caller_could_give_is_left_out_and_said_so(
 ) -> None:
     wrong = {"temperature": -1, "top_p": 1.5, "top_k": 2.5, "min_p": "0.1", "repetition_penalty": 0, "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(wrong))
-    assert load(folder).default_params == SamplingParams()
+    assert load(folder).facts.default_params == SamplingParams()
     for name in ("temperature is -1", "top_p is 1.5", "top_k is 2.5", "min_p is '0.1'", "repetition_penalty is 0"):
         assert f"generation_config.json: {name}, and is left out; allowed: " in caplog.text
 
@@ -148,18 +150,18 @@ def test_weights_that_are_no_numbers_are_refused_by_name(folder: Path, value: fl
 
 
 def test_the_fingerprint_follows_the_weights(llama_folder: Path, folder: Path) -> None:
-    assert load(folder).fingerprint == load(llama_folder).fingerprint
+    assert load(folder).facts.fingerprint == load(llama_folder).facts.fingerprint
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert load(folder).fingerprint != load(llama_folder).fingerprint
+    assert load(folder).facts.fingerprint != load(llama_folder).facts.fingerprint
 
 
 def test_rope_that_stretches_the_context_counts(tmp_path: Path) -> None:
     save_tiny_model("llama-yarn", tmp_path / "yarn")
     save_tiny_model("llama-dynamic-rope", tmp_path / "dynamic")
-    assert load(tmp_path / "yarn").max_position == 96
-    assert load(tmp_path / "dynamic").max_position == 72
+    assert load(tmp_path / "yarn").facts.max_position == 96
+    assert load(tmp_path / "dynamic").facts.max_position == 72
 
 
 @pytest.mark.parametrize(("context", "is_long"), [(24, False), (25, True)])
@@ -304,7 +306,7 @@ class Hub:
 
 def test_a_hub_id_is_loaded_at_its_revision(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(llama_folder, monkeypatch)
-    assert load("some/model", revision="v1").architecture == "LlamaForCausalLM"
+    assert load("some/model", revision="v1").facts.architecture == "LlamaForCausalLM"
     # Also if v1 is moved in the meantime.
     assert hub.asked == [("v1", False), (llama_folder.name, True)]
 

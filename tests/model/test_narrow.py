@@ -9,10 +9,12 @@ from feeder import Feeder
 from torch import Tensor, nn
 
 from nanoserve.config import ModelOptions
-from nanoserve.model import cpu, loader, narrow
+from nanoserve.model import cpu, layout, narrow
+from nanoserve.model.layout import decide_layout
 from nanoserve.model.loader import LoadedModel, load_model
-from nanoserve.model.narrow import BLOCK_SIZES, TILE, NarrowLinear, can_narrow, multiply_blocks, narrow_weights
-from nanoserve.model.packing import PackedLinear
+from nanoserve.model.narrow import BLOCK_SIZES, TILE, NarrowWeight, can_narrow, multiply_blocks
+from nanoserve.model.packing import PackedWeight
+from nanoserve.model.weights import ServedLinear, apply_layout
 
 CPU = torch.device("cpu")
 HALVES = [torch.bfloat16, torch.float16]
@@ -38,11 +40,11 @@ def use_kernels(dtype: torch.dtype) -> list[tuple[int, ...]]:
     return shapes
 
 
-def linear(dtype: torch.dtype, *, bias: bool = True) -> tuple[nn.Linear, NarrowLinear]:
+def linear(dtype: torch.dtype, *, bias: bool = True) -> tuple[nn.Linear, ServedLinear]:
     """The same layer, plain and narrow."""
     torch.manual_seed(0)
     plain = nn.Linear(70, 3 * TILE, bias=bias).to(dtype).float()
-    return plain, NarrowLinear(plain, plain.weight.detach().to(dtype))
+    return plain, ServedLinear(NarrowWeight(plain.weight.detach().to(dtype)), plain.bias)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -110,13 +112,20 @@ def test_what_is_plain_and_fits_is_replaced_and_nothing_else() -> None:
         )
         model.to(torch.bfloat16).float()
         model["exact"].weight[3, 5] = 1 + 2**-20  # type: ignore[index,operator]
-    narrow_weights(model, torch.bfloat16)
+    layout = decide_layout(model, CPU, torch.float32, torch.bfloat16)
+    assert {name: kind.make is NarrowWeight for name, kind in layout.items()} == {
+        "linear": True,
+        "odd": False,
+        "exact": False,
+        "embedding": True,
+    }
+    apply_layout(model, layout)
     assert {name: type(module).__name__ for name, module in model.items()} == {
-        "linear": "NarrowLinear",
-        "odd": "Linear",
+        "linear": "ServedLinear",
+        "odd": "ServedLinear",
         "special": "Special",
-        "exact": "Linear",
-        "embedding": "NarrowEmbedding",
+        "exact": "ServedLinear",
+        "embedding": "ServedEmbedding",
         "norm": "LayerNorm",
     }
 
@@ -129,9 +138,9 @@ def test_what_is_tied_stays_tied_but_not_to_what_must_stay_wide() -> None:
         model = nn.ModuleDict({"embedding": kind(TILE, 8), "head": nn.Linear(8, TILE, bias=False)})
         model.to(torch.bfloat16).float()
         model["head"].weight = model["embedding"].weight
-        narrow_weights(model, torch.bfloat16)
+        apply_layout(model, decide_layout(model, CPU, torch.float32, torch.bfloat16))
         embedding, head = model["embedding"].weight, model["head"].weight
-        assert isinstance(model["head"], NarrowLinear)
+        assert isinstance(model["head"].matrix, NarrowWeight)
         assert (embedding is head) == is_tied
         assert embedding.dtype == (torch.bfloat16 if is_tied else torch.float32)
 
@@ -143,11 +152,11 @@ def test_logits_of_narrow_models_are_those_of_wide_ones(
     tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path)
     options = ModelOptions(path=str(tmp_path), dtype="float32", device="cpu")
     small = load_model(options)
-    monkeypatch.setattr(loader, "can_narrow", lambda *_: False)
+    monkeypatch.setattr(layout, "can_narrow", lambda *_: False)
     wide = load_model(options)
-    assert (small.num_parameters, small.vocab_size) == (wide.num_parameters, wide.vocab_size)
-    assert any(isinstance(m, NarrowLinear) for m in small.model.modules())
-    assert not any(isinstance(m, NarrowLinear) for m in wide.model.modules())
+    assert (small.facts.num_parameters, small.facts.vocab_size) == (wide.facts.num_parameters, wide.facts.vocab_size)
+    assert any(isinstance(m, NarrowWeight) for m in small.model.modules())
+    assert not any(isinstance(m, NarrowWeight) for m in wide.model.modules())
     use_kernels(torch.bfloat16)
     logits = [logits_of(model, monkeypatch) for model in (small, wide)]
     error = (logits[0] - logits[1]).abs().amax(-1) / logits[1].abs().max()
@@ -179,8 +188,9 @@ def test_weights_stay_narrow_where_that_is_faster_and_exact(
 ) -> None:
     save_tiny_model("qwen3", tmp_path).to(stored).save_pretrained(tmp_path)
     model = load_model(ModelOptions(**{"path": str(tmp_path), "dtype": "float32", "device": "cpu", **changes}))  # type: ignore[arg-type]
-    assert any(isinstance(m, NarrowLinear) for m in model.model.modules()) == is_narrow
-    assert model.narrow_dtype == (stored if is_narrow else None)
+    assert any(isinstance(m, NarrowWeight) for m in model.model.modules()) == is_narrow
+    dtypes = {kind.dtype for kind in model.layout.values() if kind.make is NarrowWeight}
+    assert dtypes == ({stored} if is_narrow else set())
 
 
 def test_without_a_compiler_weights_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +198,8 @@ def test_without_a_compiler_weights_are_packed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("CXX", "no-such-compiler")
     model = load_model(ModelOptions(path=str(tmp_path), dtype="float32", device="cpu"))
     assert not model.is_compiled
-    assert any(isinstance(m, PackedLinear) for m in model.model.modules())
-    assert not any(isinstance(m, NarrowLinear) for m in model.model.modules())
+    assert any(isinstance(m, PackedWeight) for m in model.model.modules())
+    assert not any(isinstance(m, NarrowWeight) for m in model.model.modules())
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 """Packed weights: the same numbers, for every architecture."""
 
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
-
 import pytest
 import torch
 from families import FAMILIES, LONGEST, VOCAB_SIZE, tiny_model
@@ -10,17 +7,16 @@ from feeder import Feeder
 from torch import nn
 
 from nanoserve.config import ModelOptions
-from nanoserve.model import loader, packing
+from nanoserve.model import layout, packing
+from nanoserve.model.layout import decide_layout
 from nanoserve.model.loader import load_model
-from nanoserve.model.packing import (
-    PackedEmbedding,
-    PackedLinear,
-    _as_pairs,
-    can_pack,
-    has_pairs,
-    multiply_pairs,
-    pack_linears,
-)
+from nanoserve.model.packing import PackedWeight, _as_pairs, multiply_pairs
+from nanoserve.model.torch_internals import can_pack
+from nanoserve.model.weights import ServedEmbedding, ServedLinear, apply_layout
+
+
+def packed_layer(linear):
+    return ServedLinear(PackedWeight(linear.weight.detach()), linear.bias)
 
 
 def packable(dtype):
@@ -42,7 +38,7 @@ def test_a_packed_layer_gives_what_the_plain_one_gives(bias, shape, dtype):
     linear = nn.Linear(96, 40, bias=bias).to(dtype)
     x = torch.randn(*shape, 192).to(dtype)[..., ::2]  # not contiguous
     with torch.inference_mode():
-        expected, out = linear(x), PackedLinear(linear)(x)
+        expected, out = linear(x), packed_layer(linear)(x)
     assert out.shape == expected.shape
     tolerance, _ = TOLERANCES[dtype]
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
@@ -54,8 +50,8 @@ def test_a_packed_layer_gives_what_the_plain_one_gives(bias, shape, dtype):
 def test_few_rows_are_multiplied_from_the_packed_memory(bias, shape, monkeypatch):
     torch.manual_seed(0)
     linear = nn.Linear(96, 192, bias=bias, dtype=torch.bfloat16)
-    packed = PackedLinear(linear)
-    if packed.pairs is None:
+    packed = packed_layer(linear)
+    if packed.matrix.pairs is None:
         pytest.skip("oneDNN has another layout here")
     used = []
 
@@ -97,10 +93,10 @@ def test_memory_that_lies_otherwise_is_not_read(row):
 @every_dtype
 def test_every_plain_linear_is_packed_and_nothing_else(dtype):
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4), nn.Embedding(3, 8))).to(dtype)
-    pack_linears(model)
+    apply_layout(model, decide_layout(model, torch.device("cpu"), dtype, dtype))
     assert [type(m).__name__ for m in model.modules() if not list(m.children())] == [
-        "PackedLinear",
-        "PackedLinear",
+        "PackedWeight",
+        "PackedWeight",
         "Embedding",
     ]
 
@@ -111,10 +107,10 @@ def test_an_embedding_is_read_from_the_packed_head(shape):
     embedding = nn.Embedding(192, 96, dtype=torch.bfloat16)
     head = nn.Linear(96, 192, bias=False, dtype=torch.bfloat16)
     head.weight = embedding.weight
-    head = PackedLinear(head)
-    if not has_pairs(head):
+    head = packed_layer(head)
+    if not head.matrix.has_rows:
         pytest.skip("oneDNN has another layout here")
-    packed = PackedEmbedding(head)
+    packed = ServedEmbedding(head.matrix)
     ids = torch.randint(192, shape)
     assert torch.equal(packed(ids), embedding(ids))
     assert torch.equal(packed.weight, embedding.weight)
@@ -126,43 +122,13 @@ def test_a_weight_that_embedding_and_head_share_is_there_once(is_tied, tmp_path)
     model = tiny_model("qwen3", vocab_size=128, tie_word_embeddings=is_tied).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     loaded = load_model(ModelOptions(path=str(tmp_path), dtype="bfloat16", device="cpu"))
-    if not has_pairs(loaded.model.get_output_embeddings()):
+    if not loaded.model.get_output_embeddings().matrix.has_rows:
         pytest.skip("oneDNN has another layout here")
     embedding = loaded.model.get_input_embeddings()
-    assert type(embedding) is (PackedEmbedding if is_tied else nn.Embedding)
+    assert type(embedding) is (ServedEmbedding if is_tied else nn.Embedding)
     want = model.get_input_embeddings().weight
     assert torch.equal(embedding(torch.arange(128)), want)
     assert sum(p.shape == want.shape for p in loaded.model.parameters()) == (0 if is_tied else 1)
-
-
-@every_dtype
-def test_each_layer_is_packed_by_one_thread_and_several_at_a_time(dtype, monkeypatch):
-    both_are_there = Barrier(2, timeout=30)
-    threads = []
-
-    def pack(_: object) -> None:
-        threads.append(torch.get_num_threads())
-        both_are_there.wait()
-
-    monkeypatch.setattr(packing, "_pack", pack)
-    monkeypatch.setattr(packing, "usable_cpus", lambda: (2, "of 2 CPUs"))
-    pack_linears(nn.ModuleList(nn.Linear(64, 64, dtype=dtype) for _ in range(4)))
-    assert threads == [1, 1, 1, 1]
-
-
-@every_dtype
-def test_threads_to_come_compute_with_as_many_as_before(dtype):
-    def num_threads():
-        with ThreadPoolExecutor(1) as other:
-            return other.submit(torch.get_num_threads).result()
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        pack_linears(nn.Sequential(*[nn.Linear(8, 8) for _ in range(9)]).to(dtype))
-        assert (torch.get_num_threads(), num_threads()) == (3, 3)
-    finally:
-        torch.set_num_threads(before)
 
 
 @every_dtype
@@ -171,11 +137,14 @@ def test_logits_of_packed_models_are_those_of_plain_ones(family, dtype, tmp_path
     tiny_model(family).to(dtype).save_pretrained(tmp_path)
     options = ModelOptions(path=str(tmp_path), dtype=str(dtype).removeprefix("torch."), device="cpu")
     packed = load_model(options)
-    monkeypatch.setattr(loader, "can_pack", lambda *_: False)
+    monkeypatch.setattr(layout, "can_pack", lambda *_: False)
     plain = load_model(options)
-    assert (packed.num_parameters, packed.vocab_size) == (plain.num_parameters, plain.vocab_size)
-    assert any(isinstance(m, PackedLinear) for m in packed.model.modules())
-    assert not any(isinstance(m, PackedLinear) for m in plain.model.modules())
+    assert (packed.facts.num_parameters, packed.facts.vocab_size) == (
+        plain.facts.num_parameters,
+        plain.facts.vocab_size,
+    )
+    assert any(isinstance(m, PackedWeight) for m in packed.model.modules())
+    assert not any(isinstance(m, PackedWeight) for m in plain.model.modules())
     prompt = [[3 + 7 * i % (VOCAB_SIZE - 3) for i in range(LONGEST)]]
     logits = []
     for model in (packed, plain):

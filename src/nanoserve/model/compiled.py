@@ -20,22 +20,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils import _pytree
 
-from nanoserve.model import attend, packing
+from nanoserve.model import attend
 from nanoserve.model.attention import AttentionForm, CompiledAttention, attending
 from nanoserve.model.cpu import compiled_folder
-from nanoserve.model.formulas import Formula, formulas_of
+from nanoserve.model.formulas import Formula, Place, attention_formula
 from nanoserve.model.loader import LoadedModel
-from nanoserve.model.narrow import NarrowLinear
+from nanoserve.model.probe import stand_in
 from nanoserve.model.threads import TORCH_THREADS, one_thread
+from nanoserve.model.torch_internals import load_compiled
+from nanoserve.model.weights import Layout, Weight
 
 # Of a trial call. Unlike any width in a model, so that a dimension of this size is known to count tokens.
 NUM_TOKENS = 37
@@ -48,16 +50,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class LayerJob:
-    """A decoder layer to be compiled."""
+class LayerCall:
+    """A decoder layer, by its path in the model, and what it was called with in the trial run."""
 
-    # Its path in the model.
-    name: str
-    # Of its submodules that are attention.
-    attention_names: list[str]
-    # And those that are NarrowLinear.
-    narrow_names: list[str]
-    # Of a call that was watched.
+    path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -69,35 +65,23 @@ class Job:
     folder: Path
     trust_remote_code: bool
     dtype: torch.dtype
-    narrow_dtype: torch.dtype | None
-    is_packed: bool
+    layout: Layout
     block_size: int
-    formulas: dict[str, Formula]
-    layers: dict[str, LayerJob]
-
-    @property
-    def names(self) -> list[str]:
-        return [*self.formulas, *self.layers]
+    parts: dict[str, Formula | LayerCall]
 
 
 @dataclass(slots=True)
-class _Call:
-    """A layer, what it was called with in the trial run, and what it returned."""
+class _Trial:
+    """A layer, a call of it, and what it returned."""
 
-    name: str
     layer: nn.Module
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    call: LayerCall
     result: Any = None
-
-    @property
-    def narrow_names(self) -> list[str]:
-        return [name for name, module in self.layer.named_modules() if isinstance(module, NarrowLinear)]
 
     @property
     def make(self) -> str:
         """Equal for layers whose forward does the same: their classes, shapes and constants."""
-        facts: list[Any] = [sorted(self.kwargs)]
+        facts: list[Any] = [sorted(self.call.kwargs)]
         for name, module in self.layer.named_modules():
             constants = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | None)}
             constants.pop("layer_idx", None)
@@ -107,30 +91,38 @@ class _Call:
 
     @property
     def num_tokens(self) -> int:
-        return self.args[0].shape[1]  # type: ignore[no-any-return]
+        return self.call.args[0].shape[1]  # type: ignore[no-any-return]
 
     @property
-    def with_one_token(self) -> "_Call":
+    def with_one_token(self) -> "_Trial":
         """The same for the first token alone, whose result is its own."""
 
-        def first(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                for dimension, size in enumerate(leaf.shape):
-                    leaf = leaf.narrow(dimension, 0, 1) if size == NUM_TOKENS else leaf
-            return leaf
+        def first(tensor: Tensor) -> Tensor:
+            for dimension, size in enumerate(tensor.shape):
+                tensor = tensor.narrow(dimension, 0, 1) if size == NUM_TOKENS else tensor
+            return tensor
 
-        args, kwargs, result = _pytree.tree_map(first, (self.args, self.kwargs, self.result))
-        return _Call(self.name, self.layer, args, kwargs, result)
+        args, kwargs, result = map_tensors(first, (self.call.args, self.call.kwargs, self.result))
+        return _Trial(self.layer, LayerCall(self.call.path, args, kwargs), result)
 
     @property
-    def parts(self) -> dict[str, "_Call"]:
+    def parts(self) -> dict[str, "_Trial"]:
         """What is compiled of it, and as what call: for any number of tokens, and, where products can become a part of
         it, for one token.
         """
         parts = {f"layer-{self.make}": self}
-        if self.narrow_names or any(packing.has_pairs(module) for module in self.layer.modules()):
+        if any(weight.form for weight in _weights(self.layer)):
             parts[f"layer-{self.make}-1"] = self.with_one_token
         return parts
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """tree: tensors in tuples, lists and dicts."""
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(map_tensors(function, each) for each in tree)
+    return function(tree) if isinstance(tree, Tensor) else tree
 
 
 class BackgroundCompiler:
@@ -149,24 +141,19 @@ class BackgroundCompiler:
         block_size: int,
         trust_remote_code: bool,
     ) -> None:
-        calls, forms = watch_calls(model)
-        # Of each part, by its name: calls of the layers that it is for.
-        self._trials: dict[str, list[_Call]] = {}
-        for call in calls:
-            for name, trial in call.parts.items():
-                self._trials.setdefault(name, []).append(trial)
-        formulas = list(formulas_of(model, forms, compiled_attention, block_size))
-        self._places = {name: place for name, _, place in formulas}
-        self._job = Job(
-            folder=model.folder,
-            trust_remote_code=trust_remote_code,
-            dtype=model.dtype,
-            narrow_dtype=model.narrow_dtype,
-            is_packed=model.is_packed,
-            block_size=block_size,
-            formulas={name: formula for name, formula, _ in formulas},
-            layers={name: _layer_job(trials[0]) for name, trials in self._trials.items()},
-        )
+        trials, forms = watch_calls(model)
+        # Of each part: what tries its compiled form, and puts it to use, or gives False if it computes something else.
+        self._uses: dict[str, Callable[[Callable[..., Any]], bool]] = {}
+        parts: dict[str, Formula | LayerCall] = {}
+        for name, formula, place in _formulas(model, forms, compiled_attention, block_size):
+            parts[name], self._uses[name] = formula, partial(_use_formula, formula, place)
+        of_layers: dict[str, list[_Trial]] = {}
+        for trial in trials:
+            for name, part in trial.parts.items():
+                of_layers.setdefault(name, []).append(part)
+        for name, same in of_layers.items():
+            parts[name], self._uses[name] = same[0].call, partial(_use_layer, same)
+        self._job = Job(model.facts.folder, trust_remote_code, model.dtype, model.layout, block_size, parts)
         self._folder = cache_folder(self._job)
         self._num_used = 0
         self._started_s = 0.0
@@ -176,7 +163,7 @@ class BackgroundCompiler:
         """Use what is made, at once: loading it later would hold up requests. The rest begins in the background."""
         self._started_s = time.monotonic()
         with one_thread():
-            self._use_parts(name for name in self._job.names if _is_made(self._folder, name))
+            self._use_parts(name for name in self._job.parts if _is_made(self._folder, name))
         self._thread.start()
 
     def wait(self) -> None:
@@ -188,11 +175,11 @@ class BackgroundCompiler:
             self._make_and_use_missing()
 
     def _make_and_use_missing(self) -> None:
-        missing = [name for name in self._job.names if not _is_made(self._folder, name)]
+        missing = [name for name in self._job.parts if not _is_made(self._folder, name)]
         if missing:
             logger.info("compiling for speed in the background; requests are served meanwhile")
             self._use_parts(make(self._job, missing, self._folder))
-        seconds, num_parts = time.monotonic() - self._started_s, len(self._job.names)
+        seconds, num_parts = time.monotonic() - self._started_s, len(self._job.parts)
         logger.info("compiled parts are in use after %.1f s: %d of %d", seconds, self._num_used, num_parts)
 
     def _use_parts(self, names: Iterable[str]) -> None:
@@ -206,50 +193,50 @@ class BackgroundCompiler:
             logger.exception("compiling failed; serving goes on without")
 
     def _use(self, name: str, part: Callable[..., Any]) -> bool:
-        """False if it computes something else, or is for nothing."""
-        return self._use_layer(name, part) if name in self._job.layers else self._use_formula(name, part)
+        return self._uses[name](part)
 
-    def _use_formula(self, name: str, function: Callable[..., Any]) -> bool:
-        if not self._job.formulas[name].is_computed_by(function):
-            return False
-        place = self._places[name]
-        place.table[place.key] = function
-        return True
 
-    def _use_layer(self, name: str, run_layer: Callable[..., Any]) -> bool:
-        good = [trial for trial in self._trials[name] if _computes_the_same(trial, run_layer)]
-        for trial in good:
-            trial.layer.forward = _forward(run_layer, trial.layer, only_one_token=trial.num_tokens == 1)
-        return len(good) > 0
+def _use_formula(formula: Formula, place: Place, function: Callable[..., Any]) -> bool:
+    if not formula.is_computed_by(function):
+        return False
+    table, key = place
+    table[key] = function
+    return True
+
+
+def _use_layer(trials: Sequence[_Trial], run_layer: Callable[..., Any]) -> bool:
+    good = [trial for trial in trials if _computes_the_same(trial, run_layer)]
+    for trial in good:
+        trial.layer.forward = _forward(run_layer, trial.layer, only_one_token=trial.num_tokens == 1)
+    return len(good) > 0
 
 
 # ------------------------------------------------------------------------------------------- watching the model
 
 
-def watch_calls(model: LoadedModel) -> tuple[list[_Call], set[AttentionForm]]:
+def watch_calls(model: LoadedModel) -> tuple[list[_Trial], set[AttentionForm]]:
     """Run the model on a few tokens: the calls of its decoder layers, and the forms of attention."""
-    calls = [_Call(name, layer) for name, layer in decoder_layers(model.model)]
+    trials: list[_Trial] = []
     forms = set()
 
-    def watch(call: _Call) -> Any:
+    def watch(path: str, layer: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            call.args, call.kwargs, call.result = args, kwargs, result
+            trials.append(_Trial(layer, LayerCall(path, args, kwargs), result))
 
-        return call.layer.register_forward_hook(hook, with_kwargs=True)
+        return layer.register_forward_hook(hook, with_kwargs=True)
 
     def run_layer(_: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, sinks: Any) -> Tensor:
         forms.add(AttentionForm(q.shape[0], k.shape[0], k.shape[2], v.shape[2], scaling, softcap, sinks is not None))
-        return _stand_in(0, q, k, v, scaling, softcap, sinks)
+        return stand_in(0, q, k, v, scaling, softcap, sinks)
 
-    hooks = [watch(call) for call in calls]
-    positions = torch.arange(NUM_TOKENS) % model.max_position
+    hooks = [watch(path, layer) for path, layer in decoder_layers(model.model)]
+    token_ids = torch.arange(NUM_TOKENS)[None] % model.facts.vocab_size
+    positions = torch.arange(NUM_TOKENS)[None] % model.facts.max_position
     with torch.inference_mode(), attending(run_layer):
-        model.trunk(
-            input_ids=torch.arange(NUM_TOKENS)[None] % model.vocab_size, position_ids=positions[None], use_cache=False
-        )
+        model.trunk(input_ids=token_ids, position_ids=positions, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return calls, forms
+    return trials, forms
 
 
 def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -263,22 +250,18 @@ def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                     yield f"{path}.{index}", layer
 
 
-def _stand_in(
-    _: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
-    """Attention in which a token sees only itself, but which depends on all that it is given."""
-    scores = (q * scaling).tanh().mean(-1, keepdim=True)
-    if softcap is not None:
-        scores = scores / softcap
-    if sinks is not None:
-        scores = scores + sinks[:, None, None]
-    out = (v + k.tanh().mean(-1, keepdim=True)).repeat_interleave(len(q) // len(k), 0) * (1 + scores)
-    return out.transpose(0, 1).to(v.dtype).contiguous()
+def _weights(module: nn.Module) -> Iterator[Weight]:
+    return (inner for inner in module.modules() if isinstance(inner, Weight))
 
 
-def _layer_job(call: _Call) -> LayerJob:
-    attention_names = [name for name, module in call.layer.named_modules() if hasattr(module, "paged_index")]
-    return LayerJob(call.name, attention_names, call.narrow_names, call.args, call.kwargs)
+def _formulas(
+    model: LoadedModel, forms: Iterable[AttentionForm], compiled_attention: CompiledAttention, block_size: int
+) -> Iterator[tuple[str, Formula, Place]]:
+    """What a model's steps can use, each with its name. forms: of its attention."""
+    for weight in {weight.form: weight for weight in _weights(model.model) if weight.form}.values():
+        yield from weight.formulas()
+    for i, form in enumerate(sorted(forms, key=repr)):
+        yield f"attention-{i}", attention_formula(form, model.dtype, block_size), (compiled_attention, form)
 
 
 # -------------------------------------------------------------------------------------------- making and loading
@@ -288,7 +271,7 @@ def cache_folder(job: Job) -> Path:
     """Where what a job makes is kept: one folder for each machine, each version of what compiles, and each model."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     facts: list[Any] = [platform.machine(), sorted(torch.cpu.get_capabilities().items()), sys.version]
-    facts += [torch.__version__, transformers.__version__, job.dtype, job.narrow_dtype, job.is_packed, job.block_size]
+    facts += [torch.__version__, transformers.__version__, job.dtype, job.layout, job.block_size]
     facts += [os.cpu_count(), TORCH_THREADS]
     facts += [(job.folder / "config.json").read_bytes(), *(source.read_bytes() for source in sources)]
     return compiled_folder() / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
@@ -325,13 +308,10 @@ def _load(folder: Path, name: str) -> Callable[..., Any] | None:
         logger.info("not compiled: %s", error.read_text())
         return None
     try:
-        with (folder / f"{name}.compiled").open("rb") as file:
-            function: Any = torch.compiler.load_compiled_function(file, f_globals={"torch": torch, **vars(attend)})
+        return load_compiled(folder / f"{name}.compiled", {"torch": torch, **vars(attend)})
     except Exception as exception:
         logger.warning("not compiled: %s cannot be loaded: %r", name, exception)
         return None
-    function.disable_guard_check()
-    return function  # type: ignore[no-any-return]
 
 
 def _forward(run_layer: Callable[..., Any], layer: nn.Module, *, only_one_token: bool) -> Callable[..., Any]:
@@ -351,11 +331,11 @@ def _forward(run_layer: Callable[..., Any], layer: nn.Module, *, only_one_token:
     return forward
 
 
-def _computes_the_same(call: _Call, run_layer: Callable[..., Any]) -> bool:
+def _computes_the_same(trial: _Trial, run_layer: Callable[..., Any]) -> bool:
     """Whether a compiled layer gives what the layer gave."""
-    with attending(_stand_in):
-        got = _first(run_layer(call.layer, call.args, call.kwargs)).float()
-    hidden, want = call.args[0], _first(call.result).float()
+    with attending(stand_in):
+        got = _first(run_layer(trial.layer, trial.call.args, trial.call.kwargs)).float()
+    hidden, want = trial.call.args[0], _first(trial.result).float()
     added = (want - hidden.float()).norm()
     rounding = TOLERATED_STEPS * torch.finfo(hidden.dtype).eps * hidden.float().norm()
     return bool((got - want).norm() <= TOLERANCE * added + rounding)

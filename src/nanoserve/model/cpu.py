@@ -9,9 +9,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
 from nanoserve.config import environment
+from nanoserve.model.torch_internals import can_load_compiled, default_compiler_cache, import_what_loads_compiled
 
 # oneDNN makes a kernel for every shape that it multiplies, and shapes follow the number of tokens in a step. With what
 # describes it a kernel takes up to a megabyte, whatever the model's size, and by default 1024 of each kind are kept. A
@@ -63,7 +62,7 @@ def can_compile(num_parameters: int) -> bool:
             "there is no C++ compiler (%s): serving works, but would be up to three times as fast with one", compiler
         )
         return False
-    return True
+    return can_load_compiled()
 
 
 def compiled_folder() -> Path:
@@ -78,18 +77,15 @@ def keep_compiled() -> None:
     By default they are in a temporary folder, and torch has written its name into the environment when it was imported.
     """
     with suppress(OSError):  # the disk is full, or the folder not ours: compiling fails, and says so
-        if environment().get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        if environment().get("TORCHINDUCTOR_CACHE_DIR") in (None, default_compiler_cache()):
             folder = compiled_folder().with_name("torch")
             folder.mkdir(parents=True, exist_ok=True)
             environment()["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def prepare_to_load_compiled() -> None:
-    """If there is anything: what torch does before the first, which is to import much and to try out the CPU."""
+    """If there is anything."""
     if not compiled_folder().exists():
         return
     with suppress(Exception):  # it comes again, and is logged, when a part is loaded
-        from torch._inductor import config, cpu_vec_isa, select_algorithm  # noqa: F401
-
-        config.cpp.vec_isa_ok = True  # as the compiler has shown when it made what is there
-        cpu_vec_isa.pick_vec_isa()
+        import_what_loads_compiled()

@@ -9,7 +9,6 @@ that the checkpoint lacks is an error.
 """
 
 import copy
-import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ from nanoserve import checkpoint
 from nanoserve.checkpoint import ModelLoadError
 from nanoserve.config import ModelOptions, format_size
 from nanoserve.kv_cache.paged_kv_cache import KVSpec, available_memory
-from nanoserve.model import attention
+from nanoserve.model import attention, facts
 from nanoserve.model.attention import AttentionLayer
 from nanoserve.model.cpu import (
     can_compile,
@@ -45,25 +44,23 @@ from nanoserve.model.cpu import (
     prepare_to_load_compiled,
     release_freed_memory,
 )
-from nanoserve.model.narrow import can_narrow, narrow_weights
-from nanoserve.model.packing import can_pack, pack_model
+from nanoserve.model.facts import ModelFacts
+from nanoserve.model.layout import decide_layout, has_plain, kept_dtype, left_out
 from nanoserve.model.probe import NotServable, learn_layers
-from nanoserve.request import SAMPLING_RANGES, SamplingParams
+from nanoserve.model.weights import Layout, apply_layout
 
 # Layers of other types keep a state that is no KV cache, or choose the tokens that a query sees by their content.
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 SELECTING_MODULES = ("Indexer", "Compressor")
-# For a trial run of a model whose context is unknown.
+# For a trial run of a model whose context is unknown, before it is refused.
 SOME_CONTEXT = 2048
 # What a safetensors file calls the types that a model can be computed in.
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in eval mode whose attention is paged, and what is known of it."""
+    """A model in eval mode whose attention is paged."""
 
     # The whole model: token ids to logits.
     model: PreTrainedModel
@@ -71,40 +68,21 @@ class LoadedModel:
     trunk: nn.Module
     # Hidden states, as inputs_embeds, to logits: the whole model with its trunk left out.
     head: nn.Module
-    # Where its files lie; the tokenizer is there too.
-    folder: Path
-    architecture: str
     dtype: torch.dtype
     device: torch.device
-    vocab_size: int
-    # Tokens of prompt and completion together.
-    max_position: int
-    eos_token_ids: frozenset[int]
-    # The checkpoint's own, for requests that say nothing.
-    default_params: SamplingParams
+    # The form of its weights.
+    layout: Layout
     # What is particular to each attention layer, and what it keeps in the KV cache.
     attention_layers: tuple[AttentionLayer, ...]
     kv_specs: tuple[KVSpec, ...]
-    num_parameters: int
     # Parts of it are to be compiled while it is served.
     is_compiled: bool
-    # Linear layers are NarrowLinear, with weights of this type, where they can be. None = none is.
-    narrow_dtype: torch.dtype | None
-    # Other linear layers are PackedLinear.
-    is_packed: bool
-    # Equal for equal weights, on every machine: part of every prefix hash.
-    fingerprint: str
+    facts: ModelFacts
 
 
 def load_model(options: ModelOptions) -> LoadedModel:
     """Load and check a model. Raises ModelLoadError."""
-    checkpoint.check_path(options)
-    folder = checkpoint.fetch(options, checkpoint.CONFIG_FILES)
-    config = _read_config(folder, options)
-    # Of the Hub, the rest once the model is known to be of a kind that can be served; of the same revision.
-    folder = checkpoint.fetch(options, checkpoint.MODEL_FILES, revision=folder.name)
-    checkpoint.check_weights(folder)
-    generation = checkpoint.read_json(folder / "generation_config.json")
+    folder, config, generation = _find(options)
     device = torch.device(_device_name(options.device))
     if device.type == "cpu":
         prepare_cpu()
@@ -112,52 +90,24 @@ def load_model(options: ModelOptions) -> LoadedModel:
     is_compiled = options.compile and device.type == "cpu" and can_compile(_num_stored(folder))
     if is_compiled:
         keep_compiled()
-    stored = _stored_dtype(folder)
-    narrow_dtype = stored if is_compiled and can_narrow(device, dtype, stored) else None
-    model = _load_weights(folder, config, dtype, narrow_dtype, device, options).to(device).eval()
+    kept = kept_dtype(device, dtype, _stored_dtype(folder), is_compiled=is_compiled)
+    model = _load_weights(folder, config, dtype, kept, device, options).to(device).eval()
     _refuse_damaged(model, folder)
-    architecture = type(model).__name__
-    max_position = _max_position(config)
-    vocab_size = model.get_output_embeddings().weight.shape[0]
-    num_parameters = sum(p.numel() for p in model.parameters())
-    if narrow_dtype is not None:
-        narrow_weights(model, narrow_dtype)
+    layout = decide_layout(model, device, dtype, kept)
+    known = _facts(folder, config, generation, model, layout, dtype)  # while all weights are parameters
+    with ThreadPoolExecutor(1) as other_thread:  # which leaves the interpreter to this one, for what serving will need
+        applying = other_thread.submit(_apply, model, layout, dtype, kept)
+        if is_compiled:
+            prepare_to_load_compiled()
+        applying.result()
+    if kept != dtype:
         release_freed_memory()
-    is_packed = can_pack(device, dtype)
-    if is_packed:
-        _pack(model, is_compiled)
-    try:
-        trunk, head = _split(model)
-        _take_over_temperature(model)
-        fix_rope(model, max_position or SOME_CONTEXT)
-        _refuse_selection(model)
-        attention_layers, kv_specs = learn_layers(model, trunk, max_position or SOME_CONTEXT)
-    except NotServable as error:
-        raise ModelLoadError(f"{architecture} cannot be served: {error}") from error
-    except Exception as error:
-        raise ModelLoadError(f"{architecture} cannot be served: a trial run failed: {error!r}") from error
-    if max_position is None:
-        raise ModelLoadError(f"the context of {architecture} is unknown: no max_position_embeddings in its config")
-    return LoadedModel(
-        model=model,
-        trunk=trunk,
-        head=head,
-        folder=folder,
-        architecture=architecture,
-        dtype=dtype,
-        device=device,
-        vocab_size=vocab_size,
-        max_position=max_position,
-        eos_token_ids=_eos_token_ids(generation, config),
-        default_params=_default_params(generation, folder),
-        attention_layers=tuple(attention_layers),
-        kv_specs=tuple(kv_specs),
-        num_parameters=num_parameters,
-        is_compiled=is_compiled,
-        narrow_dtype=narrow_dtype,
-        is_packed=is_packed,
-        fingerprint=checkpoint.fingerprint(folder),
-    )
+    trunk, head, attention_layers, kv_specs = _fit(model, known.max_position)
+    if facts.max_position(config) is None:
+        raise ModelLoadError(
+            f"the context of {known.architecture} is unknown: no max_position_embeddings in its config"
+        )
+    return LoadedModel(model, trunk, head, dtype, device, layout, attention_layers, kv_specs, is_compiled, known)
 
 
 def load_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -172,6 +122,17 @@ def load_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) 
 
 
 # -------------------------------------------------------------------------------------------------- the config
+
+
+def _find(options: ModelOptions) -> tuple[Path, PreTrainedConfig, dict[str, Any]]:
+    """The folder with all files, its config, and its generation config."""
+    checkpoint.check_path(options)
+    folder = checkpoint.fetch(options, checkpoint.CONFIG_FILES)
+    config = _read_config(folder, options)
+    # Of the Hub, the rest once the model is known to be of a kind that can be served; of the same revision.
+    folder = checkpoint.fetch(options, checkpoint.MODEL_FILES, revision=folder.name)
+    checkpoint.check_weights(folder)
+    return folder, config, checkpoint.read_json(folder / "generation_config.json")
 
 
 def _read_config(folder: Path, options: ModelOptions) -> PreTrainedConfig:
@@ -248,15 +209,15 @@ def _load_weights(
     folder: Path,
     config: PreTrainedConfig,
     dtype: torch.dtype,
-    narrow_dtype: torch.dtype | None,
+    kept: torch.dtype,
     device: torch.device,
     options: ModelOptions,
 ) -> PreTrainedModel:
-    """In `narrow_dtype`, if there is one and nothing is lost by it; else in `dtype`, which takes twice the memory."""
-    if narrow_dtype is not None and len({name for name, _ in checkpoint.stored_tensors(folder)}) == 1:
-        model = _load_as(narrow_dtype, folder, config, device, options)
-        # A buffer of 16 bits was computed in them, such as Gemma 3's scale of embeddings.
-        if not any(buffer.dtype == narrow_dtype for buffer in model.buffers()):
+    """In the type that weights keep, if nothing is lost by it; else in `dtype`, which may take twice the memory."""
+    if kept != dtype and len({name for name, _ in checkpoint.stored_tensors(folder)}) == 1:
+        model = _load_as(kept, folder, config, device, options)
+        # A buffer of that type was computed in it, such as Gemma 3's scale of embeddings.
+        if not any(buffer.dtype == kept for buffer in model.buffers()):
             return model
     return _load_as(dtype, folder, config, device, options)
 
@@ -301,20 +262,13 @@ def _refuse_damaged(model: PreTrainedModel, folder: Path) -> None:
             raise ModelLoadError(f"the checkpoint in {folder} is damaged: {name} has NaN or infinity")
 
 
-def _pack(model: PreTrainedModel, is_compiled: bool) -> None:
-    """Pack in another thread, which leaves the interpreter to this one: for imports that serving will need."""
-    with ThreadPoolExecutor(1) as other_thread:
-        packing = other_thread.submit(_pack_and_leave_file, model)
-        if is_compiled:
-            prepare_to_load_compiled()
-        packing.result()
-
-
-def _pack_and_leave_file(model: PreTrainedModel) -> None:
-    pack_model(model)
-    # A single view of the checkpoint's file keeps all of it in memory.
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
+def _apply(model: PreTrainedModel, layout: Layout, dtype: torch.dtype, kept: torch.dtype) -> None:
+    apply_layout(model, layout)
+    if kept != dtype:
+        model.to(dtype)
+    if not has_plain(layout):  # what is left is small, and a single view of the checkpoint's file keeps all of it
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 @contextmanager
@@ -329,6 +283,28 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if had_bar:
             transformers_logging.enable_progress_bar()
+
+
+def _facts(
+    folder: Path,
+    config: PreTrainedConfig,
+    generation: dict[str, Any],
+    model: PreTrainedModel,
+    layout: Layout,
+    dtype: torch.dtype,
+) -> ModelFacts:
+    return ModelFacts(
+        folder=folder,
+        architecture=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        max_position=facts.max_position(config) or SOME_CONTEXT,
+        eos_token_ids=facts.eos_token_ids(generation, config),
+        default_params=facts.default_params(generation, folder),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        left_out=left_out(model, layout),
+        fingerprint=checkpoint.fingerprint(folder),
+    )
 
 
 # --------------------------------------------------------------------------------------------- fitting the model
@@ -350,6 +326,24 @@ class _HiddenStates(nn.Module):
 
     def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> tuple[Tensor]:
         return self.Output((inputs_embeds,))
+
+
+def _fit(
+    model: PreTrainedModel, max_position: int
+) -> tuple[nn.Module, nn.Module, tuple[AttentionLayer, ...], tuple[KVSpec, ...]]:
+    """Trunk, head, and what is particular to attention layers and kept in the cache. Refuses what cannot be served."""
+    architecture = type(model).__name__
+    try:
+        trunk, head = _split(model)
+        _take_over_temperature(model)
+        fix_rope(model, max_position)
+        _refuse_selection(model)
+        attention_layers, kv_specs = learn_layers(model, trunk, max_position)
+    except NotServable as error:
+        raise ModelLoadError(f"{architecture} cannot be served: {error}") from error
+    except Exception as error:
+        raise ModelLoadError(f"{architecture} cannot be served: a trial run failed: {error!r}") from error
+    return trunk, head, tuple(attention_layers), tuple(kv_specs)
 
 
 def _split(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -415,54 +409,3 @@ def _set_frequencies(module: nn.Module, kind: str, layer_type: str | None, lengt
     frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, current.device, seq_len=length, **arguments)
     current.copy_(frequencies)
     setattr(module, f"{prefix}attention_scaling", scaling)
-
-
-# -------------------------------------------------------------------------------------- what the checkpoint says
-
-
-def _max_position(config: PreTrainedConfig) -> int | None:
-    """The longest context: what the config says, or what its RoPE stretches the original length to. None = unknown."""
-    text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    if not longest:
-        return None
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("yarn", "dynamic"):
-        original = rope.get("original_max_position_embeddings") or longest
-        longest = max(longest, original * rope.get("factor", 1.0))
-    return int(longest)
-
-
-def _eos_token_ids(generation: dict[str, Any], config: PreTrainedConfig) -> frozenset[int]:
-    ids = generation.get("eos_token_id")
-    if ids is None:
-        ids = config.get_text_config().eos_token_id
-    if ids is None:
-        return frozenset()
-    ids = ids if isinstance(ids, list) else [ids]
-    if odd := [token_id for token_id in ids if type(token_id) is not int]:
-        logger.warning("eos_token_id of the checkpoint has %s, which is left out: it is no token id", odd[:4])
-    return frozenset(token_id for token_id in ids if type(token_id) is int)
-
-
-def _default_params(generation: dict[str, Any], folder: Path) -> SamplingParams:
-    """The sampling that the checkpoint's makers advise.
-
-    Fields that are there are taken, whatever is not there is off. An explicit "do_sample": false means greedy; without
-    the field the temperature holds, because callers of a server expect samples unless told otherwise. A value that no
-    caller could choose either is left out, and said so; a top_k of -1 is how some write that it is off.
-    """
-    advised: dict[str, Any] = {}
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-        value = generation.get(name)
-        if value is None or (name == "top_k" and value == -1):
-            continue
-        kinds = int if name == "top_k" else int | float
-        if isinstance(value, bool) or not isinstance(value, kinds) or value not in SAMPLING_RANGES[name]:
-            where = folder / "generation_config.json"
-            logger.warning("%s: %s is %r, and is left out; allowed: %s", where, name, value, SAMPLING_RANGES[name])
-        else:
-            advised[name] = value
-    if generation.get("do_sample") is False:
-        advised["temperature"] = 0.0
-    return SamplingParams(**advised)

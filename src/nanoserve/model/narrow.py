@@ -17,11 +17,14 @@ multiply: as fast as packed float32 at 512 tokens.
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+
+from nanoserve.model.formulas import WIDTH, Formula, Place, random_numbers
+from nanoserve.model.weights import Weight
 
 # The weight's rows in one tile. Other numbers of outputs are not served in this way.
 TILE = 32
@@ -35,36 +38,40 @@ WIDENED_AT_ONCE = 1 << 20
 kernels: dict[tuple[torch.dtype, int], Callable[[Tensor, Tensor], Tensor]] = {}
 
 
-class NarrowLinear(nn.Module):
-    """Stands for an nn.Linear whose weight is of 16 bits. [..., in_features] to [..., out_features], in float32."""
+class NarrowWeight(Weight):
+    """Of 16 bits, multiplied in float32. out_features is a multiple of TILE, or only rows can be read."""
 
-    def __init__(self, linear: nn.Linear, weight: Tensor) -> None:
-        """weight: [out_features, in_features], out_features a multiple of TILE; in place of the layer's own."""
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.bias = linear.bias
-        self.weight = weight  # no parameter: it must not change its type with those
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.form = f"narrow-{str(weight.dtype).removeprefix('torch.')}"
+        self.weight = weight.contiguous()  # no parameter: it must not change its type with those
 
-    def forward(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        """Whether it can be multiplied."""
+        return len(weight) % TILE == 0
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor
         if torch.compiler.is_compiling() and x.shape[:-1].numel() == 1:
             out = (x.flatten() * self.weight.float()).sum(-1).view(*x.shape[:-1], -1)  # a part of the compiled layer
         else:
             out = torch.ops.nanoserve.narrow_linear(x, self.weight)
-        return out if self.bias is None else out + self.bias
+        return out if bias is None else out + bias
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return functional.embedding(ids, self.weight).float()
+
+    def formulas(self) -> Iterator[tuple[str, Formula, Place]]:
+        for size in BLOCK_SIZES:
+            yield f"{self.form}-{size}", _formula(self.weight.dtype, size), (kernels, (self.weight.dtype, size))
 
 
-class NarrowEmbedding(nn.Module):
-    """Stands for an nn.Embedding whose weight is of 16 bits. Takes token ids [...], gives float32 [..., width]."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.num_embeddings = len(weight)
-        self.weight = weight
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return functional.embedding(token_ids, self.weight).float()
+def _formula(dtype: torch.dtype, size: int) -> Formula:
+    """For any size of the weight, and any number of blocks of `size` tokens."""
+    random = random_numbers()
+    trial = random(2, size, WIDTH), random(3, TILE, WIDTH, dtype=dtype)
+    return Formula(multiply_blocks, trial, ((0, 2), (0, 2)))
 
 
 _library = torch.library.Library("nanoserve", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -125,32 +132,7 @@ def can_narrow(device: torch.device, dtype: torch.dtype, stored: torch.dtype) ->
     return is_x86 and dtype == torch.float32 and stored.itemsize == 2
 
 
-def narrow_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace plain linear layers and embeddings whose weights are all numbers of `dtype`, which has 16 bits.
-
-    All else becomes float32. Originals are released one by one. What is tied stays tied.
-    """
-    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child) is nn.Embedding or (type(child) is nn.Linear and child.out_features % TILE == 0):
-                places.setdefault(child.weight, []).append((parent, name))
-    while places:
-        weight, uses = places.popitem()
-        narrow = weight.detach().to(dtype).contiguous()
-        if weight.dtype == dtype or _is_equal(narrow, weight):
-            for parent, name in uses:
-                setattr(parent, name, _narrowed(parent.get_submodule(name), narrow))
-    model.float()
-
-
-def _is_equal(narrow: Tensor, wide: Tensor) -> bool:
-    """Both [rows, width]."""
-    size = max(1, WIDENED_AT_ONCE // wide.shape[1])
-    return all(
-        torch.equal(a.float(), b) for a, b in zip(torch.split(narrow, size), torch.split(wide, size), strict=True)
-    )
-
-
-def _narrowed(module: nn.Module, weight: Tensor) -> nn.Module:
-    return NarrowLinear(module, weight) if isinstance(module, nn.Linear) else NarrowEmbedding(weight)
+def is_exact(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all numbers of a weight, [rows, width], are numbers of `dtype` too."""
+    parts = torch.split(weight, max(1, WIDENED_AT_ONCE // weight.shape[1]))
+    return weight.dtype == dtype or all(torch.equal(part.to(dtype).to(part.dtype), part) for part in parts)

@@ -4,7 +4,6 @@ A product works on tiles of the weight. Given a plain weight, the library rearra
 rows costs as much as the product itself; given a packed one it does not. On AVX2 in float32, a 1024 x 3072 layer runs
 3.4 times as fast at 4 rows, 2.7 times at 8, 1.4 times at 32, and 0.85 times at 2048; on AVX-512 in bfloat16 it is 1.6
 times at 1 and at 8 rows, 1.3 times at 32, and equal at 1024. Packing changes no number and no result beyond rounding.
-Only plain linear layers are packed; experts that are 3-D tensors, and GPT-2's transposed layers, stay as they are.
 
 In bfloat16 one or two rows take oneDNN 1.5 times as long as the weight takes to come from memory. `multiply_pairs`
 reads the same packed memory and, once compiled, takes no longer than that. It knows one layout, that of AVX-512:
@@ -16,16 +15,15 @@ reads the same packed memory and, once compiled, takes no longer than that. It k
 Each layer is compared with it when it is packed. Where oneDNN has another layout, it multiplies alone.
 """
 
-import ctypes
-import platform
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from nanoserve.model.threads import one_thread, usable_cpus
+from nanoserve.model.formulas import WIDTH, Formula, Place, random_numbers
+from nanoserve.model.torch_internals import can_read_packed, multiply_packed, pack_weight, packed_memory
+from nanoserve.model.weights import Weight
 
 # Rows that the layout is chosen for. On AVX-512 this one is as good at 1 and 1024 rows as those made for them.
 TYPICAL_ROWS = 32
@@ -39,54 +37,48 @@ FEW_ROWS = (1, 2)
 kernels: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
-class PackedLinear(nn.Module):
-    """Stands for an nn.Linear whose weight is packed. Takes [..., in_features], gives [..., out_features]."""
+class PackedWeight(Weight):
+    """Packed by oneDNN."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.bias = linear.bias
-        weight = linear.weight.detach()
-        # For torch it has the shape of the weight, and no storage.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.packed = pack_weight(weight, TYPICAL_ROWS)
         # The same memory for multiply_pairs.
-        self.pairs = _as_pairs(self._packed, weight)
+        self.pairs = _as_pairs(self.packed, weight)
+        self.has_rows = self.pairs is not None
+        self.form = None if self.pairs is None else "packed"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not torch.compiler.is_compiling():
-            return _multiply(x, self._packed, self.pairs, self.bias, self.out_features)
+            return _multiply(x, self.packed, self.pairs, bias, self.out_features)
         out: Tensor
         if self.pairs is not None and x.shape[:-1].numel() == 1:  # a part of the compiled layer
             out = multiply_pairs(x.reshape(1, -1, 2), self.pairs).view(*x.shape[:-1], -1)
-            return out if self.bias is None else out + self.bias
-        out = torch.ops.nanoserve.packed_linear(x, self._packed, self.pairs, self.bias, self.out_features)
+            return out if bias is None else out + bias
+        out = torch.ops.nanoserve.packed_linear(x, self.packed, self.pairs, bias, self.out_features)
         return out
 
-
-class PackedEmbedding(nn.Module):
-    """Stands for an nn.Embedding whose weight the head shares: reads the head's, so that there is no second one.
-
-    Takes [...], gives [..., embedding_dim].
-    """
-
-    def __init__(self, head: PackedLinear) -> None:
-        """head: one that has pairs."""
-        super().__init__()
-        assert head.pairs is not None
-        self.num_embeddings = head.out_features
-        self.embedding_dim = head.in_features
-        # The second is a view of the first.
-        self._packed, self._pairs = head._packed, head.pairs
-
-    def forward(self, ids: Tensor) -> Tensor:
-        pairs: Tensor = self._pairs[ids // TILE, :, ids % TILE]  # [..., embedding_dim / 2]
+    def rows(self, ids: Tensor) -> Tensor:
+        if self.pairs is None:
+            raise AttributeError("a packed weight of unknown layout cannot be read")
+        pairs: Tensor = self.pairs[ids // TILE, :, ids % TILE]  # [..., in_features / 2]
         return pairs.view(torch.bfloat16)
 
     @property
-    def weight(self) -> Tensor:
-        """Unpacked, for a model that looks at it."""
-        return self.forward(torch.arange(self.num_embeddings))
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.rows(torch.arange(self.out_features))
+
+    def formulas(self) -> Iterator[tuple[str, Formula, Place]]:
+        for num_rows in FEW_ROWS:
+            yield f"{self.form}-{num_rows}", _formula(num_rows), (kernels, num_rows)
+
+
+def _formula(num_rows: int) -> Formula:
+    """For any size of the weight."""
+    random = random_numbers()
+    weight = random(3, WIDTH, TILE, 2, dtype=torch.bfloat16)
+    trial = random(num_rows, WIDTH, 2, dtype=torch.bfloat16), weight.view(torch.int32).squeeze(3)
+    return Formula(multiply_pairs, trial, ((1,), (0, 1)))
 
 
 # oneDNN's product as an operator of our own: torch.compile would put its own in place, which wants its weight as a
@@ -102,11 +94,9 @@ _library.define(  # type: ignore[no-untyped-call]
 def _multiply(x: Tensor, packed: Tensor, pairs: Tensor | None, bias: Tensor | None, _out_features: int) -> Tensor:
     num_rows = x.shape[:-1].numel()
     kernel = kernels.get(num_rows)
-    out: Tensor
     if pairs is None or kernel is None:
-        out = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return out
-    out = kernel(x.reshape(num_rows, -1, 2), pairs).view(*x.shape[:-1], -1)
+        return multiply_packed(x, packed, bias)
+    out: Tensor = kernel(x.reshape(num_rows, -1, 2), pairs).view(*x.shape[:-1], -1)
     return out if bias is None else out + bias
 
 
@@ -130,66 +120,19 @@ def multiply_pairs(x: Tensor, pairs: Tensor) -> Tensor:
     return torch.stack(outs).to(x.dtype)
 
 
-def has_pairs(module: nn.Module) -> bool:
-    """Whether multiply_pairs can be used for it."""
-    return isinstance(module, PackedLinear) and module.pairs is not None
+# Tried once.
+_can_read_packed = cache(can_read_packed)
 
 
 def _as_pairs(packed: Tensor, weight: Tensor) -> Tensor | None:
     """The packed memory as multiply_pairs takes it, if it has that layout: [num_tiles, width / 2, TILE]."""
     num_rows, width = weight.shape
-    if weight.dtype != torch.bfloat16 or num_rows % TILE or width % 2:
+    if weight.dtype != torch.bfloat16 or num_rows % TILE or width % 2 or not _can_read_packed():
         return None
-    if torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
+    memory = packed_memory(packed)
+    if memory.nbytes != weight.nbytes:
         return None
-    address = torch.ops.mkldnn.data_ptr(packed)
-    memory = (ctypes.c_int32 * (weight.numel() // 2)).from_address(address)
-    pairs = torch.frombuffer(memory, dtype=torch.int32).view(-1, width // 2, TILE)
+    pairs = memory.view(-1, width // 2, TILE)
     tiles = weight.contiguous().view(torch.int32).view(-1, TILE, width // 2)
     is_as_expected = all(torch.equal(pairs[i], tiles[i].t()) for i in (0, len(tiles) // 2, -1))
     return pairs if is_as_expected else None
-
-
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing helps: float32 on x86, and bfloat16 on a CPU whose oneDNN computes in it."""
-    if device.type != "cpu" or not torch._C._has_mkldnn:
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32 and platform.machine() in ("x86_64", "AMD64")
-
-
-def pack_linears(model: nn.Module) -> None:
-    """Replace every plain linear layer; originals are released one by one, so that memory stays flat.
-
-    Each is packed by one thread, several at a time: beside a thread that does something else, as when a server starts,
-    threads that share one layer would wait for each other.
-    """
-    places = [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear
-    ]
-    num_threads, _ = usable_cpus()
-    with one_thread(), ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        for _ in threads.map(_pack, places):
-            pass
-
-
-def _pack(place: tuple[nn.Module, str]) -> None:
-    parent, name = place
-    setattr(parent, name, PackedLinear(getattr(parent, name)))
-
-
-def pack_model(model: PreTrainedModel) -> None:
-    """Its linear layers, and with the head the embedding, if they share a weight and the layout is known."""
-    embedding = model.get_input_embeddings()
-    is_tied = type(embedding) is nn.Embedding and embedding.weight is model.get_output_embeddings().weight
-    pack_linears(model)
-    head = model.get_output_embeddings()
-    if is_tied and has_pairs(head):
-        for parent in model.modules():
-            for name, child in parent.named_children():
-                if child is embedding:
-                    setattr(parent, name, PackedEmbedding(head))

@@ -12,8 +12,7 @@ The server relies on two things that no config states for every architecture:
 reaches them, and gives every attention module its index. A model that does something else is refused.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from nanoserve.kv_cache.paged_kv_cache import KVSpec
+from nanoserve.model import attention
 from nanoserve.model.attention import AttentionLayer
 
 NAME = "nanoserve-probe"
@@ -65,13 +65,11 @@ def learn_layers(
 
     max_position: the longest context that can be asked for. Raises NotServable.
     """
-    implementation = model.config._attn_implementation
-    with _probing():
-        model.set_attn_implementation(NAME)
-        try:
-            watch = _check_independence(model, trunk, max_position)
-        finally:
-            model.set_attn_implementation(implementation)
+    model.set_attn_implementation(NAME)
+    try:
+        watch = _check_independence(model, trunk, max_position)
+    finally:
+        model.set_attn_implementation(attention.NAME)
     if not watch.modules:
         raise NotServable("it has no attention that can be replaced")
     if len(set(map(id, watch.modules))) != len(watch.modules):
@@ -86,23 +84,11 @@ def learn_layers(
     return layers, specs
 
 
-@contextmanager
-def _probing() -> Iterator[None]:
-    """The stand-ins are known to transformers only meanwhile."""
-    AttentionInterface.register(NAME, _stand_in)
-    AttentionMaskInterface.register(NAME, _mask_stand_in)
-    try:
-        yield
-    finally:
-        del AttentionInterface._global_mapping[NAME]
-        del AttentionMaskInterface._global_mapping[NAME]
-
-
 def _mask_stand_in(*_: object, mask_function: Callable[..., Tensor], **__: object) -> _MaskRecipe:
     return _MaskRecipe(mask_function)
 
 
-def _stand_in(
+def _watched_attention(
     module: nn.Module,
     query: Tensor,  # [1, num_heads, num_tokens, key_width]
     key: Tensor,  # [1, num_kv_heads, num_tokens, key_width]
@@ -110,7 +96,6 @@ def _stand_in(
     attention_mask: object,
     **arguments: object,
 ) -> tuple[Tensor, None]:
-    """Attention in which a token sees only itself, but which depends on all that it is given."""
     watch = _watch.get()
     is_causal = arguments.pop("is_causal", None)
     unknown = sorted(k for k, v in arguments.items() if k not in KNOWN_ARGUMENTS and v is not None and v is not False)
@@ -121,10 +106,27 @@ def _stand_in(
     watch.modules.append(module)
     watch.masks.append(attention_mask)
     watch.specs.append(KVSpec(key.shape[1], key.shape[3], value.shape[3], key.dtype))
-    group = query.shape[1] // key.shape[1]
-    out = value + key.tanh().mean(-1, keepdim=True)  # [1, num_kv_heads, num_tokens, value_width]
-    out = out.repeat_interleave(group, 1) + query.tanh().mean(-1, keepdim=True)
-    return out.transpose(1, 2).contiguous(), None
+    return stand_in(0, query[0], key[0], value[0], 1.0, None, None).unsqueeze(0), None
+
+
+def stand_in(
+    _: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention in which a token sees only itself, but which depends on all that it is given: for trial runs.
+
+    Arguments and result are those of attention.py.
+    """
+    scores = (q * scaling).tanh().mean(-1, keepdim=True)  # [num_heads, num_tokens, 1]
+    if softcap is not None:
+        scores = scores / softcap
+    if sinks is not None:
+        scores = scores + sinks[:, None, None]
+    out = (v + k.tanh().mean(-1, keepdim=True)).repeat_interleave(len(q) // len(k), 0) * (1 + scores)
+    return out.transpose(0, 1).to(v.dtype).contiguous()  # [num_tokens, num_heads, value_width]
+
+
+AttentionInterface.register(NAME, _watched_attention)
+AttentionMaskInterface.register(NAME, _mask_stand_in)
 
 
 def _check_independence(model: PreTrainedModel, trunk: nn.Module, max_position: int) -> _Watch:

@@ -207,7 +207,7 @@ class ModelRunner:
             return result
         first = sequence.start + 1
         targets = self._tokens[sequence.row, first : first + sequence.num_prompt_logprobs].tolist()
-        size = max(1, PROMPT_LOGITS_AT_ONCE // self._model.vocab_size)
+        size = max(1, PROMPT_LOGITS_AT_ONCE // self._model.facts.vocab_size)
         parts: list[Logprobs] = []
         for i in range(0, len(targets), size):
             part = targets[i : i + size]
