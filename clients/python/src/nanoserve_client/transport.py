@@ -10,7 +10,7 @@ from typing import TypedDict
 import grpc
 from google.protobuf.message import Message
 
-from nanoserve_client.errors import InvalidRequest
+from nanoserve_client.errors import InvalidRequest, Metadata, NanoserveError, from_status
 from nanoserve_client.tracing import CallSpan
 
 # What the server receives at most. It would refuse more with a bare RESOURCE_EXHAUSTED, which looks like overload.
@@ -116,6 +116,19 @@ class Envelope:
     # The caller's label, if there is one.
     request_id: str | None
     span: CallSpan
+
+    def end(self) -> None:
+        """The call ended with status OK."""
+        self.span.end(grpc.StatusCode.OK)
+
+    def fail(self, code: grpc.StatusCode, message: str | None, trailers: Metadata | None) -> NanoserveError:
+        """The call ended with this status. Returns what to raise."""
+        self.span.end(code)
+        return from_status(code, message, trailers, self.request_id)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self.span.end(grpc.StatusCode.CANCELLED)
 
 
 def envelope(request: Message, target: str, api_key: str | None, options: CallOptions) -> Envelope:
