@@ -32,9 +32,9 @@ from nanoserve_client import (
 )
 from tqdm import tqdm
 
-from nanoserve.config import SECTIONS, ConfigError, Options, Setting, settings
+from nanoserve.config import ENGINE_SECTIONS, SECTIONS, ConfigError, Options, Setting, settings
 from nanoserve.local import LocalServer
-from nanoserve.request import SamplingParams
+from nanoserve.request import CALLERS_NAMES, SamplingParams
 
 # A text, or token ids.
 Prompt = str | Sequence[int]
@@ -42,11 +42,6 @@ Prompt = str | Sequence[int]
 Conversation = str | Sequence[Mapping[str, Any]]
 # For all prompts, or one for each. None = the model's own values.
 Params = SamplingParams | Sequence[SamplingParams] | None
-
-ENGINE_SECTIONS = ("model", "cache", "scheduler")
-# What callers of the service call it, where that is not the engine's name.
-CALLERS_NAMES = {"time_limit_s": "time_limit"}
-CALLERS_OPPOSITES = {"detokenize": "omit_text", "skip_special_tokens": "keep_special_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,10 +333,7 @@ def as_options(params: SamplingParams | None) -> GenerateOptions:
     options: dict[str, Any] = {}
     for each in fields(params) if params is not None else ():
         value = getattr(params, each.name)
-        if each.name in CALLERS_OPPOSITES:
-            options[CALLERS_OPPOSITES[each.name]] = not value
-        else:
-            options[CALLERS_NAMES.get(each.name, each.name)] = value
+        options[CALLERS_NAMES.get(each.name, each.name)] = not value if each.default is True else value
     return options  # type: ignore[return-value]
 
 

@@ -8,8 +8,8 @@ other. The protocols at the end are the seams that `build.py` fills.
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 from nanoserve.step_record import StepRecord
 
@@ -25,27 +25,52 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers that are allowed. NaN never is."""
+
+    low: float
+    high: float
+    # `low` itself is refused.
+    is_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.is_open else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{f'above {self.low}, up to' if self.is_open else f'{self.low} to'} {self.high}"
+
+
+def ranged(default: Any, low: float, high: float, *, is_open: bool = False) -> Any:
+    """A field of SamplingParams whose value must lie in a Range."""
+    return field(default=default, metadata={"range": Range(low, high, is_open)})
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What the tokens of a request depend on besides its prompt, and what is reported of them."""
+    """What the tokens of a request depend on besides its prompt, and what is reported of them.
+
+    The fields of the contract's Sampling have the same names here, so that nobody between the contract and the sampler
+    has to list them: what carries them from one to the other loops over the fields.
+    """
 
     # Sequences to generate.
     n: int = 1
     # 0 = greedy.
-    temperature: float = 1.0
-    # [0, 1]; the most likely token is always kept; 1 = off.
-    top_p: float = 1.0
+    temperature: float = ranged(1.0, 0, 100)
+    # The most likely token is always kept; 1 = off.
+    top_p: float = ranged(1.0, 0, 1)
     # 0 = off.
-    top_k: int = 0
-    # [0, 1]; 0 = off.
-    min_p: float = 0.0
-    # [-2, 2]; of generated tokens, by count.
-    frequency_penalty: float = 0.0
-    # [-2, 2]; of generated tokens, once.
-    presence_penalty: float = 0.0
-    # > 0; of prompt and generated tokens; 1 = off.
-    repetition_penalty: float = 1.0
+    top_k: int = ranged(0, 0, 2**32 - 1)
+    # 0 = off.
+    min_p: float = ranged(0.0, 0, 1)
+    # Of generated tokens, by count.
+    frequency_penalty: float = ranged(0.0, -2, 2)
+    # Of generated tokens, once.
+    presence_penalty: float = ranged(0.0, -2, 2)
+    # Of prompt and generated tokens; 1 = off.
+    repetition_penalty: float = ranged(1.0, 0, 100, is_open=True)
     # Sequence i draws with seed + i (mod 2**64). None = the engine picks one at admission.
-    seed: int | None = None
+    seed: int | None = ranged(None, 0, 2**64 - 1)
     # Token id -> what is added to its logit.
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     # Of each sequence; 0 = only the prompt is computed. None = what the context leaves, filled in at admission.
@@ -72,32 +97,16 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Numbers that are allowed. NaN never is."""
-
-    low: float
-    high: float
-    # `low` itself is refused.
-    is_open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return (self.low < value if self.is_open else self.low <= value) and value <= self.high
-
-    def __str__(self) -> str:
-        return f"{f'above {self.low}, up to' if self.is_open else f'{self.low} to'} {self.high}"
-
-
 # Of numbers in SamplingParams, whoever chooses them: a caller, or a checkpoint's generation_config.json.
-SAMPLING_RANGES = {
-    "temperature": Range(0, 100),
-    "top_p": Range(0, 1),
-    "top_k": Range(0, 2**32 - 1),
-    "min_p": Range(0, 1),
-    "frequency_penalty": Range(-2, 2),
-    "presence_penalty": Range(-2, 2),
-    "repetition_penalty": Range(0, 100, is_open=True),
-    "seed": Range(0, 2**64 - 1),
+SAMPLING_RANGES: dict[str, Range] = {
+    each.name: each.metadata["range"] for each in fields(SamplingParams) if "range" in each.metadata
+}
+# What callers of the service call a field of SamplingParams, where that is another name. A switch that is on by default
+# is called by its opposite.
+CALLERS_NAMES = {
+    "time_limit_s": "time_limit",
+    "detokenize": "omit_text",
+    "skip_special_tokens": "keep_special_tokens",
 }
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 from nanoserve_client import Client, Model, NanoserveError, Tls, Unavailable
 
-from nanoserve.cli.flags import ENGINE_SECTIONS, Parser, add_options
+from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, StatusLine
-from nanoserve.config import ClientOptions, ConfigError, Options
+from nanoserve.config import ENGINE_SECTIONS, ClientOptions, ConfigError, Options
 from nanoserve.local import LocalServer
 
 

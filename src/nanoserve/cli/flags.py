@@ -8,11 +8,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nanoserve.config import SECTIONS, Setting, settings
+from nanoserve.config import SECTIONS, SERVE_SECTIONS, Setting, settings
 
-SERVE_SECTIONS = ("model", "cache", "scheduler", "server", "observability")
-# What a model in this process needs.
-ENGINE_SECTIONS = ("model", "cache", "scheduler")
 CONFIGURATION = """\
 Every option but those of single requests may also stand in the environment, as NANOSERVE_MAX_NUM_SEQS, and in a file,
 as max-num-seqs = 32. A flag overrules a variable, a variable the file. A switch that one of them turned is turned back

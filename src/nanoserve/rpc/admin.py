@@ -26,7 +26,7 @@ class AdminService:
         self._num_watchers = 0
 
     async def Cancel(self, request: admin_pb2.CancelRequest, _call: Call) -> admin_pb2.CancelResponse:
-        request_id = validate.cancellation(request)
+        request_id = validate.request_id(request)
         return admin_pb2.CancelResponse(cancelled=self._engine().cancel(request_id))
 
     async def ResetCache(self, request: admin_pb2.ResetCacheRequest, _call: Call) -> admin_pb2.ResetCacheResponse:
@@ -58,7 +58,7 @@ class AdminService:
     async def ExplainRequest(
         self, request: admin_pb2.ExplainRequestRequest, _call: Call
     ) -> admin_pb2.ExplainRequestResponse:
-        request_id = validate.explanation(request)
+        request_id = validate.request_id(request)
         timelines = self._needed_recorder().explain(request_id)
         if not timelines:
             raise RequestNotFound(request_id)

@@ -40,12 +40,11 @@ ALTERNATIVES_RANGE = Range(0, 20)
 INTERVAL_RANGE_S = Range(0.05, 60)
 DEFAULT_INTERVAL_S = 1.0
 
+# As chat templates know them.
 ROLES = {
-    generation_pb2.ROLE_SYSTEM: "system",
-    generation_pb2.ROLE_USER: "user",
-    generation_pb2.ROLE_ASSISTANT: "assistant",
-    generation_pb2.ROLE_TOOL: "tool",
-    generation_pb2.ROLE_DEVELOPER: "developer",
+    value: name.removeprefix("ROLE_").lower()
+    for name, value in generation_pb2.Role.items()
+    if value != generation_pb2.ROLE_UNSPECIFIED
 }
 
 
@@ -184,16 +183,8 @@ def detokenization(request: model_pb2.DetokenizeRequest, model: ServedModel) -> 
     return list(request.token_ids)
 
 
-def cancellation(request: admin_pb2.CancelRequest) -> str:
-    """The request id. Raises InvalidRequest."""
-    violations = Violations(request)
-    violations.required("request_id", request.request_id)
-    violations.raise_if_any()
-    return request.request_id
-
-
-def explanation(request: admin_pb2.ExplainRequestRequest) -> str:
-    """The request id. Raises InvalidRequest."""
+def request_id(request: admin_pb2.CancelRequest | admin_pb2.ExplainRequestRequest) -> str:
+    """The id of the request that an operator asks about. Raises InvalidRequest."""
     violations = Violations(request)
     violations.required("request_id", request.request_id)
     violations.raise_if_any()

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
 from nanoserve_client.v1 import admin_pb2
 from nanoserve_client.v1.generation_pb2 import FINISH_REASON_UNSPECIFIED
 
@@ -22,23 +21,14 @@ from nanoserve.observability.timeline import (
     WasPreempted,
 )
 from nanoserve.rpc.errors import reason_of
-from nanoserve.rpc.messages import FINISH_REASONS, duration
+from nanoserve.rpc.messages import FINISH_REASONS, duration, timestamp
 from nanoserve.step_record import StepRecord, WaitReason
 
-_PHASES = {
-    SequencePhase.WAITING: admin_pb2.SEQUENCE_PHASE_WAITING,
-    SequencePhase.PREFILL: admin_pb2.SEQUENCE_PHASE_PREFILL,
-    SequencePhase.DECODE: admin_pb2.SEQUENCE_PHASE_DECODE,
-    SequencePhase.PREEMPTED: admin_pb2.SEQUENCE_PHASE_PREEMPTED,
-    SequencePhase.ENDED: admin_pb2.SEQUENCE_PHASE_ENDED,
-}
+# The contract has the same names, with a prefix.
+_PHASES = {phase: admin_pb2.SequencePhase.Value(f"SEQUENCE_PHASE_{phase.name}") for phase in SequencePhase}
 _WAIT_REASONS: Mapping[WaitReason | None, "admin_pb2.WaitReason.ValueType"] = {
     None: admin_pb2.WAIT_REASON_UNSPECIFIED,
-    WaitReason.BLOCKS: admin_pb2.WAIT_REASON_BLOCKS,
-    WaitReason.ROWS: admin_pb2.WAIT_REASON_ROWS,
-    WaitReason.TOKENS: admin_pb2.WAIT_REASON_TOKENS,
-    WaitReason.BATCH: admin_pb2.WAIT_REASON_BATCH,
-    WaitReason.PREFIX: admin_pb2.WAIT_REASON_PREFIX,
+    **{reason: admin_pb2.WaitReason.Value(f"WAIT_REASON_{reason.name}") for reason in WaitReason},
 }
 
 
@@ -117,12 +107,10 @@ def _step(step: StepRecord, labels: Mapping[str, str]) -> admin_pb2.StepSnapshot
 
 
 def timeline(known: Timeline) -> admin_pb2.RequestTimeline:
-    create_time = Timestamp()
-    create_time.FromMicroseconds(round((time.time() - time.monotonic() + known.arrival_s) * 1e6))
     return admin_pb2.RequestTimeline(
         request_id=known.label,
         request_number=_number(known.id),
-        create_time=create_time,
+        create_time=timestamp(time.time() - time.monotonic() + known.arrival_s),
         duration=duration(known.end_s - known.arrival_s),
         ended=known.is_over,
         prompt_tokens=known.num_prompt_tokens,
