@@ -9,7 +9,8 @@ other. The protocols at the end are the seams that `build.py` fills.
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
 
 from nanoserve.step_record import StepRecord
 
@@ -325,17 +326,33 @@ class Violation:
 class RequestError(Exception):
     """A request cannot be served. rpc/errors.py holds the one table that makes these a status."""
 
+    # ErrorInfo.reason: what programs tell errors apart by.
+    reason: ClassVar[str]
+    # When another attempt is worth it. None = the error does not say.
+    retry_after_s: float | None = None
+    # ErrorInfo.metadata: what programs may want to know besides.
+    facts: Mapping[str, object] = MappingProxyType({})
 
-class InvalidRequest(RequestError):
+
+class Rejection(RequestError):
+    """The request is turned away; an engine that fails, a deadline and an operator's hand are no rejections."""
+
+
+class InvalidRequest(Rejection):
     """One or more fields break the contract."""
+
+    reason = "INVALID_REQUEST"
 
     def __init__(self, violations: list[Violation]) -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
         self.violations = violations
+        self.facts = {"violations": len(violations)}
 
 
-class ContextLengthExceeded(RequestError):
+class ContextLengthExceeded(Rejection):
     """The prompt leaves no room for a single new token."""
+
+    reason = "CONTEXT_LENGTH_EXCEEDED"
 
     def __init__(self, num_prompt_tokens: int, max_context_tokens: int) -> None:
         super().__init__(
@@ -344,45 +361,70 @@ class ContextLengthExceeded(RequestError):
         )
         self.num_prompt_tokens = num_prompt_tokens
         self.max_context_tokens = max_context_tokens
+        self.facts = {"prompt_tokens": num_prompt_tokens, "max_context_tokens": max_context_tokens}
 
 
-class ModelNotFound(RequestError):
+class ModelNotFound(Rejection):
     """No served model has this name."""
+
+    reason = "MODEL_NOT_FOUND"
 
     def __init__(self, name: str, served: list[str]) -> None:
         super().__init__(f"model {name!r} is not served; served: {', '.join(served)}")
         self.name = name
 
 
-class Overloaded(RequestError):
+class Overloaded(Rejection):
     """The queue is full."""
 
-    def __init__(self, max_waiting: int, retry_after_s: float) -> None:
+    reason = "OVERLOADED"
+
+    def __init__(self, max_waiting: int, retry_after_s: float = 1.0) -> None:
         super().__init__(f"the queue is full ({max_waiting} requests wait); retry later")
-        self.max_waiting = max_waiting
         self.retry_after_s = retry_after_s
+        # A caller who sends more at once than may wait learns that another attempt is of no use.
+        self.facts = {"max_waiting": max_waiting}
 
 
-class NotReady(RequestError):
+class NotReady(Rejection):
     """The engine is starting, draining, or dead."""
 
-    def __init__(self, why: str, retry_after_s: float) -> None:
+    reason = "NOT_READY"
+
+    def __init__(self, why: str, retry_after_s: float = 2.0) -> None:
         super().__init__(f"the server is not ready: {why}")
         self.retry_after_s = retry_after_s
 
 
+class Unauthenticated(Rejection):
+    """The call bears no API key, or one that is not known."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(Rejection):
+    """The API key is good, but not for this service."""
+
+    reason = "PERMISSION_DENIED"
+
+
 class DeadlineExceeded(RequestError):
     """The caller's deadline passed."""
+
+    reason = "DEADLINE"
 
     def __init__(self, phase: str, num_completion_tokens: int) -> None:
         super().__init__(f"the deadline passed while {phase}")
         # "waiting" or "running".
         self.phase = phase
         self.num_completion_tokens = num_completion_tokens
+        self.facts = {"phase": self.phase, "completion_tokens": self.num_completion_tokens}
 
 
 class CancelledByOperator(RequestError):
     """AdminService.Cancel ended the request."""
+
+    reason = "CANCELLED_BY_OPERATOR"
 
     def __init__(self) -> None:
         super().__init__("the operator cancelled the request")
@@ -391,8 +433,29 @@ class CancelledByOperator(RequestError):
 class EngineFailure(RequestError):
     """A step failed, of which the server's log has the details, or gave NaN."""
 
+    reason = "ENGINE_FAILURE"
+
     def __init__(self, why: str = "the engine failed to compute this request") -> None:
         super().__init__(why)
+
+
+class RequestNotFound(RequestError):
+    """No request with this id runs, waits, or is still remembered."""
+
+    reason = "REQUEST_NOT_FOUND"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"no request {request_id!r} runs or waits, and none of the last ones was called so")
+        self.request_id = request_id
+
+
+class NotRecorded(RequestError):
+    """The server keeps no records of its steps and requests; `nanoserve serve` does."""
+
+    reason = "NOT_RECORDED"
+
+    def __init__(self) -> None:
+        super().__init__("this server keeps no records of its steps and requests")
 
 
 # ---------------------------------------------------------------------------------------- how the start goes

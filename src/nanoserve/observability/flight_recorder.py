@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from nanoserve.observability.conventions import GENERATE
 from nanoserve.observability.kv_map import KvMap, SequenceKey
 from nanoserve.observability.timeline import (
     Absence,
@@ -39,8 +40,6 @@ MAX_STEPS_A_SNAPSHOT = 256
 NUM_FIRST_STEPS = 64
 # Of requests with one label.
 MAX_TIMELINES = 16
-
-GENERATE = "nanoserve.v1.GenerationService/Generate"
 
 
 class SequencePhase(enum.Enum):

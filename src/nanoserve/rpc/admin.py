@@ -8,9 +8,9 @@ from nanoserve_client.v1 import admin_pb2
 
 from nanoserve.engine.engine import Engine
 from nanoserve.observability.flight_recorder import FlightRecorder
+from nanoserve.request import NotRecorded, RequestNotFound
 from nanoserve.rpc import messages, validate, watching
 from nanoserve.rpc.call import Call
-from nanoserve.rpc.errors import NotRecorded, RequestNotFound
 
 # Making snapshots may take this part of the event loop's time, for all watchers together: the rest is for requests.
 WATCHERS_SHARE = 0.1

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import grpc
 
 from nanoserve.config import ServerConfig
-from nanoserve.request import RequestError
+from nanoserve.request import PermissionDenied, RequestError, Unauthenticated
 from nanoserve.rpc.call import Metadata, bearer_key, request_id
-from nanoserve.rpc.errors import PermissionDenied, ServerError, Unauthenticated, abort
+from nanoserve.rpc.errors import ServerError, abort
 
 ADMIN_SERVICE = "nanoserve.v1.AdminService"
 # Probes and tools come without a key. Neither tells anything about a caller or a request.

@@ -58,8 +58,6 @@ SERVICES = (
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
 )
 HEALTH_POLL_S = 0.5
-# For callers that come while a model loads or the server goes down.
-RETRY_AFTER_S = 2.0
 # After the drain, for last messages on their way and streams that have no end of their own (health's Watch).
 STOP_GRACE_S = 1.0
 
@@ -170,7 +168,7 @@ class Server:
     def _ready_engine(self) -> Engine:
         """For the servicers. A loaded engine says itself whether it takes requests."""
         if self._engine is None:
-            raise NotReady("draining" if self._is_draining else "loading", RETRY_AFTER_S)
+            raise NotReady("draining" if self._is_draining else "loading")
         return self._engine
 
     def _listen(self) -> int:

@@ -20,7 +20,6 @@ from nanoserve.observability.timeline import (
     Waited,
     WasPreempted,
 )
-from nanoserve.rpc.errors import reason_of
 from nanoserve.rpc.messages import FINISH_REASONS, duration, timestamp
 from nanoserve.step_record import StepRecord, WaitReason
 
@@ -152,7 +151,7 @@ def _event(entry: Entry) -> dict[str, Any]:
             num_told = max(reasons, default=-1) + 1
             end = admin_pb2.TimelineEnd(
                 finish_reasons=[reasons.get(index, FINISH_REASON_UNSPECIFIED) for index in range(num_told)],
-                reason=reason or ("" if error is None else reason_of(error)),
+                reason=reason or ("" if error is None else error.reason),
                 abandoned=is_abandoned,
             )
             return {"end": end}
