@@ -9,12 +9,10 @@ import difflib
 import sys
 from pathlib import Path
 
-from reference import errors, protos, rest
-
-from nanoserve.cli.reference import render_reference
+from reference import errors, flags, protos, rest
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
-PAGES = {"flags": render_reference, "protos": protos.render, "errors": errors.render, "rest": rest.render}
+PAGES = {"flags": flags.render, "protos": protos.render, "errors": errors.render, "rest": rest.render}
 
 
 def main() -> None:

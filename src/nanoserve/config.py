@@ -194,14 +194,7 @@ class Options:
             )
 
 
-SECTIONS: dict[str, Any] = {
-    "model": ModelOptions,
-    "cache": CacheOptions,
-    "scheduler": SchedulerConfig,
-    "server": ServerConfig,
-    "observability": ObservabilityOptions,
-    "client": ClientOptions,
-}
+SECTIONS: dict[str, Any] = {part.name: part.default_factory for part in fields(Options)} | {"client": ClientOptions}
 SERVE_SECTIONS = tuple(part.name for part in fields(Options))
 # What a model in this process needs.
 ENGINE_SECTIONS = ("model", "cache", "scheduler")

@@ -5,7 +5,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-from nanoserve.cli.reference import USED_BY, render_reference
+from reference.flags import USED_BY, render
+
 from nanoserve.cli.sampling import sampling_flags
 from nanoserve.cli.sources import ALL
 from nanoserve.config import BUILTIN_MODEL, SECTIONS
@@ -14,7 +15,7 @@ TOOL = Path(__file__).parent.parent.parent / "tools" / "generate_reference.py"
 
 
 def test_every_option_and_sampling_flag_is_on_the_page():
-    page = render_reference()
+    page = render()
     for each in [*ALL.values(), *sampling_flags()]:
         assert each.flag in page
         assert each.help.replace("|", "\\|") in page
@@ -23,7 +24,7 @@ def test_every_option_and_sampling_flag_is_on_the_page():
 
 
 def test_the_pages_example_of_a_file_is_one():
-    example = render_reference().partition("```toml\n")[2].partition("```")[0]
+    example = render().partition("```toml\n")[2].partition("```")[0]
     for key, value in tomllib.loads(example).items():
         ALL[key].parse(value)
 
@@ -36,7 +37,7 @@ def test_the_tool_writes_the_page_and_its_check_finds_a_difference(tmp_path):
     assert run("--check").returncode == 1
     assert run().returncode == 0
     path = tmp_path / "flags.md"
-    assert path.read_text() == render_reference()
+    assert path.read_text() == render()
     assert run("--check").returncode == 0
     path.write_text(path.read_text().replace("`64`", "`65`"))
     check = run("--check")

@@ -26,7 +26,7 @@ from nanoserve_client import (
 )
 
 from nanoserve.cli.connection import needed_server, remote_client, served_by
-from nanoserve.cli.flags import Parser, add_options
+from nanoserve.cli.flags import Parser, add_options, number
 from nanoserve.cli.terminal import CommandError, has_colour, is_screen, write
 
 DESCRIPTION = """
@@ -57,26 +57,17 @@ FROM_SCREEN = "\x1b[?25h\x1b[?1049l"
 def add_arguments(parser: Parser) -> None:
     parser.describe("--target ADDRESS [OPTIONS]", DESCRIPTION, EXAMPLES)
     group = parser.add_argument_group("How often")
+    seconds = number(0.05, 60, "0.05 to 60")
     group.add_argument(
-        "--interval", type=_interval, default=1.0, metavar="SECONDS", help="Between snapshots, 0.05 to 60. Default: 1."
+        "--interval", type=seconds, default=1.0, metavar="SECONDS", help="Between snapshots, 0.05 to 60. Default: 1."
     )
     add_options(parser, ("client",))
-
-
-def _interval(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0.05 <= value <= 60:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be 0.05 to 60")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Raises ConfigError or CommandError."""
     target, options = needed_server(arguments)
-    with remote_client(options) as client:
+    with remote_client(options, Client) as client:
         title = f"{served_by(client, target).name} at {target}"
         try:
             _show(client, arguments.interval, title)

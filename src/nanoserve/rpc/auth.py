@@ -25,13 +25,8 @@ from nanoserve.rpc.errors import ServerError, abort
 
 ADMIN_SERVICE = "nanoserve.v1.AdminService"
 # Probes and tools come without a key. Neither tells anything about a caller or a request.
-OPEN_SERVICES = frozenset(
-    {
-        "grpc.health.v1.Health",
-        "grpc.reflection.v1.ServerReflection",
-        "grpc.reflection.v1alpha.ServerReflection",
-    }
-)
+_OPEN = ("health.v1.Health", "reflection.v1.ServerReflection", "reflection.v1alpha.ServerReflection")
+OPEN_SERVICES = frozenset(f"grpc.{name}" for name in _OPEN)
 
 _Asked = TypeVar("_Asked")
 _Answered = TypeVar("_Answered")

@@ -105,7 +105,7 @@ def stats(snapshot: Stats) -> admin_pb2.GetStatsResponse:
 
 
 def _sampling(params: SamplingParams) -> generation_pb2.Sampling:
-    """Every scalar is set; the seed where there is one."""
+    """Every scalar is set that has a value."""
     names = (field.name for field in generation_pb2.Sampling.DESCRIPTOR.fields)
     return generation_pb2.Sampling(**{name: getattr(params, name) for name in names})
 

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from nanoserve_client.transport import MAX_REQUEST_BYTES
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
 from nanoserve.config import ServerConfig
@@ -29,7 +30,7 @@ from nanoserve.observability.flight_recorder import FlightRecorder
 from nanoserve.observer import Observers
 from nanoserve.request import NotReady
 from nanoserve.rpc.admin import AdminService
-from nanoserve.rpc.auth import ApiKeyInterceptor, read_api_keys, read_tls_credentials
+from nanoserve.rpc.auth import ApiKeyInterceptor, ApiKeys, read_api_keys, read_tls_credentials
 from nanoserve.rpc.call import service_handler
 from nanoserve.rpc.errors import ServerError
 from nanoserve.rpc.generation import GenerationService
@@ -39,7 +40,7 @@ from nanoserve.rpc.observe import ObserverInterceptor
 OPTIONS: tuple[tuple[str, Any], ...] = (
     # A second server on the port fails, instead of taking every other connection.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     # However many calls come at once, it is the engine's queue that refuses, and says so. Of more than a thousand that
     # wait for the event loop gRPC would by default end some, anyone's, as CANCELLED, which no client tries again.
     ("grpc.server.max_pending_requests", 2**31 - 1),
@@ -76,18 +77,20 @@ class Server:
         config: ServerConfig,
         engine: Engine | None = None,
         *,
+        keys: ApiKeys | None = None,
         observers: Observers | None = None,
         recorder: FlightRecorder | None = None,
     ) -> None:
         """Raises ServerError if a key or certificate file cannot be used. Inside a running event loop.
 
-        observers: of the calls; None = nobody watches. recorder: one of the observers, who answers AdminService.
+        keys: None = those of the config's files. observers: of the calls; None = nobody watches. recorder: one of the
+        observers, who answers AdminService.
         """
         self._config = config
         self._engine = engine
         self._is_draining = False
         self._credentials = read_tls_credentials(config)
-        interceptors: list[grpc.aio.ServerInterceptor] = [ApiKeyInterceptor(read_api_keys(config))]
+        interceptors: list[grpc.aio.ServerInterceptor] = [ApiKeyInterceptor(keys or read_api_keys(config))]
         if observers is not None and not observers.is_empty:
             interceptors.insert(0, ObserverInterceptor(observers))
         self._grpc = grpc.aio.server(interceptors=interceptors, options=OPTIONS)

@@ -27,11 +27,6 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKENS = 1024
 MAX_SALT_CHARS = 256
-# What google.protobuf.Duration allows.
-_MAX_DURATION_S = 315_576_000_000
-_MAX_NANOS = 999_999_999
-
-
 LOGIT_BIAS_RANGE = Range(-100, 100)
 SEQUENCES_RANGE = Range(1, 128)
 PRIORITY_RANGE = Range(-100, 100)
@@ -97,13 +92,12 @@ class Violations:
 
     def seconds(self, path: str, value: Duration) -> float | None:
         """The length of a duration; None, and a violation, if it is none."""
-        if abs(value.seconds) > _MAX_DURATION_S or abs(value.nanos) > _MAX_NANOS:
-            self.add(path, "is no valid google.protobuf.Duration")
-        elif value.seconds * value.nanos < 0:
-            self.add(path, "is no valid google.protobuf.Duration: the signs differ")
-        else:
-            return value.seconds + value.nanos / 1e9
-        return None
+        try:
+            value.ToJsonString()
+        except ValueError as error:
+            self.add(path, f"is no valid google.protobuf.Duration: {error}")
+            return None
+        return value.seconds + value.nanos / 1e9
 
     def token_ids(self, path: str, ids: Sequence[int], vocab_size: int) -> None:
         """One violation for all of the list, by its first bad id."""

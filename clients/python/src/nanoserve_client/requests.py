@@ -213,6 +213,13 @@ class TokenizeOptions(CallOptions, ChatOptions, total=False):
     add_special_tokens: bool | None
 
 
+# The parts of a request whose fields are options.
+_SECTIONS: dict[str, Any] = {
+    "sampling": pb.Sampling,
+    "stopping": pb.Stopping,
+    "output": pb.OutputOptions,
+    "cache": pb.CacheOptions,
+}
 # Options that bear other names than their fields in the contract.
 _OPTION_NAMES = {
     "stopping.strings": "stop",
@@ -225,10 +232,9 @@ _OPTION_NAMES = {
 
 def _places() -> dict[str, tuple[str, str]]:
     """By option: the section of the request, if it is in one, and the field there."""
-    request = pb.GenerateRequest.DESCRIPTOR
-    places = {name: ("", name) for name in GenerateOptions.__annotations__ if name in request.fields_by_name}
-    for section in (pb.Sampling, pb.Stopping, pb.OutputOptions, pb.CacheOptions):
-        [place] = (each.name for each in request.fields if each.message_type is section.DESCRIPTOR)
+    request = pb.GenerateRequest.DESCRIPTOR.fields_by_name
+    places = {name: ("", name) for name in GenerateOptions.__annotations__ if name in request}
+    for place, section in _SECTIONS.items():
         for field in section.DESCRIPTOR.fields:
             places[_OPTION_NAMES.get(f"{place}.{field.name}", field.name)] = (place, field.name)
     return places
@@ -244,7 +250,7 @@ def generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOpt
     its field cannot carry.
     """
     refuse_unknown(options, GenerateOptions.__optional_keys__)
-    request = pb.GenerateRequest()
+    request = pb.GenerateRequest(**{place: section() for place, section in _SECTIONS.items()})
     for name, value in options.items():
         if name in _PLACES and value is not None:
             try:

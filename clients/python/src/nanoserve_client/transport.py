@@ -2,6 +2,7 @@
 
 import json
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,11 @@ from nanoserve_client.tracing import CallSpan
 MAX_REQUEST_BYTES = 16 * 2**20
 # A Tokenize response repeats its text and adds the tokens, so it may be several times its request.
 MAX_RESPONSE_BYTES = 128 * 2**20
+
+# The caller's label for a request, and what it may be.
+REQUEST_ID_HEADER = "x-request-id"
+MAX_REQUEST_ID_CHARS = 128
+REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 
@@ -149,7 +155,7 @@ def envelope(request: Message, target: str, api_key: str | None, options: CallOp
         )
     metadata = dict(options.get("metadata") or {})
     if request_id is not None:
-        metadata["x-request-id"] = request_id
+        metadata[REQUEST_ID_HEADER] = request_id
     if (parent := options.get("traceparent")) is not None:
         metadata["traceparent"] = parent
     if api_key is not None:

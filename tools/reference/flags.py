@@ -42,7 +42,7 @@ given several times.
 """
 
 
-def render_reference() -> str:
+def render() -> str:
     """The whole page."""
     return "\n".join([INTRODUCTION, *map(_section, SECTIONS), SAMPLING + "\n" + _sampling_table()])
 
