@@ -50,8 +50,7 @@ def ranged(default: Any, low: float, high: float, *, is_open: bool = False) -> A
 class SamplingParams:
     """What the tokens of a request depend on besides its prompt, and what is reported of them.
 
-    The fields of the contract's Sampling have the same names here, so that nobody between the contract and the sampler
-    has to list them: what carries them from one to the other loops over the fields.
+    Those of the contract's Sampling have the same names here: what carries them to the sampler loops over the fields.
     """
 
     # Sequences to generate.
@@ -359,8 +358,6 @@ class ContextLengthExceeded(Rejection):
             f"the prompt has {num_prompt_tokens} tokens; with at least one new token "
             f"it must fit the context of {max_context_tokens}"
         )
-        self.num_prompt_tokens = num_prompt_tokens
-        self.max_context_tokens = max_context_tokens
         self.facts = {"prompt_tokens": num_prompt_tokens, "max_context_tokens": max_context_tokens}
 
 
@@ -417,8 +414,7 @@ class DeadlineExceeded(RequestError):
         super().__init__(f"the deadline passed while {phase}")
         # "waiting" or "running".
         self.phase = phase
-        self.num_completion_tokens = num_completion_tokens
-        self.facts = {"phase": self.phase, "completion_tokens": self.num_completion_tokens}
+        self.facts = {"phase": phase, "completion_tokens": num_completion_tokens}
 
 
 class CancelledByOperator(RequestError):

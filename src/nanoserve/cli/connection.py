@@ -73,11 +73,9 @@ def needed_server(arguments: argparse.Namespace) -> tuple[str, ClientOptions]:
 def remote_client(remote: ClientOptions, kind: type[_Client]) -> _Client:
     """A client of the server at the target, which there must be. Raises CommandError."""
     assert remote.target is not None
-    tls = None
-    if remote.tls or remote.tls_ca is not None or remote.client_cert is not None:
-        tls = Tls(remote.tls_ca, remote.client_cert, remote.client_key)
+    files = remote.tls_ca, remote.client_cert, remote.client_key
     try:
-        return kind(remote.target, api_key=remote.api_key, tls=tls)
+        return kind(remote.target, api_key=remote.api_key, tls=Tls(*files) if remote.tls or any(files) else None)
     except OSError as error:
         raise CommandError(f"cannot read {error.filename}: {error.strerror}") from None
 

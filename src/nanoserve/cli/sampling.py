@@ -41,7 +41,7 @@ def sampling_flags() -> list[SamplingFlag]:
     hints = typing.get_type_hints(GenerateOptions)
     helps = explanations(GenerateOptions)
     names = [CALLERS_NAMES.get(each.name, each.name) for each in fields(SamplingParams)]
-    return [SamplingFlag(name, helps[name], _reading(hints[name])) for name in names if name != WITHOUT_FLAG]
+    return [SamplingFlag(name, helps.get(name, ""), _reading(hints[name])) for name in names if name != WITHOUT_FLAG]
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:

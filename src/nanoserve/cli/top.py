@@ -27,7 +27,7 @@ from nanoserve_client import (
 
 from nanoserve.cli.connection import needed_server, remote_client, served_by
 from nanoserve.cli.flags import Parser, add_options, number
-from nanoserve.cli.terminal import CommandError, has_colour, is_screen, write
+from nanoserve.cli.terminal import CommandError, has_colour, is_screen, on_signals, write
 
 DESCRIPTION = """
     Show what a running server does: its sequences with their progress, who owns the KV blocks, the queue, how fast
@@ -96,24 +96,18 @@ def _show(client: Client, interval_s: float, title: str) -> None:
 @contextlib.contextmanager
 def _screen(watch: EngineWatch) -> Iterator[None]:
     """The terminal's second screen, which leaves the first as it was. q ends the watch, and so do signals."""
-
-    def end(*_: object) -> None:
-        watch.cancel()
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     settings = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-    try:
-        if settings is not None:
-            tty.setcbreak(sys.stdin)
-            threading.Thread(target=_end_on_q, args=[watch], daemon=True).start()
-        write(TO_SCREEN)
-        yield
-    finally:
-        write(FROM_SCREEN)
-        if settings is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with on_signals(watch.cancel, signal.SIGINT, signal.SIGTERM):
+        try:
+            if settings is not None:
+                tty.setcbreak(sys.stdin)
+                threading.Thread(target=_end_on_q, args=[watch], daemon=True).start()
+            write(TO_SCREEN)
+            yield
+        finally:
+            write(FROM_SCREEN)
+            if settings is not None:
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
 
 def _end_on_q(watch: EngineWatch) -> None:

@@ -325,6 +325,9 @@ def _stopping(stopping: generation_pb2.Stopping, model: ServedModel, violations:
     if violations.count("stopping.token_ids", stopping.token_ids, MAX_STOP_TOKENS):
         violations.token_ids("stopping.token_ids", stopping.token_ids, model.vocab_size)
     limit = _if_set(stopping, "time_limit")
+    time_limit_s = None if limit is None else violations.seconds("stopping.time_limit", limit)
+    if time_limit_s is not None and time_limit_s <= 0:
+        violations.add("stopping.time_limit", "must be above 0 s")
     return {
         "max_tokens": max_tokens,
         "min_tokens": stopping.min_tokens,
@@ -332,15 +335,8 @@ def _stopping(stopping: generation_pb2.Stopping, model: ServedModel, violations:
         "stop_token_ids": frozenset(stopping.token_ids),
         "ignore_eos": stopping.ignore_eos,
         "include_stop": stopping.include_match,
-        "time_limit_s": None if limit is None else _time_limit_s(limit, violations),
+        "time_limit_s": time_limit_s,
     }
-
-
-def _time_limit_s(limit: Duration, violations: Violations) -> float | None:
-    seconds = violations.seconds("stopping.time_limit", limit)
-    if seconds is not None and seconds <= 0:
-        violations.add("stopping.time_limit", "must be above 0 s")
-    return seconds
 
 
 def _output(output: generation_pb2.OutputOptions, violations: Violations) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
 from nanoserve_client.v1 import admin_pb2
 from nanoserve_client.v1.generation_pb2 import FINISH_REASON_UNSPECIFIED
 
@@ -122,8 +121,7 @@ def timeline(known: Timeline) -> admin_pb2.RequestTimeline:
 
 def _entry(entry: Entry, arrival_s: float) -> admin_pb2.TimelineEntry:
     # A call's own arrival is a moment before that of its request.
-    start: Duration = duration(max(0.0, entry.start_s - arrival_s))
-    took = duration(max(0.0, entry.end_s - entry.start_s))
+    start, took = duration(max(0.0, entry.start_s - arrival_s)), duration(max(0.0, entry.end_s - entry.start_s))
     return admin_pb2.TimelineEntry(start=start, duration=took, text=entry.text, **_event(entry))
 
 

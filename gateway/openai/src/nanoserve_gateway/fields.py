@@ -86,7 +86,7 @@ def _passed_on(params: type) -> Iterator[Line]:
     notes, theirs = explanations(GenerateOptions), typing.get_type_hints(params)
     for name, hint in typing.get_type_hints(GenerateOptions).items():
         if name not in _OTHERWISE:
-            note, kind = _WIDER[name] if name in _WIDER else (notes[name], _IN_JSON[typing.get_args(hint)[0]])
+            note, kind = _WIDER[name] if name in _WIDER else (notes.get(name, ""), _IN_JSON[typing.get_args(hint)[0]])
             yield served(name, note if name in theirs else f"Extension. {note}", kind)
 
 
