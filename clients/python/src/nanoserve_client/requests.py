@@ -221,7 +221,7 @@ _SECTIONS: dict[str, Any] = {
     "cache": pb.CacheOptions,
 }
 # Options that bear other names than their fields in the contract.
-_OPTION_NAMES = {
+OPTION_NAMES = {
     "stopping.strings": "stop",
     "stopping.token_ids": "stop_token_ids",
     "stopping.include_match": "include_stop",
@@ -236,7 +236,7 @@ def _places() -> dict[str, tuple[str, str]]:
     places = {name: ("", name) for name in GenerateOptions.__annotations__ if name in request}
     for place, section in _SECTIONS.items():
         for field in section.DESCRIPTOR.fields:
-            places[_OPTION_NAMES.get(f"{place}.{field.name}", field.name)] = (place, field.name)
+            places[OPTION_NAMES.get(f"{place}.{field.name}", field.name)] = (place, field.name)
     return places
 
 
