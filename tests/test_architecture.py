@@ -39,7 +39,7 @@ ALLOWED = {
     "local": {"checkpoint", "config", "request", "rpc", "build"},
     "engine_process": {"checkpoint", "config", "request", "observer", "engine", "build"},
     "build": {"config", "request", "engine", "model", "kv_cache"},
-    "flight_recorder": {"request", "step_record", "observer", "rpc"},
+    "flight_recorder": {"request", "step_record", "observability", "observer", "rpc"},
     "rpc": {"config", "request", "observer", "engine"},
     "engine": {"config", "request", "step_record", "observer", "kv_cache"},
     "model": {"checkpoint", "config", "request", "kv_cache"},

@@ -175,7 +175,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be, or do not go together."""
-        for setting in settings(*(part.name for part in fields(self))):
+        for setting in settings(*SERVE_SECTIONS):
             value = getattr(getattr(self, setting.section), setting.field)
             # Not "value < at_least": that is false for NaN.
             if setting.at_least is not None and value is not None and not value >= setting.at_least:
@@ -194,14 +194,10 @@ class Options:
             )
 
 
-SECTIONS: dict[str, Any] = {
-    "model": ModelOptions,
-    "cache": CacheOptions,
-    "scheduler": SchedulerConfig,
-    "server": ServerConfig,
-    "observability": ObservabilityOptions,
-    "client": ClientOptions,
-}
+SECTIONS: dict[str, Any] = {part.name: part.default_factory for part in fields(Options)} | {"client": ClientOptions}
+SERVE_SECTIONS = tuple(part.name for part in fields(Options))
+# What a model in this process needs.
+ENGINE_SECTIONS = ("model", "cache", "scheduler")
 
 
 # --------------------------------------------------------------------------------- options as people see them

@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
-from types import TracebackType
 from typing import Any, Self
 
 from nanoserve_client import (
@@ -25,16 +24,15 @@ from nanoserve_client import (
     Completion,
     GenerateOptions,
     GenerateStream,
-    Result,
     Timing,
     TokenLogprob,
     Usage,
 )
 from tqdm import tqdm
 
-from nanoserve.config import SECTIONS, ConfigError, Options, Setting, settings
+from nanoserve.config import ENGINE_SECTIONS, SECTIONS, ConfigError, Options, Setting, settings
 from nanoserve.local import LocalServer
-from nanoserve.request import SamplingParams
+from nanoserve.request import CALLERS_NAMES, SamplingParams
 
 # A text, or token ids.
 Prompt = str | Sequence[int]
@@ -42,11 +40,6 @@ Prompt = str | Sequence[int]
 Conversation = str | Sequence[Mapping[str, Any]]
 # For all prompts, or one for each. None = the model's own values.
 Params = SamplingParams | Sequence[SamplingParams] | None
-
-ENGINE_SECTIONS = ("model", "cache", "scheduler")
-# What callers of the service call it, where that is not the engine's name.
-CALLERS_NAMES = {"time_limit_s": "time_limit"}
-CALLERS_OPPOSITES = {"detokenize": "omit_text", "skip_special_tokens": "keep_special_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +95,14 @@ class AsyncLLM:
         self, conversation: Conversation, sampling_params: SamplingParams | None = None
     ) -> AsyncGenerateStream:
         """Answer one conversation, token by token."""
-        return self._client().chat(_messages(conversation), **as_options(sampling_params))
+        return self._client().chat(conversation, **as_options(sampling_params))
 
     async def __aenter__(self) -> Self:
         server = await asyncio.to_thread(LocalServer, self._options)
         self._inside = server, server.async_client()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._inside is not None
         (server, client), self._inside = self._inside, None
         await client.close()
@@ -167,11 +158,11 @@ class LLM:
 
     def stream_chat(self, conversation: Conversation, sampling_params: SamplingParams | None = None) -> GenerateStream:
         """Answer one conversation, token by token."""
-        return self._client.chat(_messages(conversation), **as_options(sampling_params))
+        return self._client.chat(conversation, **as_options(sampling_params))
 
     def tokenize(self, prompt: Conversation) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `chat` sees it."""
-        return self._client.tokenize(_messages(prompt)).token_ids
+        return self._client.tokenize(prompt).token_ids
 
     def close(self) -> None:
         """Cancel what runs, and free the model. May be called again."""
@@ -181,9 +172,7 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _run(
@@ -228,12 +217,15 @@ class Batch:
         async def one(index: int) -> RequestOutput:
             async with gate:
                 try:
-                    result = await _result(send(prompts[index], **as_options(each[index])))
+                    async with send(prompts[index], **as_options(each[index])) as stream:
+                        result = await stream.result()
                 except Exception as error:
                     error.add_note(f"prompt {index} of {len(prompts)}")
                     raise
             on_end()
-            return as_output(prompts[index], result)
+            return RequestOutput(
+                prompts[index], result.completions, result.usage, result.timing, result.prompt_logprobs
+            )
 
         tasks = [asyncio.create_task(one(index)) for index in range(len(prompts))]
         try:
@@ -241,11 +233,6 @@ class Batch:
         finally:
             for task in tasks:
                 task.cancel()
-
-
-async def _result(stream: AsyncGenerateStream) -> Result:
-    async with stream:
-        return await stream.result()
 
 
 # --------------------------------------------------------------------------------------- what callers give
@@ -317,11 +304,6 @@ def _is_list(value: Any) -> bool:
     return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, str | Mapping)
 
 
-def _messages(conversation: Conversation) -> Any:
-    """As the client takes it, whose type says which keys a message may have."""
-    return conversation
-
-
 def one_for_each(prompts: Sequence[Any], params: Params) -> list[SamplingParams | None]:
     """Raises ValueError if their numbers differ, TypeError for what is no SamplingParams."""
     if params is None or isinstance(params, SamplingParams):
@@ -338,12 +320,5 @@ def as_options(params: SamplingParams | None) -> GenerateOptions:
     options: dict[str, Any] = {}
     for each in fields(params) if params is not None else ():
         value = getattr(params, each.name)
-        if each.name in CALLERS_OPPOSITES:
-            options[CALLERS_OPPOSITES[each.name]] = not value
-        else:
-            options[CALLERS_NAMES.get(each.name, each.name)] = value
+        options[CALLERS_NAMES.get(each.name, each.name)] = not value if each.default is True else value
     return options  # type: ignore[return-value]
-
-
-def as_output(prompt: Prompt | Conversation, result: Result) -> RequestOutput:
-    return RequestOutput(prompt, result.completions, result.usage, result.timing, result.prompt_logprobs)

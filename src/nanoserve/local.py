@@ -5,19 +5,16 @@ It listens on a free port of the loopback, so that every caller goes the same wa
 
 import asyncio
 import atexit
-import contextlib
 import secrets
-import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, TypeVar
 
 from nanoserve_client import AsyncClient, Client
 
 from nanoserve.checkpoint import check_path
-from nanoserve.config import ConfigError, Options, ServerConfig
+from nanoserve.config import Options, ServerConfig
 from nanoserve.request import Report, Stage
 
 LOOPBACK = "127.0.0.1"
@@ -81,25 +78,14 @@ class LocalServer:
         if self._report is not None:
             self._report(Stage("importing torch and transformers"))
         from nanoserve.build import build_engine, log_facts
+        from nanoserve.rpc.auth import ApiKeys
         from nanoserve.rpc.server import Server
 
         engine = build_engine(self._options, report=self._report or log_facts)
-        with _file_of(self._api_key) as keys:
-            server = Server(ServerConfig(host=LOOPBACK, grpc_port=0, api_keys=keys, drain_timeout_s=0), engine)
+        config = ServerConfig(host=LOOPBACK, grpc_port=0, drain_timeout_s=0)
+        server = Server(config, engine, keys=ApiKeys([self._api_key], None))
         engine.start()
         self._address.set_result(f"{LOOPBACK}:{await server.start()}")
         await self._is_over.wait()
         await server.stop()
         await engine.close()
-
-
-@contextlib.contextmanager
-def _file_of(key: str) -> Iterator[Path]:
-    """A file that nobody else can read, for as long as it takes to read it."""
-    try:
-        with tempfile.NamedTemporaryFile("w") as file:
-            file.write(key)
-            file.flush()
-            yield Path(file.name)
-    except OSError as error:
-        raise ConfigError(f"cannot write into {tempfile.gettempdir()}: {error.strerror}") from None

@@ -9,8 +9,9 @@ other. The protocols at the end are the seams that `build.py` fills.
 import enum
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol, overload
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, overload
 
 from nanoserve.step_record import StepRecord
 
@@ -26,27 +27,51 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers that are allowed. NaN never is."""
+
+    low: float
+    high: float
+    # `low` itself is refused.
+    is_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.is_open else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{f'above {self.low}, up to' if self.is_open else f'{self.low} to'} {self.high}"
+
+
+def ranged(default: Any, low: float, high: float, *, is_open: bool = False) -> Any:
+    """A field of SamplingParams whose value must lie in a Range."""
+    return field(default=default, metadata={"range": Range(low, high, is_open)})
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What the tokens of a request depend on besides its prompt, and what is reported of them."""
+    """What the tokens of a request depend on besides its prompt, and what is reported of them.
+
+    Those of the contract's Sampling have the same names here: what carries them to the sampler loops over the fields.
+    """
 
     # Sequences to generate.
     n: int = 1
     # 0 = greedy.
-    temperature: float = 1.0
-    # [0, 1]; the most likely token is always kept; 1 = off.
-    top_p: float = 1.0
+    temperature: float = ranged(1.0, 0, 100)
+    # The most likely token is always kept; 1 = off.
+    top_p: float = ranged(1.0, 0, 1)
     # 0 = off.
-    top_k: int = 0
-    # [0, 1]; 0 = off.
-    min_p: float = 0.0
-    # [-2, 2]; of generated tokens, by count.
-    frequency_penalty: float = 0.0
-    # [-2, 2]; of generated tokens, once.
-    presence_penalty: float = 0.0
-    # > 0; of prompt and generated tokens; 1 = off.
-    repetition_penalty: float = 1.0
+    top_k: int = ranged(0, 0, 2**32 - 1)
+    # 0 = off.
+    min_p: float = ranged(0.0, 0, 1)
+    # Of generated tokens, by count.
+    frequency_penalty: float = ranged(0.0, -2, 2)
+    # Of generated tokens, once.
+    presence_penalty: float = ranged(0.0, -2, 2)
+    # Of prompt and generated tokens; 1 = off.
+    repetition_penalty: float = ranged(1.0, 0, 100, is_open=True)
     # Sequence i draws with seed + i (mod 2**64). None = the engine picks one at admission.
-    seed: int | None = None
+    seed: int | None = ranged(None, 0, 2**64 - 1)
     # Token id -> what is added to its logit.
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     # Of each sequence; 0 = only the prompt is computed. None = what the context leaves, filled in at admission.
@@ -73,32 +98,16 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Numbers that are allowed. NaN never is."""
-
-    low: float
-    high: float
-    # `low` itself is refused.
-    is_open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return (self.low < value if self.is_open else self.low <= value) and value <= self.high
-
-    def __str__(self) -> str:
-        return f"{f'above {self.low}, up to' if self.is_open else f'{self.low} to'} {self.high}"
-
-
 # Of numbers in SamplingParams, whoever chooses them: a caller, or a checkpoint's generation_config.json.
-SAMPLING_RANGES = {
-    "temperature": Range(0, 100),
-    "top_p": Range(0, 1),
-    "top_k": Range(0, 2**32 - 1),
-    "min_p": Range(0, 1),
-    "frequency_penalty": Range(-2, 2),
-    "presence_penalty": Range(-2, 2),
-    "repetition_penalty": Range(0, 100, is_open=True),
-    "seed": Range(0, 2**64 - 1),
+SAMPLING_RANGES: dict[str, Range] = {
+    each.name: each.metadata["range"] for each in fields(SamplingParams) if "range" in each.metadata
+}
+# What callers of the service call a field of SamplingParams, where that is another name. A switch that is on by default
+# is called by its opposite.
+CALLERS_NAMES = {
+    "time_limit_s": "time_limit",
+    "detokenize": "omit_text",
+    "skip_special_tokens": "keep_special_tokens",
 }
 
 
@@ -382,64 +391,102 @@ class Violation:
 class RequestError(Exception):
     """A request cannot be served. rpc/errors.py holds the one table that makes these a status."""
 
+    # ErrorInfo.reason: what programs tell errors apart by.
+    reason: ClassVar[str]
+    # When another attempt is worth it. None = the error does not say.
+    retry_after_s: float | None = None
+    # ErrorInfo.metadata: what programs may want to know besides.
+    facts: Mapping[str, object] = MappingProxyType({})
 
-class InvalidRequest(RequestError):
+
+class Rejection(RequestError):
+    """The request is turned away; an engine that fails, a deadline and an operator's hand are no rejections."""
+
+
+class InvalidRequest(Rejection):
     """One or more fields break the contract."""
+
+    reason = "INVALID_REQUEST"
 
     def __init__(self, violations: list[Violation]) -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
         self.violations = violations
+        self.facts = {"violations": len(violations)}
 
 
-class ContextLengthExceeded(RequestError):
+class ContextLengthExceeded(Rejection):
     """The prompt leaves no room for a single new token."""
+
+    reason = "CONTEXT_LENGTH_EXCEEDED"
 
     def __init__(self, num_prompt_tokens: int, max_context_tokens: int) -> None:
         super().__init__(
             f"the prompt has {num_prompt_tokens} tokens; with at least one new token "
             f"it must fit the context of {max_context_tokens}"
         )
-        self.num_prompt_tokens = num_prompt_tokens
-        self.max_context_tokens = max_context_tokens
+        self.facts = {"prompt_tokens": num_prompt_tokens, "max_context_tokens": max_context_tokens}
 
 
-class ModelNotFound(RequestError):
+class ModelNotFound(Rejection):
     """No served model has this name."""
+
+    reason = "MODEL_NOT_FOUND"
 
     def __init__(self, name: str, served: list[str]) -> None:
         super().__init__(f"model {name!r} is not served; served: {', '.join(served)}")
         self.name = name
 
 
-class Overloaded(RequestError):
+class Overloaded(Rejection):
     """The queue is full."""
 
-    def __init__(self, max_waiting: int, retry_after_s: float) -> None:
+    reason = "OVERLOADED"
+
+    def __init__(self, max_waiting: int, retry_after_s: float = 1.0) -> None:
         super().__init__(f"the queue is full ({max_waiting} requests wait); retry later")
-        self.max_waiting = max_waiting
         self.retry_after_s = retry_after_s
+        # A caller who sends more at once than may wait learns that another attempt is of no use.
+        self.facts = {"max_waiting": max_waiting}
 
 
-class NotReady(RequestError):
+class NotReady(Rejection):
     """The engine is starting, draining, or dead."""
 
-    def __init__(self, why: str, retry_after_s: float) -> None:
+    reason = "NOT_READY"
+
+    def __init__(self, why: str, retry_after_s: float = 2.0) -> None:
         super().__init__(f"the server is not ready: {why}")
         self.retry_after_s = retry_after_s
+
+
+class Unauthenticated(Rejection):
+    """The call bears no API key, or one that is not known."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(Rejection):
+    """The API key is good, but not for this service."""
+
+    reason = "PERMISSION_DENIED"
 
 
 class DeadlineExceeded(RequestError):
     """The caller's deadline passed."""
 
+    reason = "DEADLINE"
+
     def __init__(self, phase: str, num_completion_tokens: int) -> None:
         super().__init__(f"the deadline passed while {phase}")
         # "waiting" or "running".
         self.phase = phase
-        self.num_completion_tokens = num_completion_tokens
+        self.facts = {"phase": phase, "completion_tokens": num_completion_tokens}
 
 
 class CancelledByOperator(RequestError):
     """AdminService.Cancel ended the request."""
+
+    reason = "CANCELLED_BY_OPERATOR"
 
     def __init__(self) -> None:
         super().__init__("the operator cancelled the request")
@@ -448,8 +495,29 @@ class CancelledByOperator(RequestError):
 class EngineFailure(RequestError):
     """A step failed, of which the server's log has the details, or gave NaN."""
 
+    reason = "ENGINE_FAILURE"
+
     def __init__(self, why: str = "the engine failed to compute this request") -> None:
         super().__init__(why)
+
+
+class RequestNotFound(RequestError):
+    """No request with this id runs, waits, or is still remembered."""
+
+    reason = "REQUEST_NOT_FOUND"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"no request {request_id!r} runs or waits, and none of the last ones was called so")
+        self.request_id = request_id
+
+
+class NotRecorded(RequestError):
+    """The server keeps no records of its steps and requests; `nanoserve serve` does."""
+
+    reason = "NOT_RECORDED"
+
+    def __init__(self) -> None:
+        super().__init__("this server keeps no records of its steps and requests")
 
 
 # ---------------------------------------------------------------------------------------- how the start goes

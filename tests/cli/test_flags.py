@@ -3,9 +3,9 @@
 import pytest
 
 from nanoserve.cli import main
-from nanoserve.cli.flags import ENGINE_SECTIONS, SERVE_SECTIONS, Parser, add_options
-from nanoserve.cli.sources import read_options
-from nanoserve.config import Options, settings
+from nanoserve.cli.flags import Parser, add_options
+from nanoserve.cli.sources import Choices
+from nanoserve.config import ENGINE_SECTIONS, SERVE_SECTIONS, Options, settings
 
 SAMPLES = {int: "70", "size": "70", float: "2.5"}
 
@@ -13,7 +13,7 @@ SAMPLES = {int: "70", "size": "70", float: "2.5"}
 def parse(*argv, **options):
     parser = Parser("nanoserve test")
     add_options(parser, **options)
-    return read_options(parser.parse_args(argv))
+    return Choices.of(parser.parse_args(argv)).options()
 
 
 def test_without_flags_the_options_are_the_defaults():

@@ -4,7 +4,7 @@ import pytest
 
 from nanoserve.cli import main
 from nanoserve.cli.flags import Parser, add_options
-from nanoserve.cli.sources import Choices, read_options
+from nanoserve.cli.sources import Choices
 from nanoserve.config import ConfigError
 
 
@@ -26,11 +26,15 @@ def parse(*argv):
     return parser.parse_args(argv)
 
 
+def options_of(arguments):
+    return Choices.of(arguments).options()
+
+
 def test_a_flag_overrules_a_variable_and_a_variable_the_file(file, monkeypatch):
     config = file("block-size = 1\nmax-waiting = 1\nmax-num-seqs = 1\n")
     monkeypatch.setenv("NANOSERVE_MAX_WAITING", "2")
     monkeypatch.setenv("NANOSERVE_MAX_NUM_SEQS", "2")
-    options = read_options(parse("--config", config, "--max-num-seqs", "3"))
+    options = options_of(parse("--config", config, "--max-num-seqs", "3"))
     assert (options.cache.block_size, options.scheduler.max_waiting, options.scheduler.max_num_seqs) == (1, 2, 3)
     assert options.server.grpc_port == 50051
 
@@ -38,14 +42,14 @@ def test_a_flag_overrules_a_variable_and_a_variable_the_file(file, monkeypatch):
 def test_a_flag_turns_back_what_a_file_or_variable_switched(file, monkeypatch):
     config = file("no-compile = true\nno-prefix-cache = true\n")
     monkeypatch.setenv("NANOSERVE_TRUST_REMOTE_CODE", "yes")
-    options = read_options(parse("--config", config, "--compile", "--no-trust-remote-code"))
+    options = options_of(parse("--config", config, "--compile", "--no-trust-remote-code"))
     assert options.model.compile
     assert not options.model.trust_remote_code
     assert not options.cache.enable_prefix_cache
 
 
 def test_the_file_takes_every_kind_of_value(file):
-    options = read_options(
+    options = options_of(
         parse("--config", file('model = "a/b"\nkv-memory = "2GiB"\nstep-timeout = 3\ntls-cert = "x.pem"\n'))
     )
     assert options.model.path == "a/b"
@@ -67,24 +71,24 @@ def test_the_file_takes_every_kind_of_value(file):
 )
 def test_what_is_wrong_in_a_file_is_said_with_its_place(file, text, words):
     with pytest.raises(ConfigError, match=words):
-        read_options(parse("--config", file(text)))
+        options_of(parse("--config", file(text)))
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read .*nothing.toml: No such file"):
-        read_options(parse("--config", str(tmp_path / "nothing.toml")))
+        options_of(parse("--config", str(tmp_path / "nothing.toml")))
 
 
 def test_a_wrong_variable_is_named(monkeypatch):
     monkeypatch.setenv("NANOSERVE_GRPC_PORT", "http")
     with pytest.raises(ConfigError, match="NANOSERVE_GRPC_PORT is 'http'; it must be a whole number"):
-        read_options(parse())
+        options_of(parse())
 
 
 def test_an_error_names_the_origins_of_all_that_it_speaks_of_but_the_flags(monkeypatch):
     monkeypatch.setenv("NANOSERVE_MAX_NUM_BATCHED_TOKENS", "4")
     with pytest.raises(ConfigError) as failure:
-        read_options(parse("--max-num-seqs", "8"))
+        options_of(parse("--max-num-seqs", "8"))
     assert str(failure.value).endswith(" (max-num-batched-tokens comes from NANOSERVE_MAX_NUM_BATCHED_TOKENS)")
 
 
@@ -99,7 +103,7 @@ def test_an_error_that_quotes_a_value_names_its_origin(monkeypatch):
 
 def test_an_unknown_variable_is_warned_about_and_does_not_matter(monkeypatch, caplog):
     monkeypatch.setenv("NANOSERVE_MAX_SEQS", "3")
-    assert read_options(parse()).scheduler.max_num_seqs == 64
+    assert options_of(parse()).scheduler.max_num_seqs == 64
     assert "NANOSERVE_MAX_SEQS is set" in caplog.text
     assert "did you mean 'NANOSERVE_MAX_NUM_SEQS'?" in caplog.text
 
@@ -115,13 +119,13 @@ def test_what_kubernetes_sets_for_a_service_called_nanoserve_is_none_of_ours(mon
         "NANOSERVE_GRPC_PORT": "tcp://10.0.0.1:50051",
     }.items():
         monkeypatch.setenv(name, value)
-    assert read_options(parse()).server.grpc_port == 50051
+    assert options_of(parse()).server.grpc_port == 50051
     assert not caplog.records
 
 
 def test_an_empty_variable_is_not_set(monkeypatch):
     monkeypatch.setenv("NANOSERVE_GRPC_PORT", "")
-    assert read_options(parse()).server.grpc_port == 50051
+    assert options_of(parse()).server.grpc_port == 50051
 
 
 def test_what_the_command_line_says_of_some_sections_is_known(monkeypatch):

@@ -181,7 +181,7 @@ async def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers():
         with pytest.raises(ContextLengthExceeded) as refusal:
             await bench.collect([1] * 128)
         events = await bench.collect([1] * 127, max_tokens=None)
-    assert (refusal.value.num_prompt_tokens, refusal.value.max_context_tokens) == (128, 128)
+    assert refusal.value.facts == {"prompt_tokens": 128, "max_context_tokens": 128}
     assert deltas(events)[-1].finish_reason is FinishReason.CONTEXT
 
 

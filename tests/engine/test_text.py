@@ -77,45 +77,9 @@ def metaspace(scheme: str) -> Tokenizer:
     return tokenizer
 
 
-def word_piece() -> Tokenizer:
-    words = [
-        "the",
-        "##the",
-        ".",
-        "?",
-        "!",
-        ",",
-        "'",
-        "n't",
-        "'m",
-        "do",
-        "not",
-        "do not",
-        "'s",
-        "##s",
-        "##",
-        "a",
-        "'ve",
-        "re",
-    ]
-    tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate([*SPECIAL, *words])}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(SPECIAL)
-    return tokenizer
-
-
 def word_level() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*SPECIAL, "a", "b", "é"])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(SPECIAL)
-    return tokenizer
-
-
-def end_of_word() -> Tokenizer:
-    words = ["a</w>", "b", "b</w>", "a", "</w>", "</w></w>"]
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate([*SPECIAL, *words])}, [], end_of_word_suffix="</w>"))
-    tokenizer.decoder = decoders.BPEDecoder()
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
 
@@ -126,12 +90,6 @@ def nested_strip() -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [first, decoders.Fuse(), decoders.Replace("a", "ä"), decoders.Strip(" ", 3, 0)]
     )
-    return tokenizer
-
-
-def held_back_twice() -> Tokenizer:
-    tokenizer = byte_fallback(strips=False)
-    tokenizer.decoder = decoders.Sequence([decoders.BPEDecoder("▁"), decoders.ByteFallback()])
     return tokenizer
 
 
@@ -152,11 +110,8 @@ CODECS = {
     "byte fallback without strip": codec_of(byte_fallback(strips=False)),
     "metaspace": codec_of(metaspace("always")),
     "metaspace never": codec_of(metaspace("never")),
-    "word piece": codec_of(word_piece()),
     "word level": codec_of(word_level()),
-    "end of word": codec_of(end_of_word()),
     "nested and stripped": codec_of(nested_strip()),
-    "held back twice": codec_of(held_back_twice()),
 }
 BYTE_LEVEL = CODECS["byte level"]
 OPAQUE = codec_of(opaque())
@@ -378,10 +333,6 @@ def test_stop_strings_do_not_match_before_min_tokens() -> None:
 
 
 def test_a_stop_string_may_be_complete_only_at_the_end() -> None:
-    codec = CODECS["end of word"]
-    ids = [codec._backend.token_to_id("b</w>")]
-    # Whether the end of a word is a space is certain only when the next one comes.
-    assert texts(ids, codec, cuts=[1], stop=("b",)) == [TextPiece("", 1), TextPiece("", 0, "b")]
     codec = CODECS["byte fallback"]
     ids = [codec._backend.token_to_id(BYTES[byte]) for byte in "ü".encode()]
     assert texts(ids[:1], codec, stop=("\ufffd",), include_stop=True) == [TextPiece("\ufffd", 1, "\ufffd")]
@@ -469,10 +420,7 @@ def continued(name: str, prompt: list[str], *completion: str, **params) -> str:
         ("byte fallback without strip", ["▁the"], ["▁a"], " a"),
         ("metaspace", ["▁the"], ["▁a", "b"], " ab"),
         ("metaspace never", ["▁the"], ["▁a"], " a"),
-        ("word piece", ["the"], ["a", "##s"], " as"),
-        ("word piece", ["the"], ["##s"], "s"),
         ("word level", ["a"], ["b", "a"], " b a"),
-        ("end of word", ["a</w>"], ["b", "b</w>"], " bb"),
         ("nested and stripped", ["▁the"], ["▁▁", "▁the"], " the"),
         ("byte level", ["Ġthe"], ["Ġquick"], " quick"),
         ("opaque", ["Ġthe"], ["Ġquick"], " qui<>k"),
@@ -488,10 +436,6 @@ def test_behind_a_prompt_that_shows_nothing_a_text_begins(name: str) -> None:
     text = word.replace("▁", "")
     assert continued(name, ["<s>"], word, word) == f"{text} {text}"
     assert continued(name, [word, "<s>"], word) == f" {text}"
-
-
-def test_the_end_of_a_word_before_a_completion_is_seen() -> None:
-    assert continued("end of word", ["b"], "a</w>") == "a"
 
 
 def test_a_stop_string_may_begin_with_the_completions_first_space() -> None:
@@ -640,9 +584,6 @@ def test_bytes_of_tokens() -> None:
     assert bytes_of("byte fallback", "<0xZZ>") == b"<0xZZ>"
     assert bytes_of("byte fallback", "</s>") == b"</s>"
     assert bytes_of("metaspace", "▁日本") == " 日本".encode()
-    assert bytes_of("word piece", "the") == b" the"
-    assert bytes_of("word piece", "##the") == b"the"
-    assert bytes_of("end of word", "a</w>") == b"a "
     assert BYTE_LEVEL.token_bytes(10_000) == b""
 
 

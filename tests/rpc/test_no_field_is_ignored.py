@@ -87,12 +87,12 @@ def test_removed_and_reserved_numbers_count_as_unknown():
     [
         (lambda m: validate.tokenization(m, MODEL), model_pb2.TokenizeRequest(text="x")),
         (lambda m: validate.detokenization(m, MODEL), model_pb2.DetokenizeRequest()),
-        (validate.cancellation, admin_pb2.CancelRequest(request_id="r")),
+        (validate.request_id, admin_pb2.CancelRequest(request_id="r")),
         (validate.nothing, model_pb2.ListModelsRequest()),
         (validate.nothing, admin_pb2.ResetCacheRequest()),
         (validate.nothing, admin_pb2.GetStatsRequest()),
         (validate.watch, admin_pb2.WatchEngineRequest()),
-        (validate.explanation, admin_pb2.ExplainRequestRequest(request_id="r")),
+        (validate.request_id, admin_pb2.ExplainRequestRequest(request_id="r")),
     ],
 )
 def test_every_rpc_refuses_unknown_fields(convert, message):
@@ -136,9 +136,9 @@ CONVERT = {
     pb.GenerateRequest: lambda m: validate.generation(m, MODEL),
     model_pb2.TokenizeRequest: lambda m: validate.tokenization(m, MODEL),
     model_pb2.DetokenizeRequest: lambda m: validate.detokenization(m, MODEL),
-    admin_pb2.CancelRequest: validate.cancellation,
+    admin_pb2.CancelRequest: validate.request_id,
     admin_pb2.WatchEngineRequest: validate.watch,
-    admin_pb2.ExplainRequestRequest: validate.explanation,
+    admin_pb2.ExplainRequestRequest: validate.request_id,
 }
 # Read by the servicer, not by validate.py; test_model.py shows that each counts.
 ELSEWHERE = {"nanoserve.v1.DetokenizeRequest.keep_special_tokens"}

@@ -363,8 +363,8 @@ def test_detokenization_takes_ids_of_the_vocabulary():
 
 
 def test_a_cancellation_names_a_request():
-    assert validate.cancellation(admin_pb2.CancelRequest(request_id="r")) == "r"
-    assert list(violations(validate.cancellation, admin_pb2.CancelRequest())) == ["request_id"]
+    assert validate.request_id(admin_pb2.CancelRequest(request_id="r")) == "r"
+    assert list(violations(validate.request_id, admin_pb2.CancelRequest())) == ["request_id"]
 
 
 # ------------------------------------------------------------------------------------------- special tokens, parts

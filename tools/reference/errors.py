@@ -16,12 +16,15 @@ from nanoserve.request import (
     InvalidRequest,
     ModelNotFound,
     NotReady,
+    NotRecorded,
     Overloaded,
+    PermissionDenied,
     RequestError,
+    RequestNotFound,
+    Unauthenticated,
     Violation,
 )
 from nanoserve.rpc import errors
-from nanoserve.rpc.errors import NotRecorded, PermissionDenied, RequestNotFound, Unauthenticated
 
 REQUEST_ID = "order-17"
 # One of each row of the table. They say what the server's own would.
@@ -29,8 +32,8 @@ SAMPLES: list[RequestError] = [
     InvalidRequest([Violation("sampling.top_p", "2 is not allowed; allowed: above 0, up to 1")]),
     ContextLengthExceeded(5000, 2048),
     ModelNotFound("gpt-5", ["nanoserve-builtin"]),
-    Overloaded(max_waiting=1024, retry_after_s=1.0),
-    NotReady("loading", retry_after_s=2.0),
+    Overloaded(max_waiting=1024),
+    NotReady("loading"),
     DeadlineExceeded("waiting", 0),
     CancelledByOperator(),
     EngineFailure(),
@@ -86,7 +89,7 @@ def render() -> str:
 def _row(sample: RequestError) -> str:
     row = errors._TABLE[type(sample)]
     client = type(from_status(row.code, "", (), None)).__name__
-    link = f"[{row.reason}](#{row.reason.lower()})"
+    link = f"[{sample.reason}](#{sample.reason.lower()})"
     return f"| {link} | {row.code.name} ({row.code.value[0]}) | {_when(sample)} | `{client}` |\n"
 
 
@@ -97,7 +100,6 @@ def _when(sample: RequestError) -> str:
 
 
 def _section(sample: RequestError) -> str:
-    row = errors._TABLE[type(sample)]
     status = errors.status_of(sample, REQUEST_ID)
     trailers = dict(status.trailers)
     packed = status_pb2.Status.FromString(trailers.pop("grpc-status-details-bin"))
@@ -106,7 +108,7 @@ def _section(sample: RequestError) -> str:
         shown["trailers"] = trailers
     shown["details"] = [_plain(detail) for detail in packed.details]
     example = json.dumps(shown, indent=2, ensure_ascii=False).replace("type.googleapis.com/", "")
-    return f"## {row.reason}\n\n{_when(sample)} For example:\n\n```json\n{example}\n```\n"
+    return f"## {sample.reason}\n\n{_when(sample)} For example:\n\n```json\n{example}\n```\n"
 
 
 def _plain(detail: Message) -> dict[str, Any]:

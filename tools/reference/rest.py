@@ -15,7 +15,8 @@ INTRODUCTION = """\
 are those that the gateway checks requests with, so nothing is ignored: a field is served; or it is a label, which is
 taken and changes no token; or it is refused with status 400 and the reason given here. A field that stands in no table
 is refused as unknown. A parameter of the query that is a field or a parameter elsewhere is refused too; any other asks
-for nothing here. `null` is the same as absent, at every depth.
+for nothing here. `null` is the same as absent, at every depth. What a request does not say of sampling is as the
+model's makers advise.
 
 | header of a request | what it does |
 |---|---|

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from nanoserve.bench.workload import WARM_UP, BenchRequest, FixedWorkload
 from nanoserve.checkpoint import check_path
-from nanoserve.cli.flags import ENGINE_SECTIONS, Parser, add_options
+from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, start_logging, write
-from nanoserve.config import Options, SchedulerConfig
+from nanoserve.config import ENGINE_SECTIONS, Options, SchedulerConfig
 from nanoserve.request import RequestError, Stage
 
 if TYPE_CHECKING:

@@ -13,20 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from nanoserve_client import AsyncClient, Model, NanoserveError, Unavailable
+from nanoserve_client import AsyncClient
 from tqdm import tqdm
 
 from nanoserve.bench.load import Measurement, measure, over_grpc
 from nanoserve.bench.plot import check_plot, save_plot
 from nanoserve.bench.report import Limits, Report
 from nanoserve.bench.workload import WARM_UP, parse_workload
-from nanoserve.cli.connection import needed_server, tls_of
-from nanoserve.cli.flags import Parser, add_options
-from nanoserve.cli.terminal import CommandError, write
+from nanoserve.cli.connection import needed_server, remote_client, telling_of
+from nanoserve.cli.flags import Parser, add_options, number
+from nanoserve.cli.terminal import write
 from nanoserve.config import ClientOptions, ConfigError
 
 # Where `nanoserve serve` opens it.
 OPENAI_URL = "http://127.0.0.1:8000/v1"
+POSITIVE = number(sys.float_info.min, sys.float_info.max, "a number above 0")
 DESCRIPTION = """
     Send requests to a running server, and report how long callers wait.
 
@@ -56,7 +57,7 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--rate",
-        type=_positive,
+        type=POSITIVE,
         metavar="R",
         help="Requests that arrive a second, at random times (a Poisson process). Default: all at once.",
     )
@@ -72,9 +73,9 @@ def add_arguments(parser: Parser) -> None:
         "--openai-url", metavar="URL", help=f"Where OpenAI's API is served, for --api openai. Default: {OPENAI_URL}."
     )
     group = parser.add_argument_group("What a good request is, for goodput: it completes within every limit given")
-    group.add_argument("--max-ttft-ms", type=_positive, metavar="MS", help="Time to first token.")
-    group.add_argument("--max-itl-ms", type=_positive, metavar="MS", help="Mean inter-token latency.")
-    group.add_argument("--max-e2e-ms", type=_positive, metavar="MS", help="Time to its end.")
+    group.add_argument("--max-ttft-ms", type=POSITIVE, metavar="MS", help="Time to first token.")
+    group.add_argument("--max-itl-ms", type=POSITIVE, metavar="MS", help="Mean inter-token latency.")
+    group.add_argument("--max-e2e-ms", type=POSITIVE, metavar="MS", help="Time to its end.")
     group = parser.add_argument_group("Where the figures go")
     group.add_argument(
         "--json",
@@ -83,16 +84,6 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument("--plot", type=Path, metavar="FILE", help="A picture, .png or .svg. Needs nanoserve[bench].")
     add_options(parser, ("client",))
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a number above 0")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -145,8 +136,9 @@ async def _measure_all(
     Raises ConfigError or CommandError if nothing can be measured.
     """
     async with contextlib.AsyncExitStack() as stack:
-        client = await stack.enter_async_context(_client(options))
-        model = await _served_model(client, options)
+        client = await stack.enter_async_context(remote_client(options, AsyncClient))
+        with telling_of(options.target):
+            model = (await client.list_models())[0]
         send = over_grpc(client)
         if arguments.api == "openai":
             # Imported here, because openai's types take a moment.
@@ -169,22 +161,3 @@ async def _measure_all(
             tell(text, measurement)
             is_interrupted = measurement.is_interrupted
         return measured
-
-
-def _client(options: ClientOptions) -> AsyncClient:
-    """Raises CommandError if a file of keys or certificates cannot be read."""
-    assert options.target is not None
-    try:
-        return AsyncClient(options.target, api_key=options.api_key, tls=tls_of(options))
-    except OSError as error:
-        raise CommandError(f"cannot read {error.filename}: {error.strerror}") from None
-
-
-async def _served_model(client: AsyncClient, options: ClientOptions) -> Model:
-    """Raises CommandError if the server does not say."""
-    try:
-        return (await client.list_models())[0]
-    except Unavailable as error:
-        raise CommandError(f"no server is ready at {options.target} ({error.message})") from None
-    except (NanoserveError, ValueError) as error:
-        raise CommandError(f"the server at {options.target} refuses: {error}") from None

@@ -3,8 +3,8 @@
     main ─▶ one module a command: add_arguments(parser), run(arguments) -> exit code
 
     flags.py       options and their flags          sources.py     flag > environment > file > default
-    sampling.py    sampling parameters as flags     reference.py   both as a page of Markdown
-    terminal.py    what is written, and where       connection.py  a server elsewhere, or one in this process
+    sampling.py    sampling parameters as flags     connection.py  a server elsewhere, or one in this process
+    terminal.py    what is written, and where
 
 A command's module is imported when it is run, and nothing here imports torch, so that help comes at once. Exit codes:
 0, 1 if a request failed, 2 if the command cannot be run so, 128 + the signal's number if a signal ended it.
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         write_error(_unknown(name) if name else _overview())
         return 2
     try:
-        return _run(name, rest)
+        return run_command(name, f"nanoserve.cli.{name}", rest)
     except (ConfigError, CommandError) as error:
         # Messages of libraries may have several lines.
         write_error(f"nanoserve: {' '.join(str(error).split())}\n")
@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _run(name: str, argv: list[str]) -> int:
-    command = importlib.import_module(f"nanoserve.cli.{name}")
+def run_command(name: str, module: str, argv: list[str]) -> int:
+    """Run the command of a module with what follows its name on the command line; returns the exit code."""
+    command = importlib.import_module(module)
     parser = Parser(f"nanoserve {name}")
     command.add_arguments(parser)
     exit_code: int = command.run(parser.parse_args(argv))

@@ -1,8 +1,8 @@
 """`nanoserve bench offline | serve`: the benchmarks of nanoserve.bench, which are imported when one is run."""
 
 import argparse
-import importlib
 
+from nanoserve.cli import run_command
 from nanoserve.cli.flags import Parser
 from nanoserve.cli.terminal import CommandError
 
@@ -25,8 +25,4 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.kind is None:
         raise CommandError(f"which benchmark? {' or '.join(KINDS)}; nanoserve bench --help says what they are")
-    benchmark = importlib.import_module(f"nanoserve.bench.{arguments.kind}")
-    parser = Parser(f"nanoserve bench {arguments.kind}")
-    benchmark.add_arguments(parser)
-    exit_code: int = benchmark.run(parser.parse_args(arguments.rest))
-    return exit_code
+    return run_command(f"bench {arguments.kind}", f"nanoserve.bench.{arguments.kind}", arguments.rest)

@@ -14,18 +14,16 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
-from nanoserve_client import Cancelled, Client, Delta, GenerateOptions, GenerateStream, InvalidRequest, NanoserveError
+from nanoserve_client import Cancelled, Client, Delta, GenerateOptions, InvalidRequest, NanoserveError
 
 from nanoserve.cli.connection import add_connection, connected
 from nanoserve.cli.flags import Parser
 from nanoserve.cli.line_editor import LineEditor
 from nanoserve.cli.sampling import add_sampling, read_sampling
-from nanoserve.cli.terminal import dim, start_logging, write, write_error
+from nanoserve.cli.terminal import dim, on_signals, start_logging, write, write_error
 
 DESCRIPTION = """
     Talk to a model: MODEL, loaded into this process, or the one that a server has (--target).
@@ -156,7 +154,8 @@ class Chat:
             self._give_up(f"A value does not fit its parameter: {error}.")
             return
         try:
-            with stopped_by_ctrl_c(stream):
+            # Its reader then gets Cancelled.
+            with on_signals(stream.cancel, signal.SIGINT):
                 for delta in stream:
                     pace.count(delta)
                     write(delta.text)
@@ -179,17 +178,3 @@ class Chat:
         """A message that has no answer is no part of the conversation."""
         self.has_failed = True
         say(why)
-
-
-@contextlib.contextmanager
-def stopped_by_ctrl_c(stream: GenerateStream) -> Iterator[None]:
-    """Ctrl-C cancels the stream, whose reader then gets Cancelled, instead of the program."""
-
-    def cancel(_number: int, _frame: FrameType | None) -> None:
-        stream.cancel()
-
-    before = signal.signal(signal.SIGINT, cancel)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -8,15 +8,18 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from typing import TypeVar
 
-from nanoserve_client import Client, Model, NanoserveError, Tls, Unavailable
+from nanoserve_client import AsyncClient, Client, Model, NanoserveError, Tls, Unavailable
 
-from nanoserve.cli.flags import ENGINE_SECTIONS, Parser, add_options
+from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, StatusLine
-from nanoserve.config import ClientOptions, ConfigError, Options
+from nanoserve.config import ENGINE_SECTIONS, ClientOptions, ConfigError, Options
 from nanoserve.local import LocalServer
+
+_Client = TypeVar("_Client", Client, AsyncClient)
 
 
 def add_connection(parser: Parser, *, has_positional: bool) -> None:
@@ -35,7 +38,7 @@ def connected(arguments: argparse.Namespace, status_line: StatusLine | None) -> 
     if remote.target is not None:
         if useless := choices.flags(*ENGINE_SECTIONS):
             raise CommandError(f"{', '.join(useless)} would change nothing: --target says that another process serves")
-        with remote_client(remote) as client:
+        with remote_client(remote, Client) as client:
             yield client, served_by(client, remote.target)
         return
     if useless := choices.flags("client"):
@@ -67,26 +70,27 @@ def needed_server(arguments: argparse.Namespace) -> tuple[str, ClientOptions]:
     return remote.target, remote
 
 
-def remote_client(remote: ClientOptions) -> Client:
+def remote_client(remote: ClientOptions, kind: type[_Client]) -> _Client:
     """A client of the server at the target, which there must be. Raises CommandError."""
     assert remote.target is not None
+    files = remote.tls_ca, remote.client_cert, remote.client_key
     try:
-        return Client(remote.target, api_key=remote.api_key, tls=tls_of(remote))
+        return kind(remote.target, api_key=remote.api_key, tls=Tls(*files) if remote.tls or any(files) else None)
     except OSError as error:
         raise CommandError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def tls_of(remote: ClientOptions) -> Tls | None:
-    """How to encrypt; None = not at all."""
-    if remote.tls or remote.tls_ca is not None or remote.client_cert is not None:
-        return Tls(remote.tls_ca, remote.client_cert, remote.client_key)
-    return None
-
-
 def served_by(client: Client, address: str) -> Model:
     """The model, once the server says that it is there. Raises CommandError."""
-    try:
+    with telling_of(address):
         return client.list_models()[0]
+
+
+@contextlib.contextmanager
+def telling_of(address: str | None) -> Iterator[None]:
+    """Errors of a first call become a CommandError that says what to do."""
+    try:
+        yield
     except Unavailable as error:
         raise CommandError(f"no server is ready at {address} ({error.message}); `nanoserve serve` starts one") from None
     except (NanoserveError, ValueError) as error:

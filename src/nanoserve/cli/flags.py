@@ -3,16 +3,14 @@
 import argparse
 import difflib
 import inspect
+import math
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from nanoserve.config import SECTIONS, Setting, settings
+from nanoserve.config import SECTIONS, SERVE_SECTIONS, Setting, settings
 
-SERVE_SECTIONS = ("model", "cache", "scheduler", "server", "observability")
-# What a model in this process needs.
-ENGINE_SECTIONS = ("model", "cache", "scheduler")
 CONFIGURATION = """\
 Every option but those of single requests may also stand in the environment, as NANOSERVE_MAX_NUM_SEQS, and in a file,
 as max-num-seqs = 32. A flag overrules a variable, a variable the file. A switch that one of them turned is turned back
@@ -87,6 +85,21 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
     group.add_argument(setting.flag, dest=place, action="store_const", const=True, help=help)
     # For a switch that a file or variable turned.
     group.add_argument(setting.opposite, dest=place, action="store_const", const=False, help=argparse.SUPPRESS)
+
+
+def number(low: float, high: float, wanted: str) -> Callable[[str], float]:
+    """Reads a flag's number within these bounds; `wanted` says what they are."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {wanted}")
+        return value
+
+    return read
 
 
 def destination(setting: Setting) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from nanoserve.cli.terminal import has_colour, write_error
@@ -51,9 +50,7 @@ class LineEditor:
                     readline.read_history_file(self._history)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.is_interactive and "readline" in sys.modules:
             import readline
 

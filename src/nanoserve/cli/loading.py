@@ -3,7 +3,6 @@
 import logging
 import threading
 import time
-from types import TracebackType
 from typing import Self
 
 from nanoserve.cli.terminal import StatusLine
@@ -52,9 +51,7 @@ class Loading:
             self._drawer.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._has_ended.set()
         if self._status_line is not None:
             self._drawer.join()

@@ -5,8 +5,6 @@ check; its error names every violation.
 """
 
 import argparse
-import inspect
-import re
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -14,12 +12,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nanoserve_client import GenerateOptions
+from nanoserve_client.requests import explanations
 
 from nanoserve.cli.flags import escape
-from nanoserve.request import SamplingParams
+from nanoserve.request import CALLERS_NAMES, SamplingParams
 
-# What callers call it, where that is not the engine's name. (`detokenize` they do not have, a terminal wants text.)
-CALLERS_NAMES = {"time_limit_s": "time_limit", "skip_special_tokens": "keep_special_tokens"}
+# What a terminal has no use for: it wants text.
+WITHOUT_FLAG = "omit_text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +39,9 @@ class SamplingFlag:
 def sampling_flags() -> list[SamplingFlag]:
     """In the order of SamplingParams."""
     hints = typing.get_type_hints(GenerateOptions)
-    helps = _explanations(GenerateOptions.__doc__ or "")
+    helps = explanations(GenerateOptions)
     names = [CALLERS_NAMES.get(each.name, each.name) for each in fields(SamplingParams)]
-    return [SamplingFlag(name, helps.get(name, ""), _reading(hints[name])) for name in names if name in hints]
+    return [SamplingFlag(name, helps.get(name, ""), _reading(hints[name])) for name in names if name != WITHOUT_FLAG]
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
@@ -56,22 +55,11 @@ def add_sampling(parser: argparse.ArgumentParser, *, leave_out: Collection[str] 
 
 def read_sampling(arguments: argparse.Namespace) -> GenerateOptions:
     """What was given, for the client."""
-    given = {each.name: getattr(arguments, each.name, None) for each in sampling_flags()}
-    options = {name: value for name, value in given.items() if value is not None}
-    if "logit_bias" in options:
-        options["logit_bias"] = dict(options["logit_bias"])
+    options: dict[str, Any] = {}
+    for each in sampling_flags():
+        if (value := getattr(arguments, each.name, None)) is not None:
+            options[each.name] = dict(value) if each.reading.get("type") is _pair else value
     return typing.cast(GenerateOptions, options)
-
-
-def _explanations(doc: str) -> dict[str, str]:
-    """What a docstring says of each of its Attributes, less what is plain of a switch, or of Python names."""
-    attributes = inspect.cleandoc(doc).partition("Attributes:\n")[2]
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
-    sentences = {name: re.split(r"(?<=\.) ", " ".join(text.split())) for name, text in entries}
-    return {
-        name: " ".join(each for each in texts if each != "Default False." and "`" not in each)
-        for name, texts in sentences.items()
-    }
 
 
 def _reading(hint: Any) -> dict[str, Any]:
@@ -81,11 +69,11 @@ def _reading(hint: Any) -> dict[str, Any]:
     if float in kinds or int in kinds:
         return {"type": float if float in kinds else int, "metavar": "X" if float in kinds else "N"}
     if any(typing.get_origin(kind) is Mapping for kind in kinds):
-        return {"type": _bias, "action": "append", "metavar": "TOKEN=BIAS"}
+        return {"type": _pair, "action": "append", "metavar": "TOKEN=BIAS"}
     return {"type": str if str in kinds else int, "action": "append", "metavar": "TEXT" if str in kinds else "TOKEN"}
 
 
-def _bias(text: str) -> tuple[int, float]:
+def _pair(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
     try:
         return int(token), float(bias)

@@ -2,8 +2,10 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nanoserve.cli.flags import Parser, add_options
@@ -18,7 +20,6 @@ from nanoserve.request import Fact, Stage
 
 if TYPE_CHECKING:
     from nanoserve.engine.engine import Engine
-    from nanoserve.engine_process import EngineProcess
     from nanoserve.rpc.server import Server
 
 DESCRIPTION = """
@@ -54,16 +55,18 @@ def run(arguments: argparse.Namespace) -> int:
 async def serve(options: Options, loading: Loading) -> int:
     """Serve until a signal, or until the engine is gone. Returns the exit code. Raises ConfigError."""
     # Imported here, because gRPC takes a moment, and --help should not.
-    from nanoserve.engine_process import EngineProcess
+    from nanoserve.engine_process import EngineProcess, start_engine
 
-    # First, because it takes longest: to import torch alone takes seconds.
-    process = EngineProcess(options)
-    try:
+    async with contextlib.AsyncExitStack() as leaving:
+        # First, because it takes longest: to import torch alone takes seconds.
+        process = EngineProcess(options)
+        leaving.callback(process.kill)
         from nanoserve.flight_recorder.recorder import FlightRecorder
         from nanoserve.observability.telemetry import Telemetry
         from nanoserve.rpc.server import Server
 
         telemetry = Telemetry(options.observability)
+        leaving.push_async_callback(telemetry.close)
         recorder = FlightRecorder()
         observers = Observers(
             recorder,
@@ -74,21 +77,21 @@ async def serve(options: Options, loading: Loading) -> int:
             recorder=recorder,
             observers=observers,
         )
-        try:
-            async with openai_api(options.server, server, telemetry) as http_facts:
-                return await _serve(process, options, loading, server, observers, http_facts)
-        finally:
-            await telemetry.close()
-    finally:
-        process.kill()
+        http_facts = await leaving.enter_async_context(openai_api(options.server, server, telemetry))
+
+        def build() -> "Engine":
+            loading.report(Stage("importing torch and transformers"))
+            return start_engine(process, options, loading.report, observers)
+
+        return await _serve(options, loading, server, observers, build, http_facts)
 
 
 async def _serve(
-    process: "EngineProcess",
     options: Options,
     loading: Loading,
     server: "Server",
     observers: Observers,
+    build: Callable[[], "Engine"],
     http_facts: list[Fact],
 ) -> int:
     started_s = time.monotonic()
@@ -98,7 +101,7 @@ async def _serve(
         await asyncio.sleep(0)  # lets it take over the signals
         name = BUILTIN_MODEL_NAME if options.model.path == str(BUILTIN_MODEL) else options.model.path
         logger.info("listening on %s, not ready yet: loading %s", address, name)
-        engine = await _load(process, options, loading, server, observers, serving)
+        engine = await _load(build, loading, server, serving)
     except Exception:
         await server.stop()
         raise
@@ -123,19 +126,12 @@ async def _serve(
 
 
 async def _load(
-    process: "EngineProcess",
-    options: Options,
-    loading: Loading,
-    server: "Server",
-    observers: Observers,
-    serving: "asyncio.Task[None]",
+    build: Callable[[], "Engine"], loading: Loading, server: "Server", serving: "asyncio.Task[None]"
 ) -> "Engine":
     """Build the engine on another thread; a signal in the meantime ends the process."""
-    from nanoserve.engine_process import start_engine
 
     with loading:
-        loading.report(Stage("importing torch and transformers"))
-        building = asyncio.create_task(asyncio.to_thread(start_engine, process, options, loading.report, observers))
+        building = asyncio.create_task(asyncio.to_thread(build))
         await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
     if not building.done():
         # Nothing can stop a thread that loads a model; the engine's process ends with this one.

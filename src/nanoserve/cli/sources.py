@@ -34,11 +34,6 @@ SERVICE_LINK = re.compile(r"\w+_SERVICE_(HOST|PORT\w*)|\w+_PORT_\d+_(TCP|UDP)\w*
 logger = logging.getLogger(__name__)
 
 
-def read_options(arguments: argparse.Namespace) -> Options:
-    """The options of a server or engine. Raises ConfigError."""
-    return Choices.of(arguments).options()
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A value that somebody set."""

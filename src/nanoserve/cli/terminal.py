@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from nanoserve.config import environment
@@ -50,6 +52,17 @@ def has_colour(stream: TextIO) -> bool:
 
 def dim(text: str, stream: TextIO) -> str:
     return f"\x1b[2m{text}\x1b[0m" if has_colour(stream) else text
+
+
+@contextlib.contextmanager
+def on_signals(action: Callable[[], object], *numbers: int) -> Iterator[None]:
+    """In the block these signals do this, instead of ending the program."""
+    before = {number: signal.signal(number, lambda *_: action()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StatusLine(logging.StreamHandler[TextIO]):

@@ -26,8 +26,8 @@ from nanoserve_client import (
 )
 
 from nanoserve.cli.connection import needed_server, remote_client, served_by
-from nanoserve.cli.flags import Parser, add_options
-from nanoserve.cli.terminal import CommandError, has_colour, is_screen, write
+from nanoserve.cli.flags import Parser, add_options, number
+from nanoserve.cli.terminal import CommandError, has_colour, is_screen, on_signals, write
 
 DESCRIPTION = """
     Show what a running server does: its sequences with their progress, who owns the KV blocks, the queue, how fast
@@ -57,26 +57,17 @@ FROM_SCREEN = "\x1b[?25h\x1b[?1049l"
 def add_arguments(parser: Parser) -> None:
     parser.describe("--target ADDRESS [OPTIONS]", DESCRIPTION, EXAMPLES)
     group = parser.add_argument_group("How often")
+    seconds = number(0.05, 60, "0.05 to 60")
     group.add_argument(
-        "--interval", type=_interval, default=1.0, metavar="SECONDS", help="Between snapshots, 0.05 to 60. Default: 1."
+        "--interval", type=seconds, default=1.0, metavar="SECONDS", help="Between snapshots, 0.05 to 60. Default: 1."
     )
     add_options(parser, ("client",))
-
-
-def _interval(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0.05 <= value <= 60:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be 0.05 to 60")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Raises ConfigError or CommandError."""
     target, options = needed_server(arguments)
-    with remote_client(options) as client:
+    with remote_client(options, Client) as client:
         title = f"{served_by(client, target).name} at {target}"
         try:
             _show(client, arguments.interval, title)
@@ -105,24 +96,18 @@ def _show(client: Client, interval_s: float, title: str) -> None:
 @contextlib.contextmanager
 def _screen(watch: EngineWatch) -> Iterator[None]:
     """The terminal's second screen, which leaves the first as it was. q ends the watch, and so do signals."""
-
-    def end(*_: object) -> None:
-        watch.cancel()
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     settings = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-    try:
-        if settings is not None:
-            tty.setcbreak(sys.stdin)
-            threading.Thread(target=_end_on_q, args=[watch], daemon=True).start()
-        write(TO_SCREEN)
-        yield
-    finally:
-        write(FROM_SCREEN)
-        if settings is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with on_signals(watch.cancel, signal.SIGINT, signal.SIGTERM):
+        try:
+            if settings is not None:
+                tty.setcbreak(sys.stdin)
+                threading.Thread(target=_end_on_q, args=[watch], daemon=True).start()
+            write(TO_SCREEN)
+            yield
+        finally:
+            write(FROM_SCREEN)
+            if settings is not None:
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
 
 def _end_on_q(watch: EngineWatch) -> None:

@@ -15,21 +15,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-# What WordPiece's clean-up replaces, in this order.
-CLEAN_UPS = [
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" do not", " don't"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-]
-
 
 class Detokenizer(Protocol):
     """Tokens of one sequence to text."""
@@ -130,7 +115,7 @@ class Window:
 
 
 class _Each:
-    """Changes each piece alone; the first one may differ (Replace, Metaspace, WordPiece, or no decoder at all)."""
+    """Changes each piece alone; the first one may differ (Replace, Metaspace, or no decoder at all)."""
 
     def __init__(self, change: Callable[[str], str], first: Callable[[str], str] | None = None) -> None:
         self.inside = change
@@ -241,36 +226,14 @@ class _StripStart:
         return piece
 
 
-class _EndOfWord:
-    """A suffix marks the end of a word, a space but at the end of the text (the old BPE's "</w>")."""
-
-    def __init__(self, suffix: str) -> None:
-        self._suffix = suffix
-        self._last: list[str] = []
-
-    def feed(self, pieces: list[str]) -> list[str]:
-        known = self._last + pieces
-        self._last = known[-1:]
-        return [self.inside(piece) for piece in known[:-1]]
-
-    def finish(self) -> list[str]:
-        return [piece.replace(self._suffix, "") for piece in self._last]
-
-    def go_on(self, before: str) -> None:
-        # The end of a word is a space if another one follows.
-        self._last = [self._suffix] if before.endswith(self._suffix) else []
-
-    def inside(self, piece: str) -> str:
-        return piece.replace(self._suffix, " ")
-
-
 # ------------------------------------------------------------------------------- from the library's decoder
 
 
 def compile_decoder(decoder: Any) -> Callable[[], list[Step]] | None:
     """A maker of the steps of one of the library's decoders, anew for each sequence.
 
-    `decoder` None is the library's way to join tokens with spaces. Returns None if a step is not known here.
+    `decoder` None is the library's way to join tokens with spaces. Returns None if a step is not known here, such as
+    those of BERT's and GPT-1's tokenizers, whose models are not served.
     """
     config = None if decoder is None else json.loads(decoder.__getstate__())
     makers: list[Callable[[], Step]] = []
@@ -303,8 +266,6 @@ def _step_of_pieces(config: Any) -> Callable[[], Step] | None:
             return _ByteLevel
         case {"type": "ByteFallback"}:
             return _ByteFallback
-        case {"type": "BPEDecoder", "suffix": suffix}:
-            return lambda: _EndOfWord(suffix)
         case {"type": "Replace", "pattern": {"String": old}, "content": new}:
             return lambda: _Each(lambda piece: piece.replace(old, new))
         case {"type": "Strip", "content": char, "start": count, "stop": 0}:
@@ -312,9 +273,6 @@ def _step_of_pieces(config: Any) -> Callable[[], Step] | None:
         case {"type": "Metaspace", "replacement": char, "prepend_scheme": scheme}:
             first = " " if scheme == "never" else ""
             return lambda: _Each(lambda piece: piece.replace(char, " "), lambda piece: piece.replace(char, first))
-        case {"type": "WordPiece", "prefix": prefix, "cleanup": cleans}:
-            clean = _clean_up if cleans else str
-            return lambda: _Each(lambda piece: clean(_join_word(piece, prefix)), clean)
     return None
 
 
@@ -330,15 +288,3 @@ def _step_of_text(config: Any) -> Callable[[], Step] | None:
 def _strip_start(text: str, char: str, count: int) -> str:
     """The text without up to `count` times the character at its start."""
     return text[:count].lstrip(char) + text[count:]
-
-
-def _join_word(piece: str, prefix: str) -> str:
-    """WordPiece marks what continues a word, other systems what begins one."""
-    return piece.removeprefix(prefix) if piece.startswith(prefix) else f" {piece}"
-
-
-def _clean_up(piece: str) -> str:
-    """English typography, as the library has it."""
-    for old, new in CLEAN_UPS:
-        piece = piece.replace(old, new)
-    return piece

@@ -55,7 +55,6 @@ logger = logging.getLogger(__name__)
 # A prompt: text as it is, token ids as they are, or a conversation for the chat template.
 Prompt = str | list[int] | Chat
 
-RETRY_AFTER_S = 1.0
 # A prompt of so many characters takes longer to encode than most callers' steps.
 LONG_PROMPT_CHARS = 1 << 16
 # Steps that fail one after the other before the engine calls itself unhealthy.
@@ -330,13 +329,13 @@ class Engine:
     def _check_ready(self) -> None:
         # A stalled step may yet end, so requests may queue behind it; a dead thread and a drain are final.
         if self._is_draining or not self._core.is_alive:
-            raise NotReady(self.health() or "", RETRY_AFTER_S)
+            raise NotReady(self.health() or "")
 
     def _check_admission(self) -> None:
         self._check_ready()
         num_waiting = len(self._arrivals) + sum(not stream.has_started for stream in self._streams.values())
         if num_waiting >= self._max_waiting:
-            raise Overloaded(self._max_waiting, RETRY_AFTER_S)
+            raise Overloaded(self._max_waiting)
 
     def _make_request(self, arrival: _Arrival, token_ids: list[int]) -> Request:
         params = arrival.params
@@ -446,7 +445,7 @@ class Engine:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._is_idle.wait(), timeout_s)
         for stream in list(self._streams.values()):
-            self._give_up(stream, NotReady("it is shutting down", RETRY_AFTER_S))
+            self._give_up(stream, NotReady("it is shutting down"))
 
     # ------------------------------------------------------------------------------------------- delivery
 

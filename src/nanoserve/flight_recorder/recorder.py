@@ -25,6 +25,7 @@ from nanoserve.flight_recorder.timeline import (
     timeline_of,
     timeline_of_refusal,
 )
+from nanoserve.observability.conventions import GENERATE
 from nanoserve.observer import CallRecord, Observer, RequestRecord
 from nanoserve.request import SamplingParams
 from nanoserve.rpc.messages import duration
@@ -44,7 +45,6 @@ NUM_FIRST_STEPS = 64
 # Of requests with one label.
 MAX_TIMELINES = 16
 
-GENERATE = "nanoserve.v1.GenerationService/Generate"
 
 # (StepPart.request_id, StepPart.sequence_index).
 SequenceKey = tuple[str, int]

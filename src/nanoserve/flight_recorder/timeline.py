@@ -5,14 +5,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from nanoserve_client.v1 import admin_pb2
 from nanoserve_client.v1.generation_pb2 import FINISH_REASON_UNSPECIFIED
 
 from nanoserve.observer import CallRecord, Chunk, RequestRecord
 from nanoserve.request import Overloaded
-from nanoserve.rpc.errors import reason_of
-from nanoserve.rpc.messages import FINISH_REASONS, duration
+from nanoserve.rpc.messages import FINISH_REASONS, duration, timestamp
 from nanoserve.step_record import Wait, WaitReason
 
 # Shorter waits are those for the step that was running.
@@ -141,12 +139,10 @@ class Timeline:
     def message(self) -> admin_pb2.RequestTimeline:
         """For ExplainRequest."""
         request = self.request
-        create_time = Timestamp()
-        create_time.FromMicroseconds(round((time.time() - time.monotonic() + request.arrival_s) * 1e6))
         return admin_pb2.RequestTimeline(
             request_id=request.label,
             request_number=int(request.id or 0),
-            create_time=create_time,
+            create_time=timestamp(time.time() - time.monotonic() + request.arrival_s),
             duration=duration(self.end_s - request.arrival_s),
             ended=request.end_s is not None,
             prompt_tokens=request.num_prompt_tokens,
@@ -329,7 +325,7 @@ def _end(request: RequestRecord, code: str) -> Iterator[Entry]:
     reasons = [request.finish_reasons.get(index) for index in range(max(request.finish_reasons, default=-1) + 1)]
     end = admin_pb2.TimelineEnd(
         finish_reasons=[FINISH_REASONS[each] if each else FINISH_REASON_UNSPECIFIED for each in reasons],
-        reason="" if request.error is None else reason_of(request.error),
+        reason="" if request.error is None else request.error.reason,
         abandoned=request.is_abandoned,
     )
     told = admin_pb2.TimelineEntry(text=_end_text(request, code), end=end)

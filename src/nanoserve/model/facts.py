@@ -65,14 +65,15 @@ def default_params(generation: dict[str, Any], folder: Path) -> SamplingParams:
     caller could choose either is left out, and said so; a top_k of -1 is how some write that it is off.
     """
     advised: dict[str, Any] = {}
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+    for name, allowed in SAMPLING_RANGES.items():
         value = generation.get(name)
-        if value is None or (name == "top_k" and value == -1):
+        # With one seed for all requests they would all draw alike.
+        if value is None or name == "seed" or (name == "top_k" and value == -1):
             continue
-        kinds = int if name == "top_k" else int | float
-        if isinstance(value, bool) or not isinstance(value, kinds) or value not in SAMPLING_RANGES[name]:
+        kinds = int if isinstance(getattr(SamplingParams(), name), int) else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds) or value not in allowed:
             where = folder / "generation_config.json"
-            logger.warning("%s: %s is %r, and is left out; allowed: %s", where, name, value, SAMPLING_RANGES[name])
+            logger.warning("%s: %s is %r, and is left out; allowed: %s", where, name, value, allowed)
         else:
             advised[name] = value
     if generation.get("do_sample") is False:

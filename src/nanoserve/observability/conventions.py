@@ -41,6 +41,7 @@ OUTPUT_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
 RPC_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 
 # Ours.
+GENERATE = "nanoserve.v1.GenerationService/Generate"
 NANOSERVE = "nanoserve"
 REQUEST_ID = "nanoserve.request.id"
 PRIORITY = "nanoserve.request.priority"

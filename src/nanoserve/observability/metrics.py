@@ -10,21 +10,11 @@ from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 from nanoserve.observability import conventions as names
 from nanoserve.observer import CallRecord, Observer, RequestRecord
+from nanoserve.request import Rejection
 from nanoserve.step_record import StepRecord
 
-GENERATE = "nanoserve.v1.GenerationService/Generate"
-# Reasons of statuses that turn a call away; an engine that fails, a deadline and an operator's hand do not.
-REJECTIONS = frozenset(
-    {
-        "INVALID_REQUEST",
-        "CONTEXT_LENGTH_EXCEEDED",
-        "MODEL_NOT_FOUND",
-        "OVERLOADED",
-        "NOT_READY",
-        "UNAUTHENTICATED",
-        "PERMISSION_DENIED",
-    }
-)
+# What turns a call away.
+REJECTIONS = frozenset(kind.reason for kind in Rejection.__subclasses__())
 QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # With a point, which the values of Prometheus' label `le` must have.
@@ -136,7 +126,7 @@ class Metrics(Observer):
         self._histograms["rpc.server.call.duration"].record(call.end_s - call.start_s, attributes | error)
         if call.reason in REJECTIONS:
             self._counters["nanoserve.calls.rejected"].add(1, {names.ERROR_REASON: call.reason})
-        if call.method == GENERATE:
+        if call.method == names.GENERATE:
             self._generation_ended(call)
 
     def _generation_ended(self, call: CallRecord) -> None:

@@ -8,9 +8,9 @@ from typing import Protocol
 from nanoserve_client.v1 import admin_pb2
 
 from nanoserve.engine.engine import Engine
+from nanoserve.request import NotRecorded, RequestNotFound
 from nanoserve.rpc import messages, validate
 from nanoserve.rpc.call import Call
-from nanoserve.rpc.errors import NotRecorded, RequestNotFound
 
 # Making snapshots may take this part of the event loop's time, for all watchers together: the rest is for requests.
 WATCHERS_SHARE = 0.1
@@ -39,7 +39,7 @@ class AdminService:
         self._num_watchers = 0
 
     async def Cancel(self, request: admin_pb2.CancelRequest, _call: Call) -> admin_pb2.CancelResponse:
-        request_id = validate.cancellation(request)
+        request_id = validate.request_id(request)
         return admin_pb2.CancelResponse(cancelled=self._engine().cancel(request_id))
 
     async def ResetCache(self, request: admin_pb2.ResetCacheRequest, _call: Call) -> admin_pb2.ResetCacheResponse:
@@ -70,7 +70,7 @@ class AdminService:
     async def ExplainRequest(
         self, request: admin_pb2.ExplainRequestRequest, _call: Call
     ) -> admin_pb2.ExplainRequestResponse:
-        request_id = validate.explanation(request)
+        request_id = validate.request_id(request)
         timelines = self._needed_recorder().explain(request_id)
         if not timelines:
             raise RequestNotFound(request_id)

@@ -19,18 +19,16 @@ from typing import Any, TypeVar
 import grpc
 
 from nanoserve.config import ServerConfig
-from nanoserve.request import RequestError
+from nanoserve.request import PermissionDenied, RequestError, Unauthenticated
 from nanoserve.rpc.call import Metadata, bearer_key, request_id
-from nanoserve.rpc.errors import PermissionDenied, ServerError, Unauthenticated, abort
+from nanoserve.rpc.errors import ServerError, abort
 
 ADMIN_SERVICE = "nanoserve.v1.AdminService"
 # Probes and tools come without a key. Neither tells anything about a caller or a request.
-OPEN_SERVICES = frozenset(
-    {
-        "grpc.health.v1.Health",
-        "grpc.reflection.v1.ServerReflection",
-        "grpc.reflection.v1alpha.ServerReflection",
-    }
+OPEN_SERVICES = (
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
 )
 
 _Asked = TypeVar("_Asked")
@@ -154,5 +152,4 @@ def _digest(key: str) -> bytes:
 
 def _is_among(digest: bytes, known: list[bytes]) -> bool:
     """Takes the same time whichever key it is, if any."""
-    matches = [hmac.compare_digest(digest, other) for other in known]
-    return any(matches)
+    return sum(hmac.compare_digest(digest, other) for other in known) > 0

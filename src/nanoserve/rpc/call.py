@@ -7,7 +7,6 @@ Servicers only raise; what is common to all RPCs (the request id, a message that
 
 import asyncio
 import hashlib
-import string
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -17,13 +16,11 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
+from nanoserve_client.transport import MAX_REQUEST_ID_CHARS, REQUEST_ID_CHARS, REQUEST_ID_HEADER
 
 from nanoserve.request import InvalidRequest, Violation
 from nanoserve.rpc.errors import abort
 
-REQUEST_ID_HEADER = "x-request-id"
-MAX_REQUEST_ID_CHARS = 128
-_REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 # Smaller messages are checked and converted on the event loop; a thread would cost more than it saves.
 _LARGE_MESSAGE_BYTES = 64 * 1024
 
@@ -70,7 +67,7 @@ def request_id(metadata: Metadata) -> str:
     label = header(metadata, REQUEST_ID_HEADER)
     if not label:
         return str(uuid.uuid4())
-    return "".join(c for c in label[:MAX_REQUEST_ID_CHARS] if c in _REQUEST_ID_CHARS)
+    return "".join(c for c in label[:MAX_REQUEST_ID_CHARS] if c in REQUEST_ID_CHARS)
 
 
 def service_handler(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:

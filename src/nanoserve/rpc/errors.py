@@ -9,8 +9,8 @@ only that the engine failed.
 import base64
 import logging
 import urllib.parse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -27,8 +27,12 @@ from nanoserve.request import (
     InvalidRequest,
     ModelNotFound,
     NotReady,
+    NotRecorded,
     Overloaded,
+    PermissionDenied,
     RequestError,
+    RequestNotFound,
+    Unauthenticated,
 )
 
 DOMAIN = "nanoserve"
@@ -48,29 +52,6 @@ class ServerError(ConfigError):
     """The server cannot start."""
 
 
-class Unauthenticated(RequestError):
-    """The call bears no API key, or one that is not known."""
-
-
-class PermissionDenied(RequestError):
-    """The API key is good, but not for this service."""
-
-
-class RequestNotFound(RequestError):
-    """No request with this id runs, waits, or is still remembered."""
-
-    def __init__(self, request_id: str) -> None:
-        super().__init__(f"no request {request_id!r} runs or waits, and none of the last ones was called so")
-        self.request_id = request_id
-
-
-class NotRecorded(RequestError):
-    """The server keeps no records of its steps and requests; `nanoserve serve` does."""
-
-    def __init__(self) -> None:
-        super().__init__("this server keeps no records of its steps and requests")
-
-
 @dataclass(frozen=True, slots=True)
 class ErrorStatus:
     """How an RPC fails."""
@@ -80,94 +61,50 @@ class ErrorStatus:
     trailers: tuple[tuple[str, str | bytes], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Extra:
-    """What an error says besides its reason and message."""
-
-    # Of ErrorInfo.
-    metadata: dict[str, str] = field(default_factory=dict)
-    # google.rpc messages.
-    details: Sequence[Message] = ()
-    # When another attempt is worth it. None = the error does not say.
-    retry_after_s: float | None = None
-
-
 # Cuts a text of the caller's to what the trailers have room for.
 _Cut = Callable[[str], str]
 
 
-def _no_extra(_error: RequestError, _cut: _Cut) -> _Extra:
-    return _Extra()
-
-
-def _invalid_request(error: InvalidRequest, cut: _Cut) -> _Extra:
+def _violations(error: InvalidRequest, cut: _Cut) -> Any:
     violations = [
         error_details_pb2.BadRequest.FieldViolation(field=cut(v.field), description=cut(v.description))
         for v in error.violations[:MAX_VIOLATIONS]
     ]
-    return _Extra(
-        metadata={"violations": str(len(error.violations))},
-        details=[error_details_pb2.BadRequest(field_violations=violations)],
-    )
+    return error_details_pb2.BadRequest(field_violations=violations)
 
 
-def _context_length(error: ContextLengthExceeded, _cut: _Cut) -> _Extra:
-    return _Extra(
-        metadata={
-            "prompt_tokens": str(error.num_prompt_tokens),
-            "max_context_tokens": str(error.max_context_tokens),
-        }
-    )
-
-
-def _model_not_found(error: ModelNotFound, cut: _Cut) -> _Extra:
-    resource = error_details_pb2.ResourceInfo(
+def _model(error: ModelNotFound, cut: _Cut) -> Any:
+    return error_details_pb2.ResourceInfo(
         resource_type="model", resource_name=cut(error.name), description="no such served model"
     )
-    return _Extra(details=[resource])
 
 
-def _request_not_found(error: RequestNotFound, cut: _Cut) -> _Extra:
-    resource = error_details_pb2.ResourceInfo(
+def _request(error: RequestNotFound, cut: _Cut) -> Any:
+    return error_details_pb2.ResourceInfo(
         resource_type="request", resource_name=cut(error.request_id), description="no such request is known"
     )
-    return _Extra(details=[resource])
-
-
-def _overloaded(error: Overloaded, _cut: _Cut) -> _Extra:
-    # A caller who sends more at once than may wait learns that another attempt is of no use.
-    return _Extra(metadata={"max_waiting": str(error.max_waiting)}, retry_after_s=error.retry_after_s)
-
-
-def _not_ready(error: NotReady, _cut: _Cut) -> _Extra:
-    return _Extra(retry_after_s=error.retry_after_s)
-
-
-def _deadline(error: DeadlineExceeded, _cut: _Cut) -> _Extra:
-    return _Extra(metadata={"phase": error.phase, "completion_tokens": str(error.num_completion_tokens)})
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     code: grpc.StatusCode
-    # ErrorInfo.reason: what programs tell errors apart by.
-    reason: str
-    extra: Callable[[Any, _Cut], _Extra] = _no_extra
+    # Makes one more google.rpc message of the error, whose packages have no types.
+    detail: Callable[[Any, _Cut], Any] | None = None
 
 
 _TABLE: dict[type[RequestError], _Row] = {
-    InvalidRequest: _Row(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", _invalid_request),
-    ContextLengthExceeded: _Row(grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_LENGTH_EXCEEDED", _context_length),
-    ModelNotFound: _Row(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", _model_not_found),
-    Overloaded: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", _overloaded),
-    NotReady: _Row(grpc.StatusCode.UNAVAILABLE, "NOT_READY", _not_ready),
-    DeadlineExceeded: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE", _deadline),
-    CancelledByOperator: _Row(grpc.StatusCode.ABORTED, "CANCELLED_BY_OPERATOR"),
-    EngineFailure: _Row(grpc.StatusCode.INTERNAL, "ENGINE_FAILURE"),
-    Unauthenticated: _Row(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
-    PermissionDenied: _Row(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
-    RequestNotFound: _Row(grpc.StatusCode.NOT_FOUND, "REQUEST_NOT_FOUND", _request_not_found),
-    NotRecorded: _Row(grpc.StatusCode.UNIMPLEMENTED, "NOT_RECORDED"),
+    InvalidRequest: _Row(grpc.StatusCode.INVALID_ARGUMENT, _violations),
+    ContextLengthExceeded: _Row(grpc.StatusCode.INVALID_ARGUMENT),
+    ModelNotFound: _Row(grpc.StatusCode.NOT_FOUND, _model),
+    Overloaded: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED),
+    NotReady: _Row(grpc.StatusCode.UNAVAILABLE),
+    DeadlineExceeded: _Row(grpc.StatusCode.DEADLINE_EXCEEDED),
+    CancelledByOperator: _Row(grpc.StatusCode.ABORTED),
+    EngineFailure: _Row(grpc.StatusCode.INTERNAL),
+    Unauthenticated: _Row(grpc.StatusCode.UNAUTHENTICATED),
+    PermissionDenied: _Row(grpc.StatusCode.PERMISSION_DENIED),
+    RequestNotFound: _Row(grpc.StatusCode.NOT_FOUND, _request),
+    NotRecorded: _Row(grpc.StatusCode.UNIMPLEMENTED),
 }
 
 
@@ -179,11 +116,6 @@ def status_of(error: Exception, request_id: str) -> ErrorStatus:
         if _wire_size(status) <= MAX_TRAILER_BYTES:
             break
     return status
-
-
-def reason_of(error: RequestError) -> str:
-    """ErrorInfo.reason, as its caller reads it."""
-    return (_TABLE.get(type(error)) or _TABLE[EngineFailure]).reason
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, request_id: str) -> NoReturn:
@@ -200,17 +132,19 @@ def _build(error: RequestError, request_id: str, limit: int) -> ErrorStatus:
         return _cut_text(text, limit)
 
     row = _TABLE[type(error)]
-    extra = row.extra(error, cut)
     status = status_pb2.Status(code=row.code.value[0], message=cut(str(error)))
     details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata=extra.metadata),
+        error_details_pb2.ErrorInfo(
+            reason=error.reason, domain=DOMAIN, metadata={name: str(fact) for name, fact in error.facts.items()}
+        ),
         error_details_pb2.RequestInfo(request_id=cut(request_id)),
-        *extra.details,
     ]
+    if row.detail is not None:
+        details.append(row.detail(error, cut))
     trailers: list[tuple[str, str | bytes]] = []
-    if extra.retry_after_s is not None:
+    if error.retry_after_s is not None:
         delay = Duration()
-        delay.FromMilliseconds(max(0, round(extra.retry_after_s * 1000)))
+        delay.FromMilliseconds(max(0, round(error.retry_after_s * 1000)))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         trailers.append(("grpc-retry-pushback-ms", str(delay.ToMilliseconds())))
     for detail in details:

@@ -4,12 +4,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 
+from nanoserve_client.transport import REQUEST_ID_HEADER
 from nanoserve_client.v1 import generation_pb2
 
 from nanoserve.engine.engine import Engine
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
 from nanoserve.rpc import messages, validate
-from nanoserve.rpc.call import REQUEST_ID_HEADER, Call, off_loop
+from nanoserve.rpc.call import Call, off_loop
 
 
 class GenerationService:

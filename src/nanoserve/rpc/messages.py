@@ -13,13 +13,8 @@ from nanoserve.request import FinishReason, SamplingParams, TokenLogprob
 # Tokens with 20 alternatives each: about 4 ms of the event loop's time, and far below the 4 MiB that clients take.
 PROMPT_LOGPROBS_A_MESSAGE = 64
 
-FINISH_REASONS = {
-    FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
-    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CONTEXT: generation_pb2.FINISH_REASON_CONTEXT,
-    FinishReason.TIME_LIMIT: generation_pb2.FINISH_REASON_TIME_LIMIT,
-}
+# The contract has the same names, with a prefix.
+FINISH_REASONS = {reason: generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 
 # The bytes of a token.
 TokenBytes = Callable[[int], bytes]
@@ -31,7 +26,7 @@ def started(event: Started, *, request_id: str, model: str, arrival_s: float) ->
         started=generation_pb2.Started(
             request_id=request_id,
             model=model,
-            create_time=_timestamp(arrival_s),
+            create_time=timestamp(arrival_s),
             prompt_tokens=event.prompt_tokens,
             cached_tokens=event.cached_tokens,
             sampling=_sampling(event.params),
@@ -85,7 +80,7 @@ def finished(event: Finished) -> generation_pb2.GenerateResponse:
 def model(served: ServedModel) -> model_pb2.Model:
     return model_pb2.Model(
         name=served.name,
-        create_time=_timestamp(served.create_time_s),
+        create_time=timestamp(served.create_time_s),
         max_context_tokens=served.max_context_tokens,
         vocab_size=served.vocab_size,
         eos_token_ids=served.eos_token_ids,
@@ -110,18 +105,9 @@ def stats(snapshot: Stats) -> admin_pb2.GetStatsResponse:
 
 
 def _sampling(params: SamplingParams) -> generation_pb2.Sampling:
-    """Every scalar is set; the seed where there is one."""
-    return generation_pb2.Sampling(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        frequency_penalty=params.frequency_penalty,
-        presence_penalty=params.presence_penalty,
-        repetition_penalty=params.repetition_penalty,
-        seed=params.seed,
-        logit_bias=params.logit_bias,
-    )
+    """Every scalar is set that has a value."""
+    names = (field.name for field in generation_pb2.Sampling.DESCRIPTOR.fields)
+    return generation_pb2.Sampling(**{name: getattr(params, name) for name in names})
 
 
 def _logprobs(tokens: Sequence[TokenLogprob], token_bytes: TokenBytes) -> list[generation_pb2.TokenLogprob]:
@@ -143,7 +129,7 @@ def duration(seconds: float) -> Duration:
     return duration
 
 
-def _timestamp(unix_s: float) -> Timestamp:
+def timestamp(unix_s: float) -> Timestamp:
     timestamp = Timestamp()
     timestamp.FromMicroseconds(round(unix_s * 1e6))
     return timestamp

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
+from nanoserve_client.transport import REQUEST_ID_HEADER
 
 from nanoserve.observer import CallRecord, Observers
-from nanoserve.rpc.call import REQUEST_ID_HEADER, Metadata, header
+from nanoserve.rpc.call import Metadata, header
 
 # Probes and reflection are no work.
 OBSERVED = "/nanoserve."

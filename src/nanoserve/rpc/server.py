@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from nanoserve_client.transport import MAX_REQUEST_BYTES
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
 from nanoserve.config import ServerConfig
@@ -28,7 +29,7 @@ from nanoserve.engine.engine import Engine
 from nanoserve.observer import Observers
 from nanoserve.request import NotReady
 from nanoserve.rpc.admin import AdminService, Recorder
-from nanoserve.rpc.auth import ApiKeyInterceptor, read_api_keys, read_tls_credentials
+from nanoserve.rpc.auth import ApiKeyInterceptor, ApiKeys, read_api_keys, read_tls_credentials
 from nanoserve.rpc.call import service_handler
 from nanoserve.rpc.errors import ServerError
 from nanoserve.rpc.generation import GenerationService
@@ -38,7 +39,7 @@ from nanoserve.rpc.observe import ObserverInterceptor
 OPTIONS: tuple[tuple[str, Any], ...] = (
     # A second server on the port fails, instead of taking every other connection.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     # However many calls come at once, it is the engine's queue that refuses, and says so. Of more than a thousand that
     # wait for the event loop gRPC would by default end some, anyone's, as CANCELLED, which no client tries again.
     ("grpc.server.max_pending_requests", 2**31 - 1),
@@ -57,8 +58,6 @@ SERVICES = (
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
 )
 HEALTH_POLL_S = 0.5
-# For callers that come while a model loads or the server goes down.
-RETRY_AFTER_S = 2.0
 # After the drain, for last messages on their way and streams that have no end of their own (health's Watch).
 STOP_GRACE_S = 1.0
 
@@ -77,18 +76,20 @@ class Server:
         config: ServerConfig,
         engine: Engine | None = None,
         *,
+        keys: ApiKeys | None = None,
         observers: Observers | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         """Raises ServerError if a key or certificate file cannot be used. Inside a running event loop.
 
-        observers: of the calls; None = nobody watches. recorder: for AdminService; None = it has no records.
+        keys: None = those of the config's files. observers: of the calls; None = nobody watches. recorder: for
+        AdminService; None = it has no records.
         """
         self._config = config
         self._engine = engine
         self._is_draining = False
         self._credentials = read_tls_credentials(config)
-        interceptors: list[grpc.aio.ServerInterceptor] = [ApiKeyInterceptor(read_api_keys(config))]
+        interceptors: list[grpc.aio.ServerInterceptor] = [ApiKeyInterceptor(keys or read_api_keys(config))]
         if observers is not None and not observers.is_empty:
             interceptors.insert(0, ObserverInterceptor(observers))
         self._grpc = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
@@ -169,7 +170,7 @@ class Server:
     def _ready_engine(self) -> Engine:
         """For the servicers. A loaded engine says itself whether it takes requests."""
         if self._engine is None:
-            raise NotReady("draining" if self._is_draining else "loading", RETRY_AFTER_S)
+            raise NotReady("draining" if self._is_draining else "loading")
         return self._engine
 
     def _listen(self) -> int:

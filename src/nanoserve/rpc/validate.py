@@ -27,11 +27,6 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKENS = 1024
 MAX_SALT_CHARS = 256
-# What google.protobuf.Duration allows.
-_MAX_DURATION_S = 315_576_000_000
-_MAX_NANOS = 999_999_999
-
-
 LOGIT_BIAS_RANGE = Range(-100, 100)
 SEQUENCES_RANGE = Range(1, 128)
 PRIORITY_RANGE = Range(-100, 100)
@@ -40,12 +35,11 @@ ALTERNATIVES_RANGE = Range(0, 20)
 INTERVAL_RANGE_S = Range(0.05, 60)
 DEFAULT_INTERVAL_S = 1.0
 
+# As chat templates know them.
 ROLES = {
-    generation_pb2.ROLE_SYSTEM: "system",
-    generation_pb2.ROLE_USER: "user",
-    generation_pb2.ROLE_ASSISTANT: "assistant",
-    generation_pb2.ROLE_TOOL: "tool",
-    generation_pb2.ROLE_DEVELOPER: "developer",
+    value: name.removeprefix("ROLE_").lower()
+    for name, value in generation_pb2.Role.items()
+    if value != generation_pb2.ROLE_UNSPECIFIED
 }
 
 
@@ -98,13 +92,12 @@ class Violations:
 
     def seconds(self, path: str, value: Duration) -> float | None:
         """The length of a duration; None, and a violation, if it is none."""
-        if abs(value.seconds) > _MAX_DURATION_S or abs(value.nanos) > _MAX_NANOS:
-            self.add(path, "is no valid google.protobuf.Duration")
-        elif value.seconds * value.nanos < 0:
-            self.add(path, "is no valid google.protobuf.Duration: the signs differ")
-        else:
-            return value.seconds + value.nanos / 1e9
-        return None
+        try:
+            value.ToJsonString()
+        except ValueError as error:
+            self.add(path, f"is no valid google.protobuf.Duration: {error}")
+            return None
+        return value.seconds + value.nanos / 1e9
 
     def token_ids(self, path: str, ids: Sequence[int], vocab_size: int) -> None:
         """One violation for all of the list, by its first bad id."""
@@ -184,16 +177,8 @@ def detokenization(request: model_pb2.DetokenizeRequest, model: ServedModel) -> 
     return list(request.token_ids)
 
 
-def cancellation(request: admin_pb2.CancelRequest) -> str:
-    """The request id. Raises InvalidRequest."""
-    violations = Violations(request)
-    violations.required("request_id", request.request_id)
-    violations.raise_if_any()
-    return request.request_id
-
-
-def explanation(request: admin_pb2.ExplainRequestRequest) -> str:
-    """The request id. Raises InvalidRequest."""
+def request_id(request: admin_pb2.CancelRequest | admin_pb2.ExplainRequestRequest) -> str:
+    """The id of the request that an operator asks about. Raises InvalidRequest."""
     violations = Violations(request)
     violations.required("request_id", request.request_id)
     violations.raise_if_any()
@@ -340,6 +325,9 @@ def _stopping(stopping: generation_pb2.Stopping, model: ServedModel, violations:
     if violations.count("stopping.token_ids", stopping.token_ids, MAX_STOP_TOKENS):
         violations.token_ids("stopping.token_ids", stopping.token_ids, model.vocab_size)
     limit = _if_set(stopping, "time_limit")
+    time_limit_s = None if limit is None else violations.seconds("stopping.time_limit", limit)
+    if time_limit_s is not None and time_limit_s <= 0:
+        violations.add("stopping.time_limit", "must be above 0 s")
     return {
         "max_tokens": max_tokens,
         "min_tokens": stopping.min_tokens,
@@ -347,15 +335,8 @@ def _stopping(stopping: generation_pb2.Stopping, model: ServedModel, violations:
         "stop_token_ids": frozenset(stopping.token_ids),
         "ignore_eos": stopping.ignore_eos,
         "include_stop": stopping.include_match,
-        "time_limit_s": None if limit is None else _time_limit_s(limit, violations),
+        "time_limit_s": time_limit_s,
     }
-
-
-def _time_limit_s(limit: Duration, violations: Violations) -> float | None:
-    seconds = violations.seconds("stopping.time_limit", limit)
-    if seconds is not None and seconds <= 0:
-        violations.add("stopping.time_limit", "must be above 0 s")
-    return seconds
 
 
 def _output(output: generation_pb2.OutputOptions, violations: Violations) -> dict[str, Any]:

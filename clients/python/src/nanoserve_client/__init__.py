@@ -1,6 +1,6 @@
 """Client of the nanoserve LLM server, over gRPC: typed, streaming, synchronous and asyncio.
 
-client.py · aio.py    the two clients: calls, and nothing else
+client.py · aio.py    the two clients: what waits, and nothing else;  calls.py: all that they share
 requests.py           Python arguments → requests
 results.py            responses → frozen values;  progress.py: what one stream has said so far
 watching.py           the same for operators: snapshots and timelines
@@ -28,6 +28,7 @@ from nanoserve_client.requests import (
     ChatMessage,
     ChatOptions,
     GenerateOptions,
+    Sampling,
     TokenizeOptions,
     Tool,
     ToolCall,
@@ -38,7 +39,6 @@ from nanoserve_client.results import (
     FinishReason,
     Model,
     Result,
-    Sampling,
     Started,
     Stats,
     Timing,

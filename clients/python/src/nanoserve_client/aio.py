@@ -1,27 +1,28 @@
-"""The asyncio client: a thin shell that does the input and output; all else is shared with the synchronous client."""
+"""The asyncio client: a thin shell that waits; all else is shared with the synchronous client, in calls.py."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 import grpc
-from google.protobuf.message import Message
 
-from nanoserve_client import requests, transport
-from nanoserve_client.errors import NanoserveError, from_status
+from nanoserve_client.calls import Account, Calls, GenerateReading, Reading, Unary
 from nanoserve_client.progress import Progress
-from nanoserve_client.requests import ChatGenerateOptions, GenerateOptions, Messages, TokenizeOptions
-from nanoserve_client.results import Delta, Model, Result, Started, Stats, TokenLogprob, Tokens
-from nanoserve_client.transport import CallOptions, Envelope, Tls
-from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from nanoserve_client.requests import Messages, TokenizeOptions
+from nanoserve_client.results import Delta, Model, Result, Started, Stats, Tokens
+from nanoserve_client.transport import CallOptions, Envelope
+from nanoserve_client.v1 import admin_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 from nanoserve_client.watching import EngineSnapshot, Timeline
 
-_Response = TypeVar("_Response", bound=Message)
+_Answer = TypeVar("_Answer")
+_Response = TypeVar("_Response")
+
+# A larger response is read on a thread, so that other calls go on.
+LARGE_RESPONSE_BYTES = 64 * 1024
 
 
-class AsyncClient:
+class AsyncClient(Calls["AsyncGenerateStream", "AsyncEngineWatch"]):
     """Talks to a nanoserve server from one event loop: make it and use it while that loop runs.
 
         async with AsyncClient("127.0.0.1:50051") as client:
@@ -32,41 +33,9 @@ class AsyncClient:
     `generate_raw` and `watch_engine` return their stream at once, without await; the other calls are awaited.
     """
 
-    def __init__(
-        self, target: str, *, api_key: str | None = None, tls: Tls | None = None, retries: bool = True
-    ) -> None:
-        self._target = target
-        self._api_key = api_key
-        options = transport.channel_options(retries=retries)
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(target, options)
-        else:
-            self._channel = grpc.aio.secure_channel(target, transport.credentials(tls), options)
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
-        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
-
-    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> "AsyncGenerateStream":
-        """Complete a text as it stands, or token ids. See Client.generate."""
-        request = requests.generate_request(prompt, options)
-        return self.generate_raw(request, **requests.call_options(options))
-
-    def chat(self, messages: Messages, **options: Unpack[ChatGenerateOptions]) -> "AsyncGenerateStream":
-        """Answer a conversation, rendered with the model's chat template. See Client.chat."""
-        request = requests.chat_request(messages, options)
-        return self.generate_raw(request, **requests.call_options(options))
-
-    def generate_raw(self, request: pb.GenerateRequest, **options: Unpack[CallOptions]) -> "AsyncGenerateStream":
-        """Send a request as the contract has it. See Client.generate_raw."""
-        call = transport.envelope(request, self._target, self._api_key, options)
-        responses = self._generation.Generate(request, timeout=call.timeout, metadata=call.metadata)
-        return AsyncGenerateStream(responses, Progress(call.request_id, call.span))
-
     async def tokenize(self, prompt: Messages, **options: Unpack[TokenizeOptions]) -> Tokens:
         """Token ids of a text, or of a conversation. See Client.tokenize."""
-        request = requests.tokenize_request(prompt, options)
-        response = await self._call(self._models.Tokenize, request, requests.call_options(options))
-        return await asyncio.to_thread(Tokens.of, response)
+        return await _wait(self._tokenize(prompt, options))
 
     async def detokenize(
         self,
@@ -77,43 +46,27 @@ class AsyncClient:
         **options: Unpack[CallOptions],
     ) -> str:
         """Text of token ids. See Client.detokenize."""
-        request = model_pb2.DetokenizeRequest(
-            model=model or "", token_ids=token_ids, keep_special_tokens=keep_special_tokens
-        )
-        return (await self._call(self._models.Detokenize, request, options)).text
+        return await _wait(self._detokenize(token_ids, model, keep_special_tokens, options))
 
     async def list_models(self, **options: Unpack[CallOptions]) -> list[Model]:
         """The served models, in order of their names."""
-        response = await self._call(self._models.ListModels, model_pb2.ListModelsRequest(), options)
-        return [Model.of(model) for model in response.models]
+        return await _wait(self._list_models(options))
 
     async def cancel(self, request_id: str, /, **options: Unpack[CallOptions]) -> int:
         """End every request with this id, anyone's. See Client.cancel."""
-        request = admin_pb2.CancelRequest(request_id=request_id)
-        return (await self._call(self._admin.Cancel, request, options)).cancelled
+        return await _wait(self._cancel(request_id, options))
 
     async def reset_cache(self, **options: Unpack[CallOptions]) -> int:
         """Forget every cached prefix that no running sequence uses. See Client.reset_cache."""
-        request = admin_pb2.ResetCacheRequest()
-        return (await self._call(self._admin.ResetCache, request, options)).freed_blocks
+        return await _wait(self._reset_cache(options))
 
     async def get_stats(self, **options: Unpack[CallOptions]) -> Stats:
         """A snapshot of scheduler and cache. For operators."""
-        request = admin_pb2.GetStatsRequest()
-        return Stats.of(await self._call(self._admin.GetStats, request, options))
-
-    def watch_engine(self, *, interval: float | None = None, **options: Unpack[CallOptions]) -> "AsyncEngineWatch":
-        """Snapshots of the engine, one an interval. See Client.watch_engine."""
-        request = requests.watch_request(interval)
-        call = transport.envelope(request, self._target, self._api_key, options)
-        responses = self._admin.WatchEngine(request, timeout=call.timeout, metadata=call.metadata)
-        return AsyncEngineWatch(responses, call)
+        return await _wait(self._get_stats(options))
 
     async def explain_request(self, request_id: str, /, **options: Unpack[CallOptions]) -> list[Timeline]:
         """What happened to the requests with this id. See Client.explain_request."""
-        request = admin_pb2.ExplainRequestRequest(request_id=request_id)
-        response = await self._call(self._admin.ExplainRequest, request, options)
-        return [Timeline.of(each) for each in response.timelines]
+        return await _wait(self._explain_request(request_id, options))
 
     async def close(self) -> None:
         """Close the connection, for good. Calls that are running end with Cancelled."""
@@ -122,67 +75,81 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _call(
-        self,
-        method: Callable[..., Awaitable[_Response]],
-        request: Message,
-        options: CallOptions,
-    ) -> _Response:
-        call = transport.envelope(request, self._target, self._api_key, options)
+    def _open(self, target: str, options: Any, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+        if credentials is None:
+            return grpc.aio.insecure_channel(target, options)
+        return grpc.aio.secure_channel(target, credentials, options)
+
+    def _stream(self, responses: Any, progress: Progress) -> "AsyncGenerateStream":
+        return AsyncGenerateStream(responses, progress)
+
+    def _watch(self, responses: Any, envelope: Envelope) -> "AsyncEngineWatch":
+        return AsyncEngineWatch(responses, envelope)
+
+
+async def _wait(call: Unary[_Answer]) -> _Answer:
+    try:
+        response = await call.send()
+    except grpc.aio.AioRpcError as error:
+        raise call.envelope.fail(error.code(), error.details(), error.trailing_metadata()) from error
+    call.envelope.end()
+    if response.ByteSize() < LARGE_RESPONSE_BYTES:
+        return call.read(response)
+    return await asyncio.to_thread(call.read, response)
+
+
+class _Stream(Reading, Generic[_Response]):
+    """Reads by await."""
+
+    def __init__(self, responses: Any, account: Account) -> None:
+        super().__init__(responses, account)
+        self._iterator = aiter(responses)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    async def _read(self) -> _Response | None:
+        """The next response; None at the end of a stream that ended well."""
         try:
-            response = await method(request, timeout=call.timeout, metadata=call.metadata)
+            response: _Response = await anext(self._iterator)
+        except StopAsyncIteration:
+            self._account.end()
+            return None
         except grpc.aio.AioRpcError as error:
-            call.span.end(error.code())
-            raise from_status(error.code(), error.details(), error.trailing_metadata(), call.request_id) from error
-        call.span.end(grpc.StatusCode.OK)
+            raise self._account.fail(error.code(), error.details(), error.trailing_metadata()) from error
+        except asyncio.CancelledError:
+            if _is_own_cancellation():
+                raise
+            call = self._responses
+            status = await call.code(), await call.details(), await call.trailing_metadata()
+            raise self._account.fail(*status) from None
         return response
 
 
-class AsyncGenerateStream(AsyncIterator[Delta]):
+class AsyncGenerateStream(_Stream[pb.GenerateResponse], GenerateReading, AsyncIterator[Delta]):
     """The deltas of one request, as they come. For one reader.
 
     Leaving the `async with` block, cancelling the task that reads, or dropping the last reference cancels a request
     that is not finished. The methods are those of GenerateStream.
     """
 
-    def __init__(
-        self,
-        responses: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse],
-        progress: Progress,
-    ) -> None:
-        self._call = responses
-        self._responses = aiter(responses)
-        self._progress = progress
-
-    @property
-    def started(self) -> Started | None:
-        """What the server said when it began to run the request; None until the first delta was read."""
-        return self._progress.started
-
-    @property
-    def prompt_logprobs(self) -> Sequence[TokenLogprob]:
-        """Of the prompt's tokens, if they were asked for: all of them once the first delta was read."""
-        return self._progress.prompt_logprobs
-
     async def start(self) -> Started:
         """Wait until the server begins to run the request. Raises as reading does, if the server refuses it."""
-        while self._progress.started is None and (response := await self._read()) is not None:
-            self._progress.take(response)
-        assert self._progress.started is not None, "a stream that ends well has begun"
-        return self._progress.started
+        while self.started is None and (response := await self._read()) is not None:
+            self._account.take(response)
+        assert self.started is not None, "a stream that ends well has begun"
+        return self.started
 
     async def __anext__(self) -> Delta:
         """The next delta. Raises as GenerateStream does."""
         while (response := await self._read()) is not None:
-            if (delta := self._progress.take(response)) is not None:
+            if (delta := self._account.take(response)) is not None:
                 return delta
         raise StopAsyncIteration
 
@@ -190,88 +157,20 @@ class AsyncGenerateStream(AsyncIterator[Delta]):
         """Read to the end, and return all that the stream said, the deltas that were read before too."""
         async for _ in self:
             pass
-        return self._progress.result()
-
-    def cancel(self) -> None:
-        """End the request, unless it has ended. Reading on raises Cancelled."""
-        self._call.cancel()
-        self._progress.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-    async def _read(self) -> pb.GenerateResponse | None:
-        """The next event; None at the end of a stream that ended well."""
-        try:
-            return await anext(self._responses)
-        except StopAsyncIteration:
-            self._progress.end()
-            return None
-        except grpc.aio.AioRpcError as error:
-            raise self._progress.fail(error.code(), error.details(), error.trailing_metadata()) from error
-        except asyncio.CancelledError:
-            if _is_own_cancellation():
-                raise
-            raise self._progress.fail(
-                await self._call.code(),
-                await self._call.details(),
-                await self._call.trailing_metadata(),
-            ) from None
+        return self._account.result()
 
 
-class AsyncEngineWatch(AsyncIterator[EngineSnapshot]):
+class AsyncEngineWatch(_Stream[admin_pb2.WatchEngineResponse], AsyncIterator[EngineSnapshot]):
     """Snapshots as they come. For one reader. The methods are those of EngineWatch.
 
     Leaving the `async with` block, cancelling the task that reads, or dropping the last reference ends the watch.
     """
 
-    def __init__(
-        self,
-        call: grpc.aio.UnaryStreamCall[admin_pb2.WatchEngineRequest, admin_pb2.WatchEngineResponse],
-        envelope: Envelope,
-    ) -> None:
-        self._call = call
-        self._responses = aiter(call)
-        self._envelope = envelope
-
     async def __anext__(self) -> EngineSnapshot:
         """The next snapshot. Raises as EngineWatch does."""
-        try:
-            return EngineSnapshot.of(await anext(self._responses))
-        except grpc.aio.AioRpcError as error:
-            raise await self._failure() from error
-        except asyncio.CancelledError:
-            if _is_own_cancellation():
-                raise
-            raise await self._failure() from None
-
-    async def _failure(self) -> NanoserveError:
-        code, details = await self._call.code(), await self._call.details()
-        self._envelope.span.end(code)
-        return from_status(code, details, await self._call.trailing_metadata(), self._envelope.request_id)
-
-    def cancel(self) -> None:
-        """End the watch. Reading on raises Cancelled."""
-        self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
+        if (response := await self._read()) is None:
+            raise StopAsyncIteration
+        return EngineSnapshot.of(response)
 
 
 def _is_own_cancellation() -> bool:

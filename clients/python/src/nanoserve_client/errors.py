@@ -25,7 +25,7 @@ class NanoserveError(Exception):
             transport made the error, a deadline's apart.
         request_id: The request's id as the server knows it, else the one the caller gave; None if there is neither.
         violations: (field, description) of each thing wrong with the request, the field by its path in the contract,
-            such as "sampling.top_p". The server names at most 16.
+            such as "stopping.strings". The server names at most 16.
         retry_after: Seconds after which the server says a retry makes sense; None if it does not say.
         metadata: Further facts about the condition, such as {"max_context_tokens": "4096"}.
     """

@@ -4,14 +4,14 @@ The server checks ranges, and names every violation at once, so nothing is check
 only what the messages cannot carry.
 """
 
+import inspect
 import json
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any, Literal, TypedDict, cast
-
-from google.protobuf.duration_pb2 import Duration
+from typing import Any, Literal, Self, TypedDict, cast, get_args
 
 from nanoserve_client.transport import CallOptions, refuse_unknown
 from nanoserve_client.v1 import admin_pb2, model_pb2
@@ -19,13 +19,8 @@ from nanoserve_client.v1 import generation_pb2 as pb
 
 RoleName = Literal["system", "user", "assistant", "tool", "developer"]
 
-_ROLES: dict[str, pb.Role.ValueType] = {
-    "system": pb.ROLE_SYSTEM,
-    "user": pb.ROLE_USER,
-    "assistant": pb.ROLE_ASSISTANT,
-    "tool": pb.ROLE_TOOL,
-    "developer": pb.ROLE_DEVELOPER,
-}
+# By the contract's name in small letters, without its prefix.
+_ROLES: dict[str, pb.Role.ValueType] = {name: pb.Role.Value(f"ROLE_{name.upper()}") for name in get_args(RoleName)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +161,44 @@ class GenerateOptions(CallOptions, total=False):
     add_special_tokens: bool | None
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. The options of the same names in GenerateOptions say what each means."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    # None in a model's defaults, where every request draws its own.
+    seed: int | None
+    logit_bias: Mapping[int, float]
+
+    @classmethod
+    def of(cls, message: pb.Sampling) -> Self:
+        values = {each.name: getattr(message, each.name) for each in fields(cls)}
+        values["logit_bias"] = dict(message.logit_bias)
+        if not message.HasField("seed"):
+            values["seed"] = None
+        return cls(**values)
+
+
 class ChatGenerateOptions(GenerateOptions, ChatOptions, total=False):
     """What `chat` takes besides the messages: GenerateOptions' keys and ChatOptions'."""
+
+
+def explanations(options: type) -> dict[str, str]:
+    """What the docstring of one of these classes says of each of its Attributes, for programs that offer the same to
+    people: less what is plain of a switch, and what speaks of Python."""
+    attributes = inspect.cleandoc(options.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
+    sentences = {name: re.split(r"(?<=\.) ", " ".join(text.split())) for name, text in entries}
+    return {
+        name: " ".join(each for each in texts if each != "Default False." and "`" not in each)
+        for name, texts in sentences.items()
+    }
 
 
 class TokenizeOptions(CallOptions, ChatOptions, total=False):
@@ -182,6 +213,36 @@ class TokenizeOptions(CallOptions, ChatOptions, total=False):
     add_special_tokens: bool | None
 
 
+# The parts of a request whose fields are options.
+_SECTIONS: dict[str, Any] = {
+    "sampling": pb.Sampling,
+    "stopping": pb.Stopping,
+    "output": pb.OutputOptions,
+    "cache": pb.CacheOptions,
+}
+# Options that bear other names than their fields in the contract.
+OPTION_NAMES = {
+    "stopping.strings": "stop",
+    "stopping.token_ids": "stop_token_ids",
+    "stopping.include_match": "include_stop",
+    "cache.skip_read": "skip_cache_read",
+    "cache.salt": "cache_salt",
+}
+
+
+def _places() -> dict[str, tuple[str, str]]:
+    """By option: the section of the request, if it is in one, and the field there."""
+    request = pb.GenerateRequest.DESCRIPTOR.fields_by_name
+    places = {name: ("", name) for name in GenerateOptions.__annotations__ if name in request}
+    for place, section in _SECTIONS.items():
+        for field in section.DESCRIPTOR.fields:
+            places[OPTION_NAMES.get(f"{place}.{field.name}", field.name)] = (place, field.name)
+    return places
+
+
+_PLACES = _places()
+
+
 def generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOptions) -> pb.GenerateRequest:
     """The request for a text, token ids, or a chat.
 
@@ -189,81 +250,39 @@ def generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOpt
     its field cannot carry.
     """
     refuse_unknown(options, GenerateOptions.__optional_keys__)
-    try:
-        return _generate_request(prompt, options)
-    except (TypeError, ValueError, OverflowError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{_misfit(options)}: {error}") from error
-
-
-def _misfit(options: GenerateOptions) -> str:
-    """What the message could not carry: each option is tried alone."""
+    request = pb.GenerateRequest(**{place: section() for place, section in _SECTIONS.items()})
     for name, value in options.items():
-        try:
-            _generate_request("", cast(GenerateOptions, {name: value}))
-        except (TypeError, ValueError, OverflowError):
-            return f"{name} is {reprlib.repr(value)}"
-    return "the prompt is neither a text nor token ids"
-
-
-def _generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOptions) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(
-        model=options.get("model") or "",
-        sampling=_sampling(options),
-        stopping=_stopping(options),
-        output=pb.OutputOptions(
-            omit_text=bool(options.get("omit_text")),
-            keep_special_tokens=bool(options.get("keep_special_tokens")),
-            logprobs=options.get("logprobs"),
-            prompt_logprobs=options.get("prompt_logprobs"),
-            min_delta_tokens=options.get("min_delta_tokens"),
-        ),
-        cache=pb.CacheOptions(skip_read=bool(options.get("skip_cache_read")), salt=options.get("cache_salt") or ""),
-        n=options.get("n"),
-        priority=options.get("priority") or 0,
-        add_special_tokens=options.get("add_special_tokens"),
-    )
-    if isinstance(prompt, str):
-        request.text = prompt
-    elif isinstance(prompt, pb.Chat):
-        request.chat.CopyFrom(prompt)
-    else:
-        request.token_ids.CopyFrom(pb.TokenIds(ids=prompt))
+        if name in _PLACES and value is not None:
+            try:
+                request.MergeFrom(_with_option(name, value))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise _misfit(f"{name} is {reprlib.repr(value)}", error) from error
+    try:
+        if isinstance(prompt, str):
+            request.text = prompt
+        elif isinstance(prompt, pb.Chat):
+            request.chat.CopyFrom(prompt)
+        else:
+            request.token_ids.CopyFrom(pb.TokenIds(ids=prompt))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _misfit("the prompt is neither a text nor token ids", error) from error
     return request
 
 
-def _sampling(options: GenerateOptions) -> pb.Sampling:
-    return pb.Sampling(
-        temperature=options.get("temperature"),
-        top_p=options.get("top_p"),
-        top_k=options.get("top_k"),
-        min_p=options.get("min_p"),
-        frequency_penalty=options.get("frequency_penalty"),
-        presence_penalty=options.get("presence_penalty"),
-        repetition_penalty=options.get("repetition_penalty"),
-        seed=options.get("seed"),
-        logit_bias=options.get("logit_bias"),
-    )
+def _with_option(name: str, value: Any) -> pb.GenerateRequest:
+    """A request that says this and nothing else."""
+    if name == "stop" and isinstance(value, str):
+        value = [value]
+    elif name == "time_limit":
+        value = timedelta(seconds=value)
+    section, field = _PLACES[name]
+    arguments: dict[str, Any] = {section: {field: value}} if section else {field: value}
+    return pb.GenerateRequest(**arguments)
 
 
-def _stopping(options: GenerateOptions) -> pb.Stopping:
-    stop = options.get("stop")
-    time_limit = options.get("time_limit")
-    return pb.Stopping(
-        max_tokens=options.get("max_tokens"),
-        min_tokens=options.get("min_tokens"),
-        strings=[stop] if isinstance(stop, str) else stop,
-        token_ids=options.get("stop_token_ids"),
-        ignore_eos=bool(options.get("ignore_eos")),
-        include_match=bool(options.get("include_stop")),
-        time_limit=None if time_limit is None else _duration(time_limit),
-    )
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromTimedelta(timedelta(seconds=seconds))
-    return duration
+def _misfit(what: str, error: Exception) -> TypeError | ValueError:
+    kind = TypeError if isinstance(error, TypeError) else ValueError
+    return kind(f"{what}: {error}")
 
 
 def call_options(options: Mapping[str, Any]) -> CallOptions:

@@ -2,15 +2,19 @@
 
 import enum
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
+from google.protobuf.message import Message
+
+from nanoserve_client.requests import Sampling
 from nanoserve_client.v1 import admin_pb2, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 
 _Value = TypeVar("_Value")
+_Member = TypeVar("_Member", bound=enum.Enum)
 
 
 class FinishReason(enum.Enum):
@@ -30,19 +34,24 @@ class FinishReason(enum.Enum):
     UNKNOWN = "unknown"
 
 
-_FINISH_REASONS = {
-    pb.FINISH_REASON_EOS: FinishReason.EOS,
-    pb.FINISH_REASON_STOP: FinishReason.STOP,
-    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-    pb.FINISH_REASON_CONTEXT: FinishReason.CONTEXT,
-    pb.FINISH_REASON_TIME_LIMIT: FinishReason.TIME_LIMIT,
-}
+def by_number(kind: type[_Member], contract: Any, prefix: str) -> dict[int, _Member]:
+    """The members of an enum by their numbers in the contract, which calls them the same behind a prefix. It has no
+    UNKNOWN, which stands for what a newer server says."""
+    return {contract.Value(prefix + each.name): each for each in kind if each.name != "UNKNOWN"}
+
+
+_FINISH_REASONS = by_number(FinishReason, pb.FinishReason, "FINISH_REASON_")
 
 
 def finish_reason_of(value: "pb.FinishReason.ValueType") -> FinishReason | None:
     """None for a sequence that has not come to its end."""
     is_set = value != pb.FINISH_REASON_UNSPECIFIED
     return _FINISH_REASONS.get(value, FinishReason.UNKNOWN) if is_set else None
+
+
+def same_fields(made: type, message: Message, *others: str) -> dict[str, Any]:
+    """What a message says of the fields that a dataclass has under the same names; `others` are made otherwise."""
+    return {each.name: getattr(message, each.name) for each in fields(made) if each.name not in others}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,36 +80,6 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are drawn. The options of the same names in GenerateOptions say what each means."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    frequency_penalty: float
-    presence_penalty: float
-    repetition_penalty: float
-    # None in a model's defaults, where every request draws its own.
-    seed: int | None
-    logit_bias: Mapping[int, float]
-
-    @classmethod
-    def of(cls, message: pb.Sampling) -> Self:
-        return cls(
-            temperature=message.temperature,
-            top_p=message.top_p,
-            top_k=message.top_k,
-            min_p=message.min_p,
-            frequency_penalty=message.frequency_penalty,
-            presence_penalty=message.presence_penalty,
-            repetition_penalty=message.repetition_penalty,
-            seed=message.seed if message.HasField("seed") else None,
-            logit_bias=dict(message.logit_bias),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Started:
     """The server has begun to run the request."""
 
@@ -120,11 +99,8 @@ class Started:
     @classmethod
     def of(cls, message: pb.Started) -> Self:
         return cls(
-            request_id=message.request_id,
-            model=message.model,
+            **same_fields(cls, message, "create_time", "sampling"),
             create_time=message.create_time.ToDatetime(UTC),
-            prompt_tokens=message.prompt_tokens,
-            cached_tokens=message.cached_tokens,
             sampling=Sampling.of(message.sampling),
         )
 
@@ -238,10 +214,8 @@ class Model:
     @classmethod
     def of(cls, message: model_pb2.Model) -> Self:
         return cls(
-            name=message.name,
+            **same_fields(cls, message, "create_time", "eos_token_ids", "default_sampling"),
             create_time=message.create_time.ToDatetime(UTC),
-            max_context_tokens=message.max_context_tokens,
-            vocab_size=message.vocab_size,
             eos_token_ids=tuple(message.eos_token_ids),
             default_sampling=Sampling.of(message.default_sampling),
         )
@@ -292,15 +266,4 @@ class Stats:
 
     @classmethod
     def of(cls, message: admin_pb2.GetStatsResponse) -> Self:
-        return cls(
-            running=message.running,
-            waiting=message.waiting,
-            kv_blocks_total=message.kv_blocks_total,
-            kv_blocks_used=message.kv_blocks_used,
-            kv_blocks_cached=message.kv_blocks_cached,
-            kv_block_tokens=message.kv_block_tokens,
-            prefix_hit_ratio=message.prefix_hit_ratio,
-            tokens_per_second=message.tokens_per_second,
-            uptime_s=message.uptime.ToTimedelta().total_seconds(),
-            preemptions=message.preemptions,
-        )
+        return cls(**same_fields(cls, message, "uptime_s"), uptime_s=message.uptime.ToTimedelta().total_seconds())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import TypedDict
 import grpc
 from google.protobuf.message import Message
 
-from nanoserve_client.errors import InvalidRequest
+from nanoserve_client.errors import InvalidRequest, Metadata, NanoserveError, from_status
 from nanoserve_client.tracing import CallSpan
 
 # What the server receives at most. It would refuse more with a bare RESOURCE_EXHAUSTED, which looks like overload.
 MAX_REQUEST_BYTES = 16 * 2**20
 # A Tokenize response repeats its text and adds the tokens, so it may be several times its request.
 MAX_RESPONSE_BYTES = 128 * 2**20
+
+# The caller's label for a request, and what it may be.
+REQUEST_ID_HEADER = "x-request-id"
+MAX_REQUEST_ID_CHARS = 128
+REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 
@@ -117,6 +123,19 @@ class Envelope:
     request_id: str | None
     span: CallSpan
 
+    def end(self) -> None:
+        """The call ended with status OK."""
+        self.span.end(grpc.StatusCode.OK)
+
+    def fail(self, code: grpc.StatusCode, message: str | None, trailers: Metadata | None) -> NanoserveError:
+        """The call ended with this status. Returns what to raise."""
+        self.span.end(code)
+        return from_status(code, message, trailers, self.request_id)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self.span.end(grpc.StatusCode.CANCELLED)
+
 
 def envelope(request: Message, target: str, api_key: str | None, options: CallOptions) -> Envelope:
     """Check that the request can be sent to the target, and address it. Its span begins.
@@ -136,7 +155,7 @@ def envelope(request: Message, target: str, api_key: str | None, options: CallOp
         )
     metadata = dict(options.get("metadata") or {})
     if request_id is not None:
-        metadata["x-request-id"] = request_id
+        metadata[REQUEST_ID_HEADER] = request_id
     if (parent := options.get("traceparent")) is not None:
         metadata["traceparent"] = parent
     if api_key is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Self
 
-from nanoserve_client.results import FinishReason, Stats, finish_reason_of
+from nanoserve_client.results import FinishReason, Stats, by_number, finish_reason_of, same_fields
 from nanoserve_client.v1 import admin_pb2 as pb
 
 
@@ -25,13 +25,7 @@ class SequencePhase(enum.Enum):
     UNKNOWN = "unknown"
 
 
-_PHASES = {
-    pb.SEQUENCE_PHASE_WAITING: SequencePhase.WAITING,
-    pb.SEQUENCE_PHASE_PREFILL: SequencePhase.PREFILL,
-    pb.SEQUENCE_PHASE_DECODE: SequencePhase.DECODE,
-    pb.SEQUENCE_PHASE_PREEMPTED: SequencePhase.PREEMPTED,
-    pb.SEQUENCE_PHASE_ENDED: SequencePhase.ENDED,
-}
+_PHASES = by_number(SequencePhase, pb.SequencePhase, "SEQUENCE_PHASE_")
 
 
 class WaitReason(enum.Enum):
@@ -51,13 +45,7 @@ class WaitReason(enum.Enum):
     UNKNOWN = "unknown"
 
 
-_WAIT_REASONS = {
-    pb.WAIT_REASON_BLOCKS: WaitReason.BLOCKS,
-    pb.WAIT_REASON_ROWS: WaitReason.ROWS,
-    pb.WAIT_REASON_TOKENS: WaitReason.TOKENS,
-    pb.WAIT_REASON_BATCH: WaitReason.BATCH,
-    pb.WAIT_REASON_PREFIX: WaitReason.PREFIX,
-}
+_WAIT_REASONS = by_number(WaitReason, pb.WaitReason, "WAIT_REASON_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +76,10 @@ class SequenceSnapshot:
     @classmethod
     def of(cls, message: pb.SequenceSnapshot) -> Self:
         return cls(
-            request_number=message.request_number,
-            request_id=message.request_id,
-            index=message.index,
+            **same_fields(cls, message, "phase", "block_ids", "age_s"),
             phase=_PHASES.get(message.phase, SequencePhase.UNKNOWN),
-            prompt_tokens=message.prompt_tokens,
-            cached_tokens=message.cached_tokens,
-            computed_tokens=message.computed_tokens,
-            completion_tokens=message.completion_tokens,
-            max_completion_tokens=message.max_completion_tokens,
             block_ids=tuple(message.block_ids),
             age_s=message.age.ToTimedelta().total_seconds(),
-            preemptions=message.preemptions,
         )
 
 
@@ -145,7 +125,7 @@ class QueueWait:
     @classmethod
     def of(cls, message: pb.QueueWait) -> Self:
         reason = _WAIT_REASONS.get(message.reason, WaitReason.UNKNOWN)
-        return cls(message.request_number, message.index, reason, message.behind_request_number, message.text)
+        return cls(**same_fields(cls, message, "reason"), reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,21 +152,15 @@ class StepSnapshot:
     @classmethod
     def of(cls, message: pb.StepSnapshot) -> Self:
         return cls(
-            number=message.number,
+            **same_fields(cls, message, "duration_s", "parts", "preemptions", "wait"),
             duration_s=message.duration.ToTimedelta().total_seconds(),
+            # Many, so without a loop over their fields.
             parts=tuple(
                 StepPart(p.request_number, p.index, p.start, p.tokens, p.prompt_tokens, p.sampled)
                 for p in message.parts
             ),
-            preemptions=tuple(
-                StepPreemption(p.request_number, p.index, p.for_request_number) for p in message.preemptions
-            ),
+            preemptions=tuple(StepPreemption(**same_fields(StepPreemption, p)) for p in message.preemptions),
             wait=QueueWait.of(message.wait) if message.HasField("wait") else None,
-            waiting=message.waiting,
-            running=message.running,
-            taken_blocks=message.taken_blocks,
-            freed_blocks=message.freed_blocks,
-            failed=message.failed,
         )
 
 
@@ -346,16 +320,10 @@ class Timeline:
     @classmethod
     def of(cls, message: pb.RequestTimeline) -> Self:
         return cls(
-            request_id=message.request_id,
-            request_number=message.request_number,
+            **same_fields(cls, message, "create_time", "duration_s", "entries"),
             create_time=message.create_time.ToDatetime(UTC),
             duration_s=message.duration.ToTimedelta().total_seconds(),
-            ended=message.ended,
-            prompt_tokens=message.prompt_tokens,
-            cached_tokens=message.cached_tokens,
-            completion_tokens=message.completion_tokens,
             entries=tuple(map(TimelineEntry.of, message.entries)),
-            summary=message.summary,
         )
 
     @property

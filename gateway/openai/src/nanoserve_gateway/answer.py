@@ -4,7 +4,6 @@ fields ─▶ Answer.requests ─▶ Generate ─▶ Started* Delta* Result* ─
                                                                  └▶ whole: one object
 """
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import pydantic_core
 from nanoserve_client import (
+    CallOptions,
     ChatOptions,
     Completion,
     Delta,
@@ -38,12 +38,8 @@ _Model = TypeVar("_Model", bound=BaseModel)
 DONE = b"data: [DONE]\n\n"
 # They end no line of an event, but many clients' line readers think so.
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
-# Fields that GenerateOptions has under the same name.
-_SAME = frozenset(
-    {"model", "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty"}
-    | {"repetition_penalty", "logit_bias", "stop", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos"}
-    | {"priority", "cache_salt", "add_special_tokens", "prompt_logprobs"}
-)
+# Options that a field of the same name gives, as far as an API has one; `logprobs` means a different thing in each.
+_SAME = GenerateOptions.__optional_keys__ - CallOptions.__optional_keys__ - {"logprobs"}
 # Fields that ChatOptions has, and what it calls them.
 OF_CHAT = {
     "chat_template_kwargs": "template_kwargs",
@@ -101,7 +97,7 @@ class Answer(Protocol):
 
 def options(fields: Mapping[str, Any]) -> GenerateOptions:
     """The fields that all APIs have, for the client."""
-    chosen = {name: fields[name] for name in _SAME if name in fields}
+    chosen = {name: value for name, value in fields.items() if name in _SAME}
     if "seed" in fields:
         chosen["seed"] = fields["seed"] % 2**64
     if fields.get("top_k") == -1:
@@ -114,6 +110,12 @@ def options(fields: Mapping[str, Any]) -> GenerateOptions:
 def chat_options(fields: Mapping[str, Any]) -> ChatOptions:
     """What a conversation has besides its messages, for the client."""
     return cast(ChatOptions, {ours: fields[name] for name, ours in OF_CHAT.items() if name in fields})
+
+
+def tokenize_options(fields: Mapping[str, Any]) -> TokenizeOptions:
+    """How a prompt is tokenized, for the client."""
+    own = {name: fields[name] for name in ("model", "add_special_tokens") if name in fields}
+    return cast(TokenizeOptions, {**own, **chat_options(fields)})
 
 
 def check(*rules: tuple[bool, str, str]) -> None:
@@ -198,7 +200,7 @@ def to_json(answer: BaseModel) -> str:
 
 
 def error_frame(problem: Problem) -> bytes:
-    return f"event: error\ndata: {json.dumps(problem.as_json())}\n\n".encode()
+    return frame(problem.as_json(), "error")
 
 
 def unchecked(kind: type[_Model], **fields: Any) -> _Model:

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanoserve_client import AsyncClient, NanoserveError, Result, Tokens, transport
 from nanoserve_client import Model as ServedModel
 from nanoserve_client.requests import Messages
+from nanoserve_client.transport import REQUEST_ID_HEADER
 from openai.types import Model
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,12 +29,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from nanoserve_gateway import live, pages, pieces, tracing
-from nanoserve_gateway.answer import OF_CHAT, Answer, Prompt, check, to_json
-from nanoserve_gateway.chat import ChatAnswer, messages_of, tokenize_options
+from nanoserve_gateway.answer import OF_CHAT, Answer, Prompt, check, to_json, tokenize_options
+from nanoserve_gateway.chat import ChatAnswer, messages_of
 from nanoserve_gateway.completions import CompletionAnswer
 from nanoserve_gateway.config import GatewayConfig
 from nanoserve_gateway.conversations import Conversations
-from nanoserve_gateway.edge import REQUEST_ID, Pages, RequestIds
+from nanoserve_gateway.edge import Pages, RequestIds
 from nanoserve_gateway.errors import Problem, Refused, bad_request, is_own, names_of_prompt, problem_of, refused
 from nanoserve_gateway.exchange import Incoming, json_answer, parse_query
 from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QUERIES, TOKENIZE
@@ -69,7 +70,7 @@ def build_app(
         allow_origins=origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=[REQUEST_ID, "retry-after", "retry-after-ms"],
+        expose_headers=[REQUEST_ID_HEADER, "retry-after", "retry-after-ms"],
     )
 
     async def on_refusal(request: Request, error: Exception) -> Response:
@@ -329,5 +330,5 @@ async def _on_error(request: Request, error: Exception) -> Response:
     logger.error("request %s: unexpected error", request.state.request_id, exc_info=error)
     answer = _answer_of(problem_of(error))
     # It is made outside of all middleware.
-    answer.headers[REQUEST_ID] = request.state.request_id
+    answer.headers[REQUEST_ID_HEADER] = request.state.request_id
     return answer

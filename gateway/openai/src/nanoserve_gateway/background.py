@@ -1,14 +1,9 @@
 """Streams that go on without a reader: what was sent is kept, for readers who come later, or come back."""
 
 import asyncio
-import contextlib
 from collections.abc import Iterable
 
-from starlette.requests import ClientDisconnect
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
-from nanoserve_gateway.streaming import HEADERS, KEEP_ALIVE, unless_gone
+from nanoserve_gateway.streaming import KEEP_ALIVE, Events, Write
 
 
 class Recording:
@@ -41,26 +36,15 @@ class Recording:
         self._changed = asyncio.Event()
 
 
-class RecordedStream(Response):
-    """A recording from some place on, as server-sent events. Its reader may go away; the recording goes on."""
-
-    media_type = "text/event-stream"
+class RecordedStream(Events):
+    """A recording from some place on. Its reader may go away; the recording goes on."""
 
     def __init__(self, recording: Recording, start: int, silence_s: float) -> None:
         """silence_s: after so long without a frame comes a sign of life."""
+        super().__init__()
         self._recording, self._start, self._silence_s = recording, start, silence_s
-        self.status_code = 200
-        self.background = None
-        self.init_headers(HEADERS)
-        del self.headers["content-length"]
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientDisconnect):
-            async with unless_gone(receive):
-                await self._send(send)
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def write_all(self, write: Write) -> None:
         recording, start = self._recording, self._start
         while start < len(recording.frames) or not recording.is_over:
             try:
@@ -71,5 +55,4 @@ class RecordedStream(Response):
             else:
                 piece = b"".join(recording.frames[start:])
                 start = max(start, len(recording.frames))
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+            await write(piece)

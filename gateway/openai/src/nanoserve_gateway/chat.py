@@ -1,9 +1,9 @@
 """/v1/chat/completions. Pure."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-from nanoserve_client import Completion, Delta, Result, Started, TokenizeOptions, TokenLogprob
+from nanoserve_client import Completion, Delta, Result, Started, TokenLogprob
 from nanoserve_client.requests import Messages, chat_prompt, generate_request
 from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
@@ -24,6 +24,7 @@ from nanoserve_gateway.answer import (
     stop_reason,
     stream_rules,
     text_of,
+    tokenize_options,
     usage_of,
 )
 from nanoserve_gateway.errors import Problem
@@ -130,12 +131,6 @@ class ChatAnswer:
 def messages_of(messages: Sequence[Mapping[str, Any]]) -> Messages:
     """Checked messages of the API as the client takes them."""
     return [_message(message) for message in messages]
-
-
-def tokenize_options(fields: Mapping[str, Any]) -> TokenizeOptions:
-    """How a conversation is tokenized, for the client."""
-    own = {name: fields[name] for name in ("model", "add_special_tokens") if name in fields}
-    return cast(TokenizeOptions, {**own, **chat_options(fields)})
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

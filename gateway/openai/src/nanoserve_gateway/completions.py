@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from nanoserve_client import Completion as Sequence_
-from nanoserve_client import Delta, GenerateOptions, Result, Started, TokenizeOptions, TokenLogprob
+from nanoserve_client import Delta, GenerateOptions, Result, Started, TokenLogprob
 from nanoserve_client.requests import generate_request
 from nanoserve_client.v1 import generation_pb2 as pb
 from openai.types import Completion, CompletionChoice
@@ -24,6 +24,7 @@ from nanoserve_gateway.answer import (
     prompt_logprobs_of,
     stop_reason,
     stream_rules,
+    tokenize_options,
     unchecked,
     usage_of,
 )
@@ -48,9 +49,8 @@ class CompletionAnswer:
         self._prompt_logprobs: int | None = fields.get("prompt_logprobs")
         self._name = naming(fields, _name_of)
         self._has_token_ids = bool(fields.get("return_token_ids"))
-        own = {name: fields[name] for name in ("model", "add_special_tokens") if name in fields}
         self.prompts = [
-            Prompt(each, cast(TokenizeOptions, own), self._has_token_ids, None if isinstance(each, str) else each)
+            Prompt(each, tokenize_options(fields), self._has_token_ids, None if isinstance(each, str) else each)
             for each in given
         ]
         chosen = options(fields)

@@ -14,9 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from nanoserve_gateway.answer import Answer, check, to_json
+from nanoserve_gateway.answer import Answer, check, to_json, tokenize_options
 from nanoserve_gateway.background import RecordedStream
-from nanoserve_gateway.chat import tokenize_options
 from nanoserve_gateway.config import GatewayConfig
 from nanoserve_gateway.errors import Refused, bad_request, problem_of, refused
 from nanoserve_gateway.exchange import Incoming, json_answer, owner_of

@@ -7,10 +7,10 @@ address goes by no name that somebody else could own. Programs that are no brows
 """
 
 import ipaddress
-import string
 import uuid
 from urllib.parse import urlsplit
 
+from nanoserve_client.transport import MAX_REQUEST_ID_CHARS, REQUEST_ID_CHARS, REQUEST_ID_HEADER
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,10 +18,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanoserve_gateway.errors import Problem, bad_request
 from nanoserve_gateway.refusals import Refusals
 
-REQUEST_ID = "x-request-id"
-# As the contract has it.
-MAX_REQUEST_ID_CHARS = 128
-_REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 # Probes call it by any name, and it tells nothing.
 OPEN_PATH = "/health"
 # What containers call their own machine; no name on the internet ends so.
@@ -30,7 +26,7 @@ OPTION = "--http-cors-origins of nanoserve serve, or --cors-origin of nanoserve-
 
 
 def is_request_id(text: str) -> bool:
-    return 0 < len(text) <= MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(text)
+    return 0 < len(text) <= MAX_REQUEST_ID_CHARS and REQUEST_ID_CHARS.issuperset(text)
 
 
 class RequestIds:
@@ -44,13 +40,13 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID, "")
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         request_id = given if is_request_id(given) else str(uuid.uuid4())
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         await self._app(scope, receive, with_id)

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 from nanoserve_client import NanoserveError
+from nanoserve_client.requests import OPTION_NAMES
 from starlette.exceptions import HTTPException
 
 from nanoserve_gateway.schema import BadRequest
@@ -72,13 +73,11 @@ _TABLE = {
 }
 # What the contract calls otherwise; an index or key that follows is kept.
 _NAMES = {
-    "stopping.strings": "stop",
-    "stopping.token_ids": "stop_token_ids",
+    **OPTION_NAMES,
     "token_ids.ids": "prompt",
     "text": "prompt",
     "output.prompt_logprobs": "logprobs",
     "chat.messages": "messages",
-    "cache.salt": "cache_salt",
     "chat.template_kwargs_json": "chat_template_kwargs",
 }
 # Within a message.

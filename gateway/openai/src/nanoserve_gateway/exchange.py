@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from nanoserve_client import AsyncClient, CallOptions
+from nanoserve_client.transport import MAX_REQUEST_ID_CHARS, REQUEST_ID_HEADER
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from nanoserve_gateway import tracing
 from nanoserve_gateway.config import GatewayConfig
-from nanoserve_gateway.edge import MAX_REQUEST_ID_CHARS, REQUEST_ID, is_request_id
+from nanoserve_gateway.edge import is_request_id
 from nanoserve_gateway.errors import Refused, bad_request
 from nanoserve_gateway.fields import NAMES
 from nanoserve_gateway.schema import BadRequest, Schema, Violation, parse_json
@@ -61,9 +62,9 @@ class Incoming:
             options["traceparent"] = request.headers.get("traceparent")
         if (authorization := request.headers.get("authorization")) is not None:
             options["metadata"] = {"authorization": authorization}
-        if (given := request.headers.get(REQUEST_ID)) and not is_request_id(given):
+        if (given := request.headers.get(REQUEST_ID_HEADER)) and not is_request_id(given):
             wanted = f"must be at most {MAX_REQUEST_ID_CHARS} characters of printable ASCII"
-            raise BadRequest([Violation(f"header {REQUEST_ID}", wanted)])
+            raise BadRequest([Violation(f"header {REQUEST_ID_HEADER}", wanted)])
         for name in ("traceparent", "authorization"):
             value = request.headers.get(name, "")
             if not (value.isascii() and value.isprintable() and len(value) <= MAX_HEADER_CHARS):

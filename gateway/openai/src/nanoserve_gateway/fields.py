@@ -4,8 +4,12 @@ status.
 A test walks the openai package's parameter types and fails if one of their fields has no line here.
 """
 
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Required
 
+from nanoserve_client import CallOptions, GenerateOptions
+from nanoserve_client.requests import explanations
 from openai.types import completion_create_params
 from openai.types.chat import (
     ChatCompletionAssistantMessageParam,
@@ -57,22 +61,40 @@ HOSTED = "it is a service of OpenAI's own platform"
 RETENTION = "the prefix cache keeps what it can, for as long as it can"
 LABEL = "A label; it changes no token."
 
-_SAMPLING = (
+# Options of the client that no field of the same name passes on: OpenAI or vLLM name them otherwise, give them another
+# meaning, or know them for some requests alone, and then they have lines of their own below; or REST has none of them.
+_OTHERWISE = CallOptions.__optional_keys__ | {
+    *("model", "n", "max_tokens", "stop", "logprobs", "prompt_logprobs", "add_special_tokens"),
+    *("keep_special_tokens", "include_stop"),
+    *("time_limit", "omit_text", "min_delta_tokens", "skip_cache_read"),
+}
+# Those that are passed on, but of which a caller may say more than the client takes.
+_WIDER = {
+    "top_k": ("Keeps that many most likely tokens; 0 or -1 = all.", TopK),
+    "seed": ("-2^63 to 2^64 - 1. Choice i draws with seed + i.", Seed),
+    "priority": ("-100 to 100; higher runs first.", Annotated[int, Field(ge=-100, le=100)]),
+}
+_IN_JSON: dict[Any, Any] = {
+    **{float: float, int: Uint32, bool: bool, str: str},
+    **{Sequence[int]: list[TokenId], Mapping[int, float]: dict[TokenKey, float]},
+}
+
+
+def _passed_on(params: type) -> Iterator[Line]:
+    """A line for each option of the client that a field of the same name passes on as it is. What the openai package's
+    params do not have is an extension."""
+    notes, theirs = explanations(GenerateOptions), typing.get_type_hints(params)
+    for name, hint in typing.get_type_hints(GenerateOptions).items():
+        if name not in _OTHERWISE:
+            note, kind = _WIDER[name] if name in _WIDER else (notes.get(name, ""), _IN_JSON[typing.get_args(hint)[0]])
+            yield served(name, note if name in theirs else f"Extension. {note}", kind)
+
+
+# What all three APIs have besides.
+_COMMON = (
     served("model", "Name of a served model. Default: the server's.", str),
-    served("temperature", "0 to 100. Default: the model's own."),
-    served("top_p", "0 to 1. Default: the model's own."),
     label("user", LABEL),
     served("stream", "Server-sent events.", bool),
-)
-_EXTENSIONS = (
-    served("top_k", "Extension. Keeps that many most likely tokens; 0 or -1 = all.", TopK),
-    served("min_p", "Extension. Keeps tokens with at least min_p times the highest probability.", float),
-    served("repetition_penalty", "Extension. Above 0, up to 100; 1 = off.", float),
-    served("stop_token_ids", "Extension. Tokens that end a choice, besides EOS.", list[TokenId]),
-    served("ignore_eos", "Extension. EOS is a token like any other.", bool),
-    served("min_tokens", "Extension. Nothing ends a choice before that many tokens.", Uint32),
-    served("priority", "Extension. -100 to 100; higher runs first.", Annotated[int, Field(ge=-100, le=100)]),
-    served("cache_salt", "Extension. Cached prefixes are shared within a salt only.", str),
     served("skip_special_tokens", "Extension. Special tokens are left out of the text. Default true.", bool),
     served("include_stop_str_in_output", "Extension. The text keeps what ended it.", bool),
 )
@@ -94,6 +116,20 @@ _ADD_SPECIAL_TOKENS = served(
     "Extension. The tokenizer adds its own, such as BOS. Default: as its configuration says; false for messages.",
     bool,
 )
+_NO_TOOLS = (
+    label("parallel_tool_calls", "Without tools it changes nothing."),
+    refused("tool_choice", TOOLS, "none", "auto"),
+    refused("tools", TOOLS, []),
+)
+# What chats and responses have of OpenAI's platform.
+_PLATFORM = (
+    label("safety_identifier", LABEL),
+    label("prompt_cache_key", "The prefix cache finds by itself what prompts share."),
+    refused("moderation", HOSTED),
+    refused("prompt_cache_options", RETENTION),
+    refused("prompt_cache_retention", RETENTION),
+    refused("service_tier", "all requests are alike; see priority", "auto", "default"),
+)
 # vLLM's, which chat and completions share.
 _REPORTS = (
     _ADD_SPECIAL_TOKENS,
@@ -103,12 +139,8 @@ _REPORTS = (
 )
 # What chat and completions share.
 _CHOICES = (
-    served("frequency_penalty", "-2 to 2."),
-    served("presence_penalty", "-2 to 2."),
     served("n", "Choices for each prompt, 1 to 128.", Uint32),
     served("stop", "At most 16 texts of at most 1,024 characters."),
-    served("seed", "-2^63 to 2^64 - 1. Choice i draws with seed + i.", Seed),
-    served("logit_bias", "Token id to -100 to 100, at most 1,024.", dict[TokenKey, float]),
     served("max_tokens", "0 = the prompt alone. Default: what the context leaves, for completions too.", Uint32),
     served("stream_options", "`include_usage`. Only with `stream`."),
 )
@@ -123,32 +155,25 @@ CHAT = Schema(
     chat_create_params.CompletionCreateParamsNonStreaming,
     (
         served("messages", "system, developer, user, assistant and tool; text content only."),
-        *_SAMPLING,
+        *_COMMON,
+        *_passed_on(chat_create_params.CompletionCreateParamsNonStreaming),
         *_CHOICES,
         served("max_completion_tokens", "The same as max_tokens.", Uint32),
         served("logprobs", "Of raw logits, before temperature, penalties and bias."),
         served("top_logprobs", "0 to 20. Only with `logprobs`.", Uint32),
         label("metadata", "Returned with an answer that is not streamed; it changes no token."),
-        label("safety_identifier", LABEL),
-        label("prompt_cache_key", "The prefix cache finds by itself what prompts share."),
+        *_PLATFORM,
+        *_NO_TOOLS,
         refused("audio", MEDIA),
         refused("function_call", TOOLS, "none"),
         refused("functions", TOOLS, []),
         refused("modalities", MEDIA, ["text"]),
-        refused("moderation", HOSTED),
-        label("parallel_tool_calls", "Without tools it changes nothing."),
         refused("prediction", "predicted output is not served"),
-        refused("prompt_cache_options", RETENTION),
-        refused("prompt_cache_retention", RETENTION),
         refused("reasoning_effort", "what the model's template knows goes into chat_template_kwargs"),
         refused("response_format", FORMAT, {"type": "text"}),
-        refused("service_tier", "all requests are alike; see priority", "auto", "default"),
         refused("store", "chat completions are not stored; responses are", False),
-        refused("tool_choice", TOOLS, "none", "auto"),
-        refused("tools", TOOLS, []),
         refused("verbosity", "the model takes no such instruction", "medium"),
         refused("web_search_options", HOSTED),
-        *_EXTENSIONS,
         *_REPORTS,
         *_TEMPLATE,
     ),
@@ -179,13 +204,13 @@ COMPLETIONS = Schema(
             "A text, token ids, or up to 128 of either, mixed or not.",
             Required[str | list[TokenId] | list[str | list[TokenId]]],
         ),
-        *_SAMPLING,
+        *_COMMON,
+        *_passed_on(completion_create_params.CompletionCreateParamsNonStreaming),
         *_CHOICES,
         served("logprobs", "Alternatives for each token, 0 to 20.", Uint32),
         served("echo", "The prompt before each choice; with `logprobs` those of the prompt too."),
         refused("best_of", "every choice is returned; use n", 1),
         refused("suffix", "the model fills no gaps", ""),
-        *_EXTENSIONS,
         *_REPORTS,
     ),
     {ChatCompletionStreamOptionsParam: _STREAM_OPTIONS},
@@ -225,11 +250,9 @@ _CONVERSATION = (
     served("instructions", "A system message before all others; not carried over to the next response."),
     served("previous_response_id", "Continues that conversation."),
     refused("conversation", "use previous_response_id"),
-    label("parallel_tool_calls", "Without tools it changes nothing."),
     served("reasoning", "Only without anything in it."),
     served("text", "Plain text alone."),
-    refused("tool_choice", TOOLS, "none", "auto"),
-    refused("tools", TOOLS, []),
+    *_NO_TOOLS,
     refused("truncation", "a prompt that is too long is refused", "disabled"),
     _TEMPLATE_KWARGS,
 )
@@ -262,34 +285,25 @@ RESPONSES = Schema(
     response_create_params.ResponseCreateParamsNonStreaming,
     (
         served("input", "A text, or messages of text, or references to kept ones.", Required[str | list[_InputItem]]),
-        *_SAMPLING,
+        *_COMMON,
+        *_passed_on(response_create_params.ResponseCreateParamsNonStreaming),
         served("max_output_tokens", "0 = the prompt alone. Default: what the context leaves.", Uint32),
         served("top_logprobs", "0 to 20. Only with `include`.", Uint32),
         served("include", "`message.output_text.logprobs`; whatever else it knows is never made here.", list[str]),
         served("store", "Whether it can be retrieved and continued, while there is room. Default true."),
         served("background", "Answers at once, and goes on; retrieve it, or cancel it."),
         label("metadata", "Returned; it changes no token."),
-        label("safety_identifier", LABEL),
-        label("prompt_cache_key", "The prefix cache finds by itself what prompts share."),
+        *_PLATFORM,
         refused("access_programs", HOSTED),
         refused("background_options", HOSTED),
         refused("context_management", "nothing is compacted", []),
         refused("image", MEDIA),
         label("max_tool_calls", "Without tools it changes nothing."),
-        refused("moderation", HOSTED),
         refused("prompt", "there are no stored prompts"),
-        refused("prompt_cache_options", RETENTION),
-        refused("prompt_cache_retention", RETENTION),
-        refused("service_tier", "all requests are alike; see priority", "auto", "default"),
         served("stream_options", "Only without anything in it."),
         *_CONVERSATION,
-        *_EXTENSIONS,
         served("return_token_ids", f"{_TOKEN_IDS}.", bool),
-        served("frequency_penalty", "Extension. -2 to 2.", float),
-        served("presence_penalty", "Extension. -2 to 2.", float),
         served("stop", "Extension. At most 16 texts of at most 1,024 characters.", str | list[str]),
-        served("seed", "Extension. -2^63 to 2^64 - 1.", Seed),
-        served("logit_bias", "Extension. Token id to -100 to 100, at most 1,024.", dict[TokenKey, float]),
     ),
     {**_OF_CONVERSATION, StreamOptions: (refused("include_obfuscation", "nothing is padded", False),)},
 )

@@ -188,24 +188,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nanoserve-gateway", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     defaults = GatewayConfig(target="")
+    port = _number("a port, 0 to 65535", int, 0, 65535)
+    size = _number("a number of bytes, at least 1", int, 1, math.inf)
+    seconds = _number("seconds, above 0", float, 0.001, 2**31 - 1)
     add("--target", required=True, metavar="ADDRESS", help="the gRPC service, such as 127.0.0.1:50051")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=_port, default=8000, metavar="N", help="0 = any free port (default: %(default)s)")
+    add("--port", type=port, default=8000, metavar="N", help="0 = any free port (default: %(default)s)")
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="whose pages may call; * = all")
-    add(
-        "--max-body",
-        type=_size,
-        default=defaults.max_body_bytes,
-        metavar="BYTES",
-        help="largest request (default: %(default)s)",
-    )
-    add(
-        "--timeout",
-        type=_seconds,
-        default=defaults.timeout_s,
-        metavar="SECONDS",
-        help="of a request without x-request-timeout (default: %(default)s)",
-    )
+    help = "largest request (default: %(default)s)"
+    add("--max-body", type=size, default=defaults.max_body_bytes, metavar="BYTES", help=help)
+    help = "of a request without x-request-timeout (default: %(default)s)"
+    add("--timeout", type=seconds, default=defaults.timeout_s, metavar="SECONDS", help=help)
     add("--tls", action="store_true", help="speak TLS with the gRPC service; the files turn it on too")
     add("--tls-ca", type=Path, metavar="FILE", help="PEM file that its certificate is checked against")
     add("--client-cert", type=Path, metavar="FILE", help="PEM file of the certificate to show, with --client-key")
@@ -213,23 +206,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _port(text: str) -> int:
-    return int(_number(text, "a port, 0 to 65535", int, 0, 65535))
+def _number(wanted: str, kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
+    """Reads a number within these bounds; `wanted` says what they are."""
 
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {wanted}")
+        return value
 
-def _size(text: str) -> int:
-    return int(_number(text, "a number of bytes, at least 1", int, 1, math.inf))
-
-
-def _seconds(text: str) -> float:
-    return _number(text, "seconds, above 0", float, 0.001, 2**31 - 1)
-
-
-def _number(text: str, wanted: str, kind: Callable[[str], float], least: float, most: float) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {wanted}")
-    return value
+    return read

@@ -1,12 +1,15 @@
 """Answers on their way: several Generate streams as one, frames with signs of life, and callers who go away."""
 
+import abc
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from nanoserve_client import AsyncGenerateStream, Delta, NanoserveError, Result, Started
+from nanoserve_client.transport import REQUEST_ID_HEADER
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -75,53 +78,76 @@ class Generation:
             stream.cancel()
 
 
-class EventStream(Response):
-    """A streamed answer whose generation has started, as server-sent events; ends when its reader goes away."""
+# Sends a piece of a body.
+Write = Callable[[bytes], Awaitable[None]]
+
+
+class Events(Response, abc.ABC):
+    """An answer of server-sent events; ends when its reader goes away."""
 
     media_type = "text/event-stream"
 
+    def __init__(self, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        """headers: besides those of every such answer."""
+        self.status_code = 200
+        self.background = None
+        self.init_headers({**HEADERS, **headers})
+        del self.headers["content-length"]
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(piece: bytes) -> None:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+        with contextlib.suppress(ClientDisconnect):
+            async with unless_gone(receive):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await self.write_all(write)
+                await send({"type": "http.response.body", "body": b""})
+
+    @abc.abstractmethod
+    async def write_all(self, write: Write) -> None:
+        """Write every event."""
+
+
+class EventStream(Events):
+    """A streamed answer whose generation has started."""
+
     def __init__(self, generation: Generation, answer: Answer, starts: Sequence[Started], silence_s: float) -> None:
         """silence_s: after so long without a frame comes a sign of life."""
+        super().__init__({REQUEST_ID_HEADER: starts[0].request_id})
         self._generation, self._answer, self._starts = generation, answer, starts
         self._silence_s = silence_s
         self._written_s = 0.0
         # Frames come from every prompt, and signs of life.
         self._writing = asyncio.Lock()
-        self.status_code = 200
-        self.background = None
-        self.init_headers({**HEADERS, "x-request-id": starts[0].request_id})
-        del self.headers["content-length"]
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        with self._generation, contextlib.suppress(ClientDisconnect):
-            async with unless_gone(receive):
-                await self._send(send)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._generation:
+            await super().__call__(scope, receive, send)
 
-    async def _send(self, send: Send) -> None:
-        async def write(pieces: Iterable[bytes]) -> None:
+    async def write_all(self, write: Write) -> None:
+        async def put(pieces: Iterable[bytes]) -> None:
             if piece := b"".join(pieces):
                 async with self._writing:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    await write(piece)
                 self._written_s = time.monotonic()
 
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         self._written_s = time.monotonic()
-        await write(self._answer.begin(self._starts))
-        async with _cancelled_at_end([asyncio.create_task(self._keep_alive(write))]):
+        await put(self._answer.begin(self._starts))
+        async with _cancelled_at_end([asyncio.create_task(self._keep_alive(put))]):
             try:
-                results = await self._generation.read(lambda *delta: write(self._answer.delta(*delta)))
+                results = await self._generation.read(lambda *delta: put(self._answer.delta(*delta)))
                 last = self._answer.end(results)
             except NanoserveError as error:
                 last = self._answer.fail(problem_of(error, self._answer.names))
-        await write(last)
-        await send({"type": "http.response.body", "body": b""})
+        await put(last)
 
-    async def _keep_alive(self, write: Callable[[Iterable[bytes]], Awaitable[None]]) -> None:
+    async def _keep_alive(self, put: Callable[[Iterable[bytes]], Awaitable[None]]) -> None:
         while True:
             if (rest_s := self._written_s + self._silence_s - time.monotonic()) > 0:
                 await asyncio.sleep(rest_s)
             else:
-                await write([KEEP_ALIVE])
+                await put([KEEP_ALIVE])
 
 
 @contextlib.asynccontextmanager

@@ -9,9 +9,7 @@ whatever origins may call the API.
 """
 
 import asyncio
-import contextlib
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,13 +23,14 @@ from nanoserve_client import (
     StepSnapshot,
     Timeline,
 )
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from nanoserve_gateway import streaming
+from nanoserve_gateway.answer import frame
 from nanoserve_gateway.errors import Refused, bad_request, problem_of
+from nanoserve_gateway.streaming import Events, Write, until
 
 # Between two snapshots.
 INTERVAL_S = 0.2
@@ -113,42 +112,26 @@ def _authorization(request: Request) -> Mapping[str, str]:
 # ---------------------------------------------------------------------------------------------- as the page reads it
 
 
-class _Events(Response):
-    """Snapshots as server-sent events, until the reader goes away, the server does, or the gateway stops."""
-
-    media_type = "text/event-stream"
+class _Events(Events):
+    """Snapshots, until the reader goes away, the server does, or the gateway stops."""
 
     def __init__(self, watch: AsyncEngineWatch, first: EngineSnapshot, is_stopping: asyncio.Event) -> None:
+        super().__init__()
         self._watch, self._first, self._is_stopping = watch, first, is_stopping
-        self.status_code = 200
-        self.background = None
-        self.init_headers(streaming.HEADERS)
-        del self.headers["content-length"]
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientDisconnect):
-            async with self._watch, streaming.unless_gone(receive):
-                await self._send(send)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._watch:
+            await super().__call__(scope, receive, send)
 
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with streaming.until(self._is_stopping.wait):
-            async for frame in self._frames():
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-    async def _frames(self) -> AsyncIterator[bytes]:
+    async def write_all(self, write: Write) -> None:
         """Pulls a snapshot when the one before has been sent, so that a slow reader gets fewer."""
-        yield _frame("snapshot", _snapshot(self._first))
-        try:
-            async for snapshot in self._watch:
-                yield _frame("snapshot", _snapshot(snapshot))
-        except NanoserveError as error:
-            yield _frame("problem", problem_of(error).as_json())
-
-
-def _frame(event: str, value: Mapping[str, Any]) -> bytes:
-    return f"event: {event}\ndata: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
+        async with until(self._is_stopping.wait):
+            await write(frame(_snapshot(self._first), "snapshot"))
+            try:
+                async for snapshot in self._watch:
+                    await write(frame(_snapshot(snapshot), "snapshot"))
+            except NanoserveError as error:
+                await write(frame(problem_of(error).as_json(), "problem"))
 
 
 def _snapshot(snapshot: EngineSnapshot) -> dict[str, Any]:
