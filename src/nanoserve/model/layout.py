@@ -45,13 +45,10 @@ def has_plain(layout: Layout) -> bool:
 
 def left_out(model: nn.Module, layout: Layout) -> tuple[str, ...]:
     """Classes of what has matrices of another form, such as experts in one tensor: nothing is done about these."""
-    return tuple(
-        sorted(
-            {
-                type(module).__name__
-                for path, module in model.named_modules()
-                if path not in layout and not isinstance(module, nn.Embedding)
-                if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-            }
-        )
-    )
+    classes = {
+        type(module).__name__
+        for path, module in model.named_modules()
+        if path not in layout and not isinstance(module, nn.Embedding)
+        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    }
+    return tuple(sorted(classes))
