@@ -66,7 +66,7 @@ class Feeder:
         self.sampler = GreedySampler()
         self.runner = ModelRunner(
             *(model, self.cache, self.sampler, num_rows, num_rows * max_context_tokens),  # type: ignore[arg-type]
-            max_context_tokens=2 * max_context_tokens,
+            max_context_tokens=max_context_tokens,
         )
         torch.set_num_threads(1)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).tolist()

@@ -28,7 +28,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "temperature": {
         **TRACES,
         **BENCH,
-        ENGINE + "model/loader.py": "a checkpoint asks for greedy decoding by another field",
+        ENGINE + "model/facts.py": "a checkpoint asks for greedy decoding by another field",
         ENGINE + "model/attention.py": "another temperature, that of Llama 4's attention",
         ENGINE + "model/probe.py": "the same",
         ENGINE + "llm.py": "an example for people",
@@ -40,7 +40,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "top_p": {**TRACES, GATEWAY + "responses.py": "OpenAI's response repeats it"},
     "top_k": {
         **TRACES,
-        ENGINE + "model/loader.py": "some checkpoints write -1 for off",
+        ENGINE + "model/facts.py": "some checkpoints write -1 for off",
         GATEWAY: "vLLM's callers write -1 for off",
     },
     "frequency_penalty": TRACES,
@@ -48,7 +48,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "seed": {
         **TRACES,
         ENGINE + "engine/": "each sequence has its own: the engine draws the first, and adds the sequence's number",
-        ENGINE + "model/loader.py": "no checkpoint chooses it",
+        ENGINE + "model/facts.py": "no checkpoint chooses it",
         GATEWAY: "OpenAI's is signed",
         "protos/nanoserve/v1/model.proto": "a model's defaults have none",
         CLIENT + "results.py": "a comment on what can be repeated",

@@ -43,10 +43,17 @@ def test_the_time_to_the_first_token_begins_before_the_request_is_sent(monkeypat
             order.append("clock")
             super().__init__()
 
+    class EmptyStream:
+        def __iter__(self):
+            return iter([])
+
+        def cancel(self):
+            pass
+
     class WatchedClient:
         def chat(self, _messages):
             order.append("sent")
-            return iter([])
+            return EmptyStream()
 
     monkeypatch.setattr("nanoserve.cli.chat.Pace", WatchedPace)
     Chat(WatchedClient(), {}, None).take("Hello!")
