@@ -3,7 +3,9 @@
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from caller import OPTIONS, Caller, code_of, endless, is_idle, num_live, until
 from failure import Failure
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serve_process import ServeProcess, is_gone, serving, starting
+
+from nanoserve.engine_process import _Speaker
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -131,3 +135,19 @@ def test_an_engine_that_dies_while_it_loads_is_told_of_in_one_line(sabotage, wor
     with starting("--no-compile", sabotage=IN_ENGINE.format(sabotage)) as server:
         server.wait_for(f"nanoserve: the engine's process died while it loaded the model: {words}")
         assert server.process.wait(30) == 2
+
+
+def test_no_step_waits_for_a_server_that_does_not_read() -> None:
+    """More than the pipe holds is said, and all of it arrives, in order, before the process ends."""
+    ours, theirs = Pipe()
+    speaker = _Speaker(theirs)
+    lines = [f"{number} {'x' * 100_000}" for number in range(50)]
+    saying = threading.Thread(target=lambda: [speaker.say(line) for line in lines], daemon=True)
+    saying.start()
+    saying.join(20)
+    assert not saying.is_alive(), "it waits for a reader"
+    finishing = threading.Thread(target=speaker.finish, daemon=True)
+    finishing.start()
+    assert [ours.recv() for _ in lines] == lines
+    finishing.join(20)
+    assert not finishing.is_alive()

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from engine_bench import PROMPT, SECONDS, VOCAB, byte_codec, running
+from engine_bench import BLOCK, PROMPT, SECONDS, VOCAB, byte_codec, running
 from fake_executor import expected_completion
 
 from nanoserve.engine.chat_template import Chat
@@ -469,3 +469,19 @@ def test_rolling_sum_forgets(monkeypatch):
     assert total.total == 4
     now = 120.0
     assert total.total == 0
+
+
+async def test_a_prompts_blocks_are_named_before_the_step_loop_has_the_request(monkeypatch):
+    async with running() as bench:
+        posted = []
+        add = bench.scheduler.add
+        monkeypatch.setattr(bench.scheduler, "add", lambda request: (posted.append(request), add(request)))
+        prompt = list(range(4 * BLOCK + 1))
+        await bench.collect(prompt, max_tokens=1)
+        await bench.collect(prompt, max_tokens=1, request={"cache_salt": "other"})
+        first, salted = posted
+        assert len(first.block_hashes) == 4
+        assert not set(first.block_hashes) & set(salted.block_hashes)
+        # By these names a later request finds the first one's blocks.
+        [started] = [e for e in await bench.collect(prompt, max_tokens=1) if isinstance(e, Started)]
+        assert started.cached_tokens == 4 * BLOCK

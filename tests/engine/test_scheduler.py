@@ -333,6 +333,18 @@ def test_corrupt_sequence_fails_alone_and_its_blocks_are_never_shared():
     assert bench.started("again").num_cached_tokens == 0
 
 
+def test_a_sequence_without_a_possible_token_fails_alone_and_its_blocks_stay_known():
+    bench = Bench(max_num_seqs=2)
+    bench.add("stuck", prompt_of(16))
+    bench.add("good", prompt_of(5, 70))
+    bench.scheduler.schedule(bench.now)
+    stuck = SequenceResult(failure=Failure.NO_TOKEN)
+    bench.events += bench.scheduler.commit(StepResult([SequenceResult([1]), stuck]), 1.0)
+    assert RequestFailed("stuck", FailureReason.NO_TOKEN) in bench.events
+    bench.scheduler.check_invariants()
+    assert [s.request.id for s in bench.scheduler._running()] == ["good"]
+
+
 def test_a_step_that_raised_fails_its_requests_and_no_others():
     bench = Bench(max_num_seqs=1)
     bench.add("a", prompt_of(6))

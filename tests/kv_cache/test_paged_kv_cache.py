@@ -131,6 +131,21 @@ def test_memory_is_promised_at_first_and_claimed_beside_the_engine() -> None:
     assert cache.layers[0].values.count_nonzero() == keys.numel()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is given when it is used")
+def test_a_cache_that_is_closed_claims_nothing() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    size = 128 << 20
+    before = resident()
+    cache = PagedKVCache([KVSpec(8, 64, 64, torch.float32)], size // (16 * 8 * 128 * 4), 16, CPU)
+    cache.close()
+    claiming = threading.Thread(target=cache.claim_memory)
+    claiming.start()
+    claiming.join()
+    assert resident() - before < size / 2
+
+
 @pytest.mark.skipif(
     not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this system gives no large pages"
 )

@@ -138,10 +138,10 @@ class EngineCore:
         except Exception:
             logger.exception("the engine thread died")
         finally:
-            self._executor.close()
             # In this order: a message that is posted in between is answered twice rather than never.
             self._has_ended = True
             self._deliver([EngineEnded()])
+            self._executor.close()
 
     def _take_messages(self) -> Iterator[Message | None]:
         """All that was posted; waits for the first if there is no work."""

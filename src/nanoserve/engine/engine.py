@@ -79,6 +79,7 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     # What an unset sampling parameter takes.
     default_params: SamplingParams
+    # How a prompt's blocks are named, so that the step loop need not do it.
     block_names: BlockNames
 
 
