@@ -511,6 +511,29 @@ def test_a_step_is_planned_while_another_is_in_flight():
     assert [num_tokens(plan) for plan in bench.executor.plans] == [6, 1, 1, 1]
 
 
+def test_who_needs_a_place_gets_it_although_steps_are_planned_ahead():
+    bench = Bench(depth=2, max_num_seqs=1)
+    bench.add("a", prompt_of(6), max_tokens=40)
+    bench.step()
+    bench.add("urgent", prompt_of(6, 50), max_tokens=3, priority=1)
+    for _ in range(8):
+        bench.step()
+    assert bench.finish_reason("urgent") is FinishReason.LENGTH
+    bench.run()
+    bench.expect("a", prompt_of(6), 40)
+    bench.expect("urgent", prompt_of(6, 50), 3)
+
+
+def test_a_prompt_that_a_step_in_flight_computes_is_not_computed_twice():
+    bench = Bench(depth=2, budget=12)
+    bench.add("a", prompt_of(20), max_tokens=2)
+    bench.executor.submit(bench.scheduler.schedule(0.0))
+    bench.add("b", prompt_of(20), max_tokens=2)
+    bench.run()
+    assert bench.executor.num_computed_tokens == 20 + 1 + 4 + 1
+    assert bench.started("b").num_cached_tokens == 16
+
+
 def test_an_end_that_is_seen_late_takes_its_step_in_flight_along():
     bench = Bench(depth=2)
     expected = expected_completion(prompt_of(6), 7, 3, 1000)

@@ -103,6 +103,21 @@ def test_the_formula_for_few_tokens_agrees(step: str, layer: str, form: str) -> 
     torch.testing.assert_close(attend(call), attend_reference(call), rtol=1e-5, atol=1e-5)
 
 
+def test_up_to_eight_tokens_of_a_sequence_are_no_chunk_once_the_formula_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chunks = []
+    attend_chunk = attend_module._attend_chunk
+    monkeypatch.setattr(attend_module, "_attend_chunk", lambda *call: (chunks.append(call[1]), attend_chunk(*call)))
+    call = make_call(STEPS["few"], LAYERS["full"])
+    attend(call)
+    assert chunks == [2, 3, 4, 5, 6]
+    chunks.clear()
+    call.attention.compiled[call.form] = lambda *tensors: attend_singles(*tensors, call.scaling, call.softcap)
+    attend(call)
+    assert [call.facts.counts[sequence] for sequence in chunks] == [9]
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_blocks_that_sequences_share_are_read_once(layer: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -483,11 +483,12 @@ def test_a_row_with_nothing_left_to_draw_has_no_token_and_is_not_corrupt() -> No
 @pytest.mark.parametrize("penalty", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
 def test_a_place_behind_drafts_is_sampled_as_if_they_were_drawn(penalty: str) -> None:
     params = replace(GREEDY, logprobs=0, **{penalty: 1.8})
-    logits = some_logits(4, VOCAB, seed=3, spread=1.0)
-    drafted = [int(token) for token in logits.argmax(-1)[[0, 1, 0]]]
+    logits = some_logits(1, VOCAB, seed=3, spread=0.3).expand(4, -1)  # the same, so that a penalty changes the choice
+    drafted = logits[0].topk(3).indices.tolist()
     sampler = sampler_of(admission(params, prompt=(4, 5)))
     places = [Place(0, 2 + i, tuple(drafted[:i])) for i in range(4)]
     ahead = sampler.sample(places, logits)
+    assert [result.token_ids for result in ahead[:3]] == [[token] for token in drafted]
     # The drafts are nobody's yet.
     assert sampler.sample(places, logits) == ahead
     for i, draft in enumerate(drafted):
