@@ -102,7 +102,7 @@ class StepFacts:
         device = block_tables.device
         self.block_size = block_size
         self._all_tables = block_tables
-        self._of_sequences = torch.zeros(2, len(block_tables), dtype=torch.long, device=device)
+        self._rows = torch.zeros(len(block_tables), dtype=torch.long, device=device)
         self._of_tokens = torch.zeros(3, max_num_tokens, dtype=torch.long, device=device)
         self.set([0], [0], [1])
 
@@ -114,17 +114,16 @@ class StepFacts:
         given = torch.tensor([rows, starts, counts], device=device)  # [3, num_sequences]
         first = given[2].cumsum(0) - given[2]  # [num_sequences]: each one's first token
         sequences = torch.arange(num_sequences, device=device)
-        # [num_sequences]: where each one's blocks stand in the tables, and its tokens with this step's.
-        self.rows, self.lengths = self._of_sequences[:, :num_sequences]
+        # [num_sequences]: where each one's blocks stand in the tables.
+        self.rows = self._rows[:num_sequences]
         # [num_tokens]: its index in the step, its place in its sequence, and where its key and value go.
         self.sequence_of, self.positions, self.slots = self._of_tokens[:, :num_tokens]
         self.rows.copy_(given[0])
-        self.lengths.copy_(given[1] + given[2])
         self.sequence_of.copy_(sequences.repeat_interleave(given[2], output_size=num_tokens))
         place = torch.arange(num_tokens, device=device)
         self.positions.copy_(place + (given[1] - first)[self.sequence_of])
         longest = max(start + count for start, count in zip(starts, counts, strict=True))
-        # [num_sequences, max_num_blocks]: only what covers its length is valid.
+        # [num_sequences, max_num_blocks]: only what covers its tokens is valid.
         self.block_tables = self._all_tables[self.rows, : -(-longest // self.block_size)]
         blocks = self.block_tables[self.sequence_of, self.positions // self.block_size]  # [num_tokens]
         self.slots.copy_(blocks * self.block_size + self.positions % self.block_size)
