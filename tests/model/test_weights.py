@@ -1,18 +1,20 @@
 """Every plain projection is a ServedLinear, whatever its weight is, and there is one place behind all of them."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 import torch
+from addition import addition, forward_with_addition, make_with_addition
 from families import LONGEST, VOCAB_SIZE, save_tiny_model
 from feeder import Feeder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanoserve.config import ModelOptions
-from nanoserve.model import compile_worker, compiled, cpu, layout, narrow, packing, weights
+from nanoserve.model import compiled, cpu, layout, weights
 from nanoserve.model.compiled import watch_calls
 from nanoserve.model.layout import decide_layout
 from nanoserve.model.loader import LoadedModel, load_model
@@ -78,21 +80,6 @@ def test_what_no_kind_is_for_is_named(family: str, want: tuple[str, ...], tmp_pa
 # ------------------------------------------------------------------------------ something behind every projection
 
 
-_library = torch.library.Library("nanoserve_tests", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("addition(Tensor x, Tensor y) -> Tensor")  # type: ignore[no-untyped-call]
-
-
-@torch.library.impl(_library, "addition", "CPU")
-def _addition(x: Tensor, y: Tensor) -> Tensor:
-    """Of a projection's input and output, as an adapter's two small products."""
-    return (x.float().mean(-1, keepdim=True) * torch.linspace(-0.2, 0.2, y.shape[-1])).to(y.dtype)
-
-
-@torch.library.impl(_library, "addition", "Meta")
-def _shape_of_addition(_x: Tensor, y: Tensor) -> Tensor:
-    return y.new_empty(y.shape)
-
-
 def tiny(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[PreTrainedModel, LoadedModel]:
     """transformers' model, and ours with an addition, whose weights are of one kind."""
     monkeypatch.setattr(cpu, "MIN_COMPILED", 0)
@@ -104,13 +91,7 @@ def tiny(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[PreT
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     for module in theirs.modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda _, args, y: y + _addition(args[0], y))
-    forward = ServedLinear.forward
-
-    def forward_with_addition(self: ServedLinear, x: Tensor) -> Tensor:
-        y = forward(self, x)
-        return y + torch.ops.nanoserve_tests.addition(x, y)  # type: ignore[no-any-return]
-
+            module.register_forward_hook(lambda _, args, y: y + addition(args[0], y))
     monkeypatch.setattr(ServedLinear, "forward", forward_with_addition)
     return theirs, load_model(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
 
@@ -136,21 +117,17 @@ def test_something_can_be_added_behind_every_projection(
     assert largest_error(ours, theirs, monkeypatch) < 1e-5
 
 
-@pytest.mark.filterwarnings("default")  # the compiler's own
 @pytest.mark.parametrize(
     "kind", ["narrow", pytest.param("packed", marks=pytest.mark.soak), pytest.param("plain", marks=pytest.mark.soak)]
 )
 def test_what_is_added_is_compiled_without_a_break(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(narrow, "kernels", {})
-    monkeypatch.setattr(packing, "kernels", {})
     theirs, ours = tiny(tmp_path, kind, monkeypatch)
     trials, _ = watch_calls(ours)
     parts = [(name, part) for trial in trials for name, part in trial.parts.items()]
     job = compiled.Job(tmp_path, False, ours.dtype, ours.layout, 4, {name: part.call for name, part in parts})
-    for name in job.parts:  # in this process, which has the addition
-        with torch.inference_mode():
-            compile_worker._make(tmp_path, name, job)
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(make_with_addition, tmp_path, job).result()
     for name, part in parts:
         function = compiled._load(tmp_path, name)
         assert function is not None
