@@ -245,12 +245,16 @@ class Logprobs(Sequence[TokenLogprob]):
 
 
 class Failure(enum.Enum):
-    """Why a step made nothing of a sequence."""
+    """Why nothing came of a sequence in a step, or of a whole request."""
 
     # The model made a NaN or an infinity: what it wrote into the cache cannot be used either.
     CORRUPT = "corrupt"
     # What the request asks for leaves no token that could be drawn. The cache is right.
     NO_TOKEN = "no token"
+    # The step raised: it has no results at all.
+    STEP = "step"
+    # The request's hard deadline passed.
+    DEADLINE = "deadline"
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +267,7 @@ class SequenceResult:
     logprobs: Sequence[TokenLogprob] = ()
     # As many as `num_prompt_logprobs`.
     prompt_logprobs: Sequence[TokenLogprob] = ()
-    # Then all of the above is empty.
+    # CORRUPT or NO_TOKEN; then all of the above is empty.
     failure: Failure | None = None
     # How many places for drafts the model side could use in the next step.
     num_drafts_next: int = 0
@@ -309,30 +313,19 @@ class SequenceOutput:
     num_preemptions: int = 0
 
 
-class FailureReason(enum.Enum):
-    """Why the engine gave a request up."""
-
-    DEADLINE = "deadline"
-    ENGINE_FAILURE = "engine failure"
-    NOT_A_NUMBER = "not a number"
-    NO_TOKEN = "no token"
-
-
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
     """The request ended without a result."""
 
     request_id: str
-    reason: FailureReason
+    reason: Failure
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """Answers one Command."""
+class CacheReset:
+    """Answers a ResetCache."""
 
-    id: int
-    # Of ResetCache: how many blocks became free.
-    result: int
+    num_freed_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +333,7 @@ class EngineEnded:
     """The step loop is gone: nothing that was posted, or will be, is answered any more."""
 
 
-Event = RequestStarted | SequenceOutput | RequestFailed | Done | StepRecord | EngineEnded
+Event = RequestStarted | SequenceOutput | RequestFailed | CacheReset | StepRecord | EngineEnded
 
 
 # ------------------------------------------------------------------- what the scheduler is told besides requests
@@ -356,15 +349,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class ResetCache:
-    """Forget every cached prefix."""
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """Something to do between two steps, answered by one Done with this id."""
-
-    id: int
-    what: ResetCache
+    """Forget every cached prefix, between two steps. Each is answered by one CacheReset, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +357,7 @@ class ObserveSteps:
     """Report a StepRecord of each step from now on."""
 
 
-Message = Request | Abort | Command | ObserveSteps
+Message = Request | Abort | ResetCache | ObserveSteps
 
 
 # -------------------------------------------------------------------------------------- what a caller sees

@@ -12,11 +12,9 @@ from nanoserve.engine.scheduler import Scheduler
 from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.request import (
     Abort,
-    Command,
-    Done,
+    CacheReset,
     EngineEnded,
     Failure,
-    FailureReason,
     FinishReason,
     Request,
     RequestFailed,
@@ -113,7 +111,7 @@ def test_a_request_runs_to_its_end(bench):
 def test_a_failed_step_fails_its_requests_and_the_loop_goes_on(bench, caplog):
     bench.executor.poison = 666
     bench.core.post(request("bad", [1, 666]))
-    assert bench.next_event(RequestFailed) == RequestFailed("bad", FailureReason.ENGINE_FAILURE)
+    assert bench.next_event(RequestFailed) == RequestFailed("bad", Failure.STEP)
     assert "poison" in caplog.text
     bench.core.post(request("good", [1, 2]))
     assert bench.completion("good") == expected_completion([1, 2], 7, 5, 1000)
@@ -130,7 +128,7 @@ def test_steps_that_give_nothing_but_nan_count_as_failed(bench, monkeypatch):
     monkeypatch.setattr(bench.executor, "execute", execute)
     for count in (1, 2, 3):
         bench.core.post(request(f"bad {count}", [1, 666]))
-        assert bench.next_event(RequestFailed) == RequestFailed(f"bad {count}", FailureReason.NOT_A_NUMBER)
+        assert bench.next_event(RequestFailed) == RequestFailed(f"bad {count}", Failure.CORRUPT)
         assert bench.core.state.num_failed_steps == count
     bench.core.post(request("good", [1, 2]))
     assert bench.completion("good") == expected_completion([1, 2], 7, 5, 1000)
@@ -152,8 +150,8 @@ def test_abort_during_a_step_ends_the_request_after_it(bench):
 def test_reset_cache_is_answered_when_idle_and_between_steps(bench):
     bench.core.post(request("a", list(range(9))))
     bench.completion("a")
-    bench.core.post(Command(5, ResetCache()))
-    assert bench.next_event(Done) == Done(5, 3)
+    bench.core.post(ResetCache())
+    assert bench.next_event(CacheReset) == CacheReset(3)
     assert bench.core.state.scheduler.num_cached_blocks == 0
 
 
@@ -165,8 +163,8 @@ def test_a_step_that_hangs_shows_as_a_stall_and_recovers(bench):
     assert bench.core.state.stalled_s > 0
     bench.executor.gate.set()
     bench.completion("a")
-    bench.core.post(Command(6, ResetCache()))
-    bench.next_event(Done)
+    bench.core.post(ResetCache())
+    bench.next_event(CacheReset)
     assert bench.core.state.stalled_s == 0
 
 

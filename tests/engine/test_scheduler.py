@@ -16,7 +16,6 @@ from scheduler_bench import Bench, WatchedBench
 
 from nanoserve.request import (
     Failure,
-    FailureReason,
     FinishReason,
     RequestFailed,
     RequestStarted,
@@ -262,7 +261,7 @@ def test_expired_request_never_runs_and_a_running_one_is_cut_at_the_next_step():
     bench.add("waiting", prompt_of(4, 9), deadline_s=2)
     bench.run()
     failures = {e.request_id: e.reason for e in bench.events if isinstance(e, RequestFailed)}
-    assert failures == {"running": FailureReason.DEADLINE, "waiting": FailureReason.DEADLINE}
+    assert failures == {"running": Failure.DEADLINE, "waiting": Failure.DEADLINE}
     assert len(bench.completion("running")) == 3
     assert not bench.outputs("waiting")
     assert bench.pool.num_owned == 0
@@ -325,7 +324,7 @@ def test_corrupt_sequence_fails_alone_and_its_blocks_are_never_shared():
         for s, outcome in zip(plan.sequences, result.sequences, strict=True)
     ]
     bench.events += bench.scheduler.commit(StepResult(outcomes), 1.0)
-    assert RequestFailed("bad", FailureReason.NOT_A_NUMBER) in bench.events
+    assert RequestFailed("bad", Failure.CORRUPT) in bench.events
     bench.run()
     bench.expect("good", prompt_of(5, 70), 5)
     bench.add("again", prompt_of(16))
@@ -340,7 +339,7 @@ def test_a_sequence_without_a_possible_token_fails_alone_and_its_blocks_stay_kno
     bench.scheduler.schedule(bench.now)
     stuck = SequenceResult(failure=Failure.NO_TOKEN)
     bench.events += bench.scheduler.commit(StepResult([SequenceResult([1]), stuck]), 1.0)
-    assert RequestFailed("stuck", FailureReason.NO_TOKEN) in bench.events
+    assert RequestFailed("stuck", Failure.NO_TOKEN) in bench.events
     bench.scheduler.check_invariants()
     assert [s.request.id for s in bench.scheduler._running()] == ["good"]
 
@@ -350,7 +349,7 @@ def test_a_step_that_raised_fails_its_requests_and_no_others():
     bench.add("a", prompt_of(6))
     bench.add("b", prompt_of(6, 30))
     events = bench.fail_step()
-    assert RequestFailed("a", FailureReason.ENGINE_FAILURE) in events
+    assert RequestFailed("a", Failure.STEP) in events
     bench.scheduler.check_invariants()
     bench.run()
     bench.expect("b", prompt_of(6, 30), 5)

@@ -15,8 +15,7 @@ from typing import Protocol
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.request import (
     Abort,
-    Command,
-    Done,
+    CacheReset,
     EngineEnded,
     Event,
     Executor,
@@ -156,10 +155,10 @@ class EngineCore:
                 self._scheduler.add(message)
             case Abort(request_id, index):
                 self._scheduler.abort(request_id, index)
-            case Command(id, ResetCache()):
+            case ResetCache():
                 num_freed_blocks = self._scheduler.reset_cache()
                 self._note_progress()
-                self._deliver([Done(id, num_freed_blocks)])
+                self._deliver([CacheReset(num_freed_blocks)])
             case ObserveSteps():
                 self._scheduler.is_observed = True
 

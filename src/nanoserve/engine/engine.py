@@ -26,15 +26,14 @@ from nanoserve.kv_cache.block_pool import BlockNames
 from nanoserve.observer import Observers, RequestRecord
 from nanoserve.request import (
     Abort,
+    CacheReset,
     CancelledByOperator,
-    Command,
     ContextLengthExceeded,
     DeadlineExceeded,
-    Done,
     EngineEnded,
     EngineFailure,
     Event,
-    FailureReason,
+    Failure,
     InvalidRequest,
     NotReady,
     ObserveSteps,
@@ -203,8 +202,8 @@ class Engine:
         self._is_idle = asyncio.Event()
         # Set when the core is gone.
         self._has_ended = asyncio.Event()
-        self._commands: dict[int, asyncio.Future[int]] = {}
-        self._command_numbers = itertools.count()
+        # Of resets of the cache that the core has not answered yet; it answers in their order.
+        self._resets: deque[asyncio.Future[int]] = deque()
         self._is_draining = False
         self._started_s = time.monotonic()
         self._generated_tokens = RollingSum(THROUGHPUT_WINDOW_S)
@@ -305,7 +304,7 @@ class Engine:
         try:
             is_short = _num_chars(arrival.prompt) < LONG_PROMPT_CHARS
             threads = self._text_threads if is_short else self._long_text_thread
-            token_ids, _ = await self._encode(arrival.prompt, add_special_tokens, threads)
+            token_ids, _ = await self.tokenize(arrival.prompt, add_special_tokens=add_special_tokens, threads=threads)
             request = self._make_request(arrival, token_ids)
             name_blocks = functools.partial(
                 self.model.block_names.extend,
@@ -366,17 +365,14 @@ class Engine:
             skip_cache_read=arrival.skip_cache_read,
         )
 
-    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool | None = None) -> tuple[list[int], str]:
+    async def tokenize(
+        self, prompt: Prompt, *, add_special_tokens: bool | None = None, threads: ThreadPoolExecutor | None = None
+    ) -> tuple[list[int], str]:
         """Token ids of a prompt as `generate` sees them, and the text they were made of.
 
-        Raises InvalidRequest for a prompt of no tokens, or a conversation that the template refuses.
+        threads: None = asyncio's own, so that it does not hold up `generate`, which has others. Raises InvalidRequest
+        for a prompt of no tokens, or a conversation that the template refuses.
         """
-        return await self._encode(prompt, add_special_tokens, None)
-
-    async def _encode(
-        self, prompt: Prompt, add_special_tokens: bool | None, threads: ThreadPoolExecutor | None
-    ) -> tuple[list[int], str]:
-        """On other threads than those of `generate`, tokenizing does not hold up generation. None = asyncio's own."""
         if isinstance(prompt, list):
             name, token_ids, text = "token_ids", prompt, ""
         else:
@@ -403,14 +399,10 @@ class Engine:
     async def reset_cache(self) -> int:
         """Forget all cached prefixes between two steps; returns the number of blocks that became free."""
         self._check_ready()
-        return await self._command(ResetCache())
-
-    async def _command(self, what: ResetCache) -> int:
-        """Have the core do something between two steps, and wait for its answer."""
-        number = next(self._command_numbers)
-        self._commands[number] = asyncio.get_running_loop().create_future()
-        self._core.post(Command(number, what))
-        return await self._commands[number]
+        num_freed_blocks = asyncio.get_running_loop().create_future()
+        self._resets.append(num_freed_blocks)
+        self._core.post(ResetCache())
+        return await num_freed_blocks
 
     def stats(self) -> Stats:
         """A snapshot, as of the last step."""
@@ -454,57 +446,53 @@ class Engine:
         """Hand a step's events to their streams."""
         for event in events:
             match event:
-                case Done(number, result):
-                    self._answer(number, result)
+                case CacheReset(num_freed_blocks):
+                    self._answer_reset(num_freed_blocks)
                 case EngineEnded():
                     self._end_all()
                 case StepRecord():
                     self._observers.step_ended(event)
                 case _:
-                    self._deliver_one(event)
+                    # Unknown ids are requests that were aborted while the step ran.
+                    if (stream := self._streams.get(event.request_id)) is not None:
+                        self._deliver_to(stream, event)
 
-    def _deliver_one(self, event: RequestStarted | SequenceOutput | RequestFailed) -> None:
-        # Unknown ids are requests that were aborted while the step ran.
-        if (stream := self._streams.get(event.request_id)) is None:
-            return
+    def _deliver_to(self, stream: RequestStream, event: RequestStarted | SequenceOutput | RequestFailed) -> None:
         try:
-            self._deliver_to(stream, event)
+            match event:
+                case RequestStarted():
+                    self._prompt_tokens.add(len(stream.request.prompt_token_ids))
+                    self._cached_tokens.add(event.num_cached_tokens)
+                    stream.start(event)
+                case SequenceOutput():
+                    self._generated_tokens.add(len(event.token_ids))
+                    if stream.push(event):
+                        self._core.post(Abort(event.request_id, event.index))
+                case RequestFailed(reason=Failure.DEADLINE):
+                    phase = "running" if stream.has_started else "waiting"
+                    stream.fail(DeadlineExceeded(phase, stream.progress.num_completion_tokens))
+                case RequestFailed(reason=Failure.CORRUPT):
+                    stream.fail(EngineFailure("the model computed NaN or infinity for this request"))
+                case RequestFailed(reason=Failure.NO_TOKEN):
+                    stream.fail(EngineFailure("what the request asks for leaves no token that could be drawn"))
+                case RequestFailed(reason=Failure.STEP):
+                    stream.fail(EngineFailure())
         except Exception:
             logger.exception("delivery to request %s failed", stream.label)
             self._give_up(stream, EngineFailure())
 
-    def _deliver_to(self, stream: RequestStream, event: RequestStarted | SequenceOutput | RequestFailed) -> None:
-        match event:
-            case RequestStarted():
-                self._prompt_tokens.add(len(stream.request.prompt_token_ids))
-                self._cached_tokens.add(event.num_cached_tokens)
-                stream.start(event)
-            case SequenceOutput():
-                self._generated_tokens.add(len(event.token_ids))
-                if stream.push(event):
-                    self._core.post(Abort(event.request_id, event.index))
-            case RequestFailed(reason=FailureReason.DEADLINE):
-                phase = "running" if stream.has_started else "waiting"
-                stream.fail(DeadlineExceeded(phase, stream.progress.num_completion_tokens))
-            case RequestFailed(reason=FailureReason.NOT_A_NUMBER):
-                stream.fail(EngineFailure("the model computed NaN or infinity for this request"))
-            case RequestFailed(reason=FailureReason.NO_TOKEN):
-                stream.fail(EngineFailure("what the request asks for leaves no token that could be drawn"))
-            case RequestFailed():
-                stream.fail(EngineFailure())
-
-    def _answer(self, number: int, result: int) -> None:
-        future = self._commands.pop(number)
-        if not future.done():
-            future.set_result(result)
+    def _answer_reset(self, num_freed_blocks: int) -> None:
+        future = self._resets.popleft()
+        if not future.done():  # its caller may have gone
+            future.set_result(num_freed_blocks)
 
     def _end_all(self) -> None:
         """Nobody must wait for a core that is gone."""
         self._has_ended.set()
         for stream in self._streams.values():
             stream.fail(EngineFailure())
-        for number in list(self._commands):
-            self._answer(number, 0)
+        while self._resets:
+            self._answer_reset(0)
 
     def _give_up(self, stream: RequestStream, error: RequestError) -> None:
         stream.fail(error)

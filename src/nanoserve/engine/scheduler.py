@@ -25,7 +25,6 @@ from nanoserve.request import (
     Admission,
     Event,
     Failure,
-    FailureReason,
     FinishReason,
     Request,
     RequestFailed,
@@ -54,14 +53,12 @@ class Sequence:
     # Keys and values of so many tokens are in the blocks of block_ids, once the planned steps are computed.
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
-    # Of these blocks, those that the model side knows of.
+    # Of these blocks, those that the model side knows of; 0 = it does not know yet that the row is this sequence's.
     num_told_blocks: int = 0
     # Of the full blocks, as far as they were needed.
     block_hashes: list[bytes] = field(default_factory=list)
     # The place on the model side; None = not running.
     row: int | None = None
-    # The model side has not been told yet of the sequence in this row.
-    is_new_in_row: bool = False
     # The start of its request was reported.
     has_started: bool = False
     num_preemptions: int = 0
@@ -299,7 +296,6 @@ class Scheduler:
         sequence.block_ids = prefix
         sequence.num_computed_tokens = len(prefix) * self._block_size
         sequence.row = self._rows.index(None)
-        sequence.is_new_in_row = True
         self._rows[sequence.row] = sequence
         return None
 
@@ -373,8 +369,7 @@ class Scheduler:
     def _plan_sequence(self, sequence: Sequence, count: int, num_drafts: int) -> ScheduledSequence:
         request, start = sequence.request, sequence.num_computed_tokens
         admission = None
-        if sequence.is_new_in_row:
-            sequence.is_new_in_row = False
+        if not sequence.num_told_blocks:
             admission = Admission(
                 params=request.params,
                 seed=((request.params.seed or 0) + sequence.index) % 2**64,
@@ -405,7 +400,7 @@ class Scheduler:
         for request_id, sequences in list(self._requests.items()):
             request = sequences[0].request
             if request.deadline_s is not None and now >= request.deadline_s:
-                self._events.append(self._fail(request_id, FailureReason.DEADLINE))
+                self._fail(request_id, Failure.DEADLINE)
             elif request.time_limit_s is not None and now >= request.time_limit_s:
                 if not any(s.has_started for s in sequences):
                     self._events.append(RequestStarted(request_id, now, num_cached_tokens=0))
@@ -415,41 +410,28 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------------------- commit
 
-    def commit(self, result: StepResult, now: float) -> list[Event]:
-        """Book the oldest step in flight. Returns all that happened since the last commit."""
-        step, later_notes = self._begin_commit()
+    def commit(self, result: StepResult, now: float, *, has_failed: bool = False) -> list[Event]:
+        """Book the oldest step in flight. Returns all that happened since the last commit. has_failed: see `fail`."""
+        step = self._in_flight.popleft()
+        # What ends now belongs to this step; what was noted since it was planned, to the next one to be planned.
+        later_notes, self._notes = self._notes, step.notes
         self._notes.num_threads = result.num_threads
         for sequence, scheduled, outcome in zip(step.sequences, step.plan.sequences, result.sequences, strict=True):
-            # It may have been aborted; or a sibling was corrupt, and took the whole request with it.
+            # It may have been aborted; or a sibling failed, and took the whole request with it.
             if sequence.row is not None:
                 self._commit_sequence(sequence, scheduled, outcome, now)
-        return self._end_step(now, later_notes)
-
-    def fail(self, now: float) -> list[Event]:
-        """Give up the requests of the oldest step in flight, which raised."""
-        step, later_notes = self._begin_commit()
-        for sequence in step.sequences:
-            if sequence.row is not None:
-                self._events.append(self._fail(sequence.request.id, FailureReason.ENGINE_FAILURE))
-        return self._end_step(now, later_notes, has_failed=True)
-
-    def settle(self, now: float) -> list[Event]:
-        """Report what has ended since the last step, when no other follows."""
-        return self._take_events(now, has_failed=False)
-
-    def _begin_commit(self) -> tuple[_Step, StepNotes]:
-        """The oldest step, whose notes go on; and those that are kept for the next one to be planned."""
-        step = self._in_flight.popleft()
-        later_notes, self._notes = self._notes, step.notes
-        return step, later_notes
-
-    def _end_step(self, now: float, later_notes: StepNotes, *, has_failed: bool = False) -> list[Event]:
         self._num_steps += 1
-        events = self._take_events(now, has_failed=has_failed)
+        events = self.settle(now, has_failed=has_failed)
         self._notes = later_notes
         return events
 
-    def _take_events(self, now: float, *, has_failed: bool) -> list[Event]:
+    def fail(self, now: float) -> list[Event]:
+        """Give up the requests of the oldest step in flight, which raised."""
+        outcomes = [SequenceResult(failure=Failure.STEP) for _ in self._in_flight[0].sequences]
+        return self.commit(StepResult(outcomes), now, has_failed=True)
+
+    def settle(self, now: float, *, has_failed: bool = False) -> list[Event]:
+        """Report all that happened since the last report: at the end of a step, or when none follows."""
         events, self._events = self._events, []
         if self.is_observed:
             events.append(self._notes.record(self._num_steps, now, self.stats(), has_failed=has_failed))
@@ -460,12 +442,10 @@ class Scheduler:
         self, sequence: Sequence, scheduled: ScheduledSequence, outcome: SequenceResult, now: float
     ) -> None:
         sequence.num_unknown_tokens -= scheduled.samples
-        if outcome.failure is Failure.CORRUPT:
-            self.pool.forget(sequence.block_ids)
-            self._events.append(self._fail(sequence.request.id, FailureReason.NOT_A_NUMBER))
-            return
-        if outcome.failure is Failure.NO_TOKEN:
-            self._events.append(self._fail(sequence.request.id, FailureReason.NO_TOKEN))
+        if outcome.failure is not None:
+            if outcome.failure is Failure.CORRUPT:
+                self.pool.forget(sequence.block_ids)
+            self._fail(sequence.request.id, outcome.failure)
             return
         is_first_token = len(sequence.token_ids) == len(sequence.request.prompt_token_ids)
         if outcome.token_ids and sequence.index == 0 and is_first_token:
@@ -482,8 +462,7 @@ class Scheduler:
         sequence.num_drafts = outcome.num_drafts_next
         self._register_full_blocks(sequence, scheduled.start, scheduled.start + scheduled.num_known + num_right)
         if kept or reason or outcome.prompt_logprobs:
-            event = self._output(sequence, now, outcome, reason, kept, scheduled.start)
-            self._events.append(event)
+            self._events.append(self._output(sequence, now, outcome, reason, kept, scheduled.start))
         if reason:
             self._remove(sequence)
 
@@ -548,10 +527,9 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence) -> None:
         bisect.insort(self._waiting, sequence, key=lambda s: s.rank)
 
-    def _fail(self, request_id: str, reason: FailureReason) -> RequestFailed:
-        for sequence in list(self._requests[request_id]):
-            self._remove(sequence)
-        return RequestFailed(request_id, reason)
+    def _fail(self, request_id: str, reason: Failure) -> None:
+        self._events.append(RequestFailed(request_id, reason))
+        self.abort(request_id)
 
     def _remove(self, sequence: Sequence) -> None:
         """Forget a live sequence, wherever it is, and its request with the last one."""
