@@ -540,15 +540,12 @@ class Executor(Protocol):
 
     def submit(self, plan: StepPlan) -> None:
         """Take a plan."""
-        ...
 
     def collect(self) -> StepResult:
         """Wait for the oldest plan's result. Raises if that whole step failed; those behind it go on."""
-        ...
 
     def close(self) -> None:
         """End what works for it in the background. Nothing is called after this."""
-        ...
 
 
 # Who is told how the start goes. Called on any thread.

@@ -57,20 +57,16 @@ class Core(Protocol):
 
     def start(self, deliver: Deliver) -> None:
         """Begin to run; `deliver` may be called on any thread."""
-        ...
 
     def post(self, message: Message) -> None:
         """Hand over a message; it is read before the next step."""
-        ...
 
     def stop(self) -> None:
         """Let the current step end, then give up what is left; EngineEnded is delivered when that is done."""
-        ...
 
     @property
     def is_alive(self) -> bool:
         """What is posted now may be answered."""
-        ...
 
     @property
     def state(self) -> CoreState: ...

@@ -21,43 +21,40 @@ class Detokenizer(Protocol):
 
     def feed(self, token_id: int) -> str:
         """The next token. Returns text that no later token changes."""
-        ...
 
     def finish(self) -> str:
         """There are no more tokens. Returns what was held back."""
-        ...
 
 
-class Step(Protocol):
-    """One step of a decoder, for one sequence."""
+class Step:
+    """One step of a decoder, for one sequence. As it stands, it changes nothing and holds nothing back."""
 
     def feed(self, pieces: list[str]) -> list[str]:
         """The next pieces, as far as they are certain."""
-        ...
+        return pieces
 
     def finish(self) -> list[str]:
         """What was held back."""
-        ...
+        return []
 
-    def go_on(self, before: str) -> None:
-        """Before the first piece: it follows this one."""
-        ...
+    def go_on(self) -> None:
+        """Before the first piece: it is not the start of a text."""
 
     def inside(self, piece: str) -> str | bytes:
         """What becomes of a piece that is neither the first nor the last; bytes if it may be a part of a character."""
-        ...
+        return piece
 
 
 class Chain:
     """A Detokenizer of known steps."""
 
-    def __init__(self, steps: list[Step], token: Callable[[int], str], before: str = "") -> None:
-        """`token` spells a token; an empty one is passed over. before: the token that comes before the first."""
+    def __init__(self, steps: list[Step], token: Callable[[int], str], *, goes_on: bool = False) -> None:
+        """`token` spells a token; an empty one is passed over. goes_on: the first token is not the start of a text."""
         self._steps = steps
         self._token = token
-        if before:
+        if goes_on:
             for step in steps:
-                step.go_on(before)
+                step.go_on()
 
     def feed(self, token_id: int) -> str:
         token = self._token(token_id)
@@ -114,25 +111,35 @@ class Window:
 # ---------------------------------------------------------------------------------------------------- the steps
 
 
-class _Each:
+class _Each(Step):
     """Changes each piece alone; the first one may differ (Replace, Metaspace, or no decoder at all)."""
 
     def __init__(self, change: Callable[[str], str], first: Callable[[str], str] | None = None) -> None:
-        self.inside = change
+        self._change = change
         self._next = change if first is None else first
-
-    def go_on(self, _before: str) -> None:
-        self._next = self.inside
 
     def feed(self, pieces: list[str]) -> list[str]:
         if not pieces:
             return pieces
-        changed = [self._next(pieces[0]), *map(self.inside, pieces[1:])]
-        self._next = self.inside
+        changed = [self._next(pieces[0]), *map(self._change, pieces[1:])]
+        self._next = self._change
         return changed
 
+    def go_on(self) -> None:
+        self._next = self._change
+
+    def inside(self, piece: str) -> str:
+        return self._change(piece)
+
+
+class _Bytes(Step):
+    """Makes text of bytes. A character whose bytes are not all there is held back."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
     def finish(self) -> list[str]:
-        return []
+        return [self._decoder.decode(b"", final=True)]
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -142,22 +149,13 @@ def _byte_of_char() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-class _ByteLevel:
-    """Spells bytes with letters. A character whose bytes are not all there is held back."""
+class _ByteLevel(_Bytes):
+    """Spells bytes with letters."""
 
     BYTES = _byte_of_char()
 
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
     def feed(self, pieces: list[str]) -> list[str]:
         return [self._decoder.decode(self.inside(piece)) for piece in pieces]
-
-    def finish(self) -> list[str]:
-        return [self._decoder.decode(b"", final=True)]
-
-    def go_on(self, _before: str) -> None:
-        pass
 
     def inside(self, piece: str) -> bytes:
         try:
@@ -167,7 +165,7 @@ class _ByteLevel:
             return piece.encode()
 
 
-class _ByteFallback:
+class _ByteFallback(_Bytes):
     """Tokens such as <0xE2> are bytes, of which each complete character is text at once.
 
     The library takes a run of them as one: if any of it is no UTF-8, it gives one U+FFFD for each byte, those of
@@ -176,9 +174,6 @@ class _ByteFallback:
     """
 
     BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, pieces: list[str]) -> list[str]:
         ready: list[str] = []
@@ -189,18 +184,12 @@ class _ByteFallback:
                 ready += [*self.finish(), piece]
         return [piece for piece in ready if piece]
 
-    def finish(self) -> list[str]:
-        return [self._decoder.decode(b"", final=True)]
-
-    def go_on(self, _before: str) -> None:
-        pass
-
     def inside(self, piece: str) -> str | bytes:
         byte = self.BYTE.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece
 
 
-class _StripStart:
+class _StripStart(Step):
     """Removes up to `count` times a character from the start of the text."""
 
     def __init__(self, char: str, count: int) -> None:
@@ -216,14 +205,8 @@ class _StripStart:
         self._count = 0 if stripped else self._count - len(text)
         return [stripped]
 
-    def finish(self) -> list[str]:
-        return []
-
-    def go_on(self, _before: str) -> None:
+    def go_on(self) -> None:
         self._count = 0
-
-    def inside(self, piece: str) -> str:
-        return piece
 
 
 # ------------------------------------------------------------------------------- from the library's decoder
@@ -243,7 +226,7 @@ def compile_decoder(decoder: Any) -> Callable[[], list[Step]] | None:
         if part == {"type": "Fuse"}:
             is_fused = True
             continue
-        maker = _step_of_text(part) if is_fused else _step_of_pieces(part)
+        maker = _maker(part, is_fused=is_fused)
         if maker is None:
             return None
         makers.append(maker)
@@ -258,30 +241,26 @@ def _parts(config: Any) -> list[Any]:
     return [part for child in config["decoders"] for part in _parts(child)]
 
 
-def _step_of_pieces(config: Any) -> Callable[[], Step] | None:
+def _maker(config: Any, *, is_fused: bool) -> Callable[[], Step] | None:
+    """Of one step. Of what can stand behind one that makes one text of all pieces, only a few are known."""
     match config:
+        case {"type": "Replace", "pattern": {"String": old}, "content": new} if not is_fused or len(old) == 1:
+            return lambda: _Each(lambda piece: piece.replace(old, new))
+        case {"type": "Strip", "content": char, "start": count, "stop": 0} if is_fused:
+            return lambda: _StripStart(char, count)
+        case _ if is_fused:
+            return None
+        case {"type": "Strip", "content": char, "start": count, "stop": 0}:
+            return lambda: _Each(lambda piece: _strip_start(piece, char, count))
         case None:
             return lambda: _Each(lambda piece: f" {piece}", first=str)
         case {"type": "ByteLevel"}:
             return _ByteLevel
         case {"type": "ByteFallback"}:
             return _ByteFallback
-        case {"type": "Replace", "pattern": {"String": old}, "content": new}:
-            return lambda: _Each(lambda piece: piece.replace(old, new))
-        case {"type": "Strip", "content": char, "start": count, "stop": 0}:
-            return lambda: _Each(lambda piece: _strip_start(piece, char, count))
         case {"type": "Metaspace", "replacement": char, "prepend_scheme": scheme}:
             first = " " if scheme == "never" else ""
             return lambda: _Each(lambda piece: piece.replace(char, " "), lambda piece: piece.replace(char, first))
-    return None
-
-
-def _step_of_text(config: Any) -> Callable[[], Step] | None:
-    match config:
-        case {"type": "Replace", "pattern": {"String": old}, "content": new} if len(old) == 1:
-            return lambda: _Each(lambda piece: piece.replace(old, new))
-        case {"type": "Strip", "content": char, "start": count, "stop": 0}:
-            return lambda: _StripStart(char, count)
     return None
 
 

@@ -169,8 +169,8 @@ class TextCodec:
             return "" if token_id in skipped else self.token(token_id)
 
         # Behind a prompt that shows nothing, such as BOS alone, a text begins.
-        before = next(filter(None, map(spell, reversed(context))), "")
-        return detokenizer.Chain(self._make_steps(), spell, before)
+        goes_on = any(map(spell, reversed(context)))
+        return detokenizer.Chain(self._make_steps(), spell, goes_on=goes_on)
 
 
 def _unpickle_codec(tokenizer: bytes) -> TextCodec:
