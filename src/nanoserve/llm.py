@@ -73,19 +73,18 @@ class AsyncLLM:
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
         self._options = make_options(model, options)
-        self._batch = Batch(self._options)
         # Within the block.
         self._inside: tuple[LocalServer, AsyncClient] | None = None
 
     async def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> list[RequestOutput]:
         """Complete prompts as they stand. See LLM.generate."""
-        return await self._batch.run(self._client().generate, as_prompts(prompts), sampling_params)
+        return await run_batch(self._options, self._client().generate, as_prompts(prompts), sampling_params)
 
     async def chat(
         self, conversations: Conversation | Sequence[Conversation], sampling_params: Params = None
     ) -> list[RequestOutput]:
         """Answer conversations, by the model's chat template. See LLM.chat."""
-        return await self._batch.run(self._client().chat, as_conversations(conversations), sampling_params)
+        return await run_batch(self._options, self._client().chat, as_conversations(conversations), sampling_params)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncGenerateStream:
         """Complete one prompt, token by token."""
@@ -131,7 +130,6 @@ class LLM:
         self._options = make_options(model, options)
         self._server = LocalServer(self._options)
         self._client = self._server.client()
-        self._batch = Batch(self._options)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, use_tqdm: bool = True
@@ -186,7 +184,7 @@ class LLM:
             # disable=None: shown on a terminal only.
             with tqdm(total=len(prompts), unit=" prompts", disable=None if has_bar else True) as bar:
                 async with self._server.async_client() as client:
-                    return await self._batch.run(method(client), prompts, params, bar.update)
+                    return await run_batch(self._options, method(client), prompts, params, bar.update)
 
         future = self._server.submit(run)
         try:
@@ -196,43 +194,37 @@ class LLM:
             raise
 
 
-class Batch:
-    """Runs many requests, no more of them at once than keep the engine busy."""
+async def run_batch(
+    options: Options,
+    send: Callable[..., AsyncGenerateStream],
+    prompts: Sequence[Any],
+    params: Params,
+    on_end: Callable[[], object] = lambda: None,
+) -> list[RequestOutput]:
+    """One result for each prompt; the first error cancels the others.
 
-    def __init__(self, options: Options) -> None:
-        most = options.scheduler.max_num_seqs
-        self._max_in_flight = min(2 * most, options.scheduler.max_waiting)
+    No more requests run at once than keep the engine busy.
+    """
+    each = one_for_each(prompts, params)
+    gate = asyncio.Semaphore(min(2 * options.scheduler.max_num_seqs, options.scheduler.max_waiting))
 
-    async def run(
-        self,
-        send: Callable[..., AsyncGenerateStream],
-        prompts: Sequence[Any],
-        params: Params,
-        on_end: Callable[[], object] = lambda: None,
-    ) -> list[RequestOutput]:
-        """One result for each prompt; the first error cancels the others."""
-        each = one_for_each(prompts, params)
-        gate = asyncio.Semaphore(self._max_in_flight)
+    async def one(index: int) -> RequestOutput:
+        async with gate:
+            try:
+                async with send(prompts[index], **as_options(each[index])) as stream:
+                    result = await stream.result()
+            except Exception as error:
+                error.add_note(f"prompt {index} of {len(prompts)}")
+                raise
+        on_end()
+        return RequestOutput(prompts[index], result.completions, result.usage, result.timing, result.prompt_logprobs)
 
-        async def one(index: int) -> RequestOutput:
-            async with gate:
-                try:
-                    async with send(prompts[index], **as_options(each[index])) as stream:
-                        result = await stream.result()
-                except Exception as error:
-                    error.add_note(f"prompt {index} of {len(prompts)}")
-                    raise
-            on_end()
-            return RequestOutput(
-                prompts[index], result.completions, result.usage, result.timing, result.prompt_logprobs
-            )
-
-        tasks = [asyncio.create_task(one(index)) for index in range(len(prompts))]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+    tasks = [asyncio.create_task(one(index)) for index in range(len(prompts))]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 # --------------------------------------------------------------------------------------- what callers give
@@ -269,15 +261,20 @@ def _fitting(setting: Setting, value: Any) -> Any:
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     """One prompt becomes a list of it. Raises TypeError for what is no prompt."""
-    return _as_batch(prompts, _is_prompt, "a text or token ids")
+    return _as_batch(prompts, Integral, "a text or token ids")
 
 
 def as_conversations(conversations: Conversation | Sequence[Conversation]) -> list[Any]:
     """One conversation becomes a list of it. Raises TypeError for what is no conversation."""
-    return _as_batch(conversations, _is_conversation, "a text or a list of messages")
+    return _as_batch(conversations, Mapping, "a text or a list of messages")
 
 
-def _as_batch(given: Any, is_one: Callable[[Any], bool], kind: str) -> list[Any]:
+def _as_batch(given: Any, part: type, kind: str) -> list[Any]:
+    """part: what one prompt is a list of, unless it is a text. kind: what a prompt is, in words."""
+
+    def is_one(value: Any) -> bool:
+        return isinstance(value, str) or (_is_list(value) and all(isinstance(each, part) for each in value))
+
     if isinstance(given, str):
         return [given]
     if not _is_list(given):
@@ -289,14 +286,6 @@ def _as_batch(given: Any, is_one: Callable[[Any], bool], kind: str) -> list[Any]
         if not is_one(one):
             raise TypeError(f"prompt {index} of {len(given)} is a {type(one).__name__}; it must be {kind}")
     return list(given)
-
-
-def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str) or (_is_list(value) and all(isinstance(each, Integral) for each in value))
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, str) or (_is_list(value) and all(isinstance(each, Mapping) for each in value))
 
 
 def _is_list(value: Any) -> bool:

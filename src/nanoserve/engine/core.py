@@ -73,7 +73,7 @@ class Core(Protocol):
 
 
 class EngineCore:
-    """Runs steps as long as there is work, and sleeps on its queue when there is none.
+    """A Core: runs steps as long as there is work, and sleeps on its queue when there is none.
 
     Any thread may call `post`, `start` and `stop` and read the properties; all the rest happens on the engine thread.
     """
@@ -95,13 +95,11 @@ class EngineCore:
         self._thread.start()
 
     def post(self, message: Message) -> None:
-        """Hand over a message; it is read before the next step."""
         self._messages.put(message)
         if self._has_ended:
             self._deliver([EngineEnded()])
 
     def stop(self) -> None:
-        """Let the current step end, then give up what is left; EngineEnded is delivered when that is done."""
         self._messages.put(None)
 
     @property
