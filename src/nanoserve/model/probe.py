@@ -14,7 +14,8 @@ reaches them, and gives every attention module its index. A model that does some
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,23 +40,10 @@ class NotServable(Exception):
     """The model does something that packed tokens and a KV cache cannot reproduce."""
 
 
-@dataclass(slots=True)
-class _Watch:
-    """What reached attention in one run."""
-
-    modules: list[nn.Module] = field(default_factory=list)
-    specs: list[KVSpec] = field(default_factory=list)
-    masks: list[object] = field(default_factory=list)
-
-
-_watch: ContextVar[_Watch] = ContextVar("watch")
-
-
-@dataclass(frozen=True, slots=True)
-class _MaskRecipe:
-    """Handed to the layers in place of a mask: the rule it would have been made by."""
-
-    rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# A call of attention: its module, what it keeps of a token, and its mask.
+_Call = tuple[nn.Module, KVSpec, object]
+# Those of the run that goes on.
+_calls: ContextVar[list[_Call]] = ContextVar("calls")
 
 
 def learn_layers(
@@ -67,25 +55,25 @@ def learn_layers(
     """
     model.set_attn_implementation(NAME)
     try:
-        watch = _check_independence(model, trunk, max_position)
+        calls = _check_independence(model, trunk, max_position)
     finally:
         model.set_attn_implementation(attention.NAME)
-    if not watch.modules:
+    if not calls:
         raise NotServable("it has no attention that can be replaced")
-    if len(set(map(id, watch.modules))) != len(watch.modules):
+    if len({module for module, _, _ in calls}) != len(calls):
         raise NotServable("an attention layer is used more than once for a token")
     layers, specs = [], []
-    for index, (module, spec, mask) in enumerate(zip(watch.modules, watch.specs, watch.masks, strict=True)):
-        window, chunk = _read_mask(mask, max_position, model.device)
-        temperature = getattr(module, "query_temperature", None)
+    for index, (module, spec, mask) in enumerate(calls):
+        layer = _read_mask(mask, max_position, model.device)
         module.paged_index = torch.tensor(index)  # a tensor: a compiled layer takes no other number
-        layers.append(AttentionLayer(window, chunk, temperature))
-        specs.append(KVSpec(spec.num_kv_heads, spec.key_width, spec.value_width, spec.dtype, window or chunk))
+        layers.append(replace(layer, temperature=getattr(module, "query_temperature", None)))
+        specs.append(replace(spec, window=layer.window or layer.chunk))
     return layers, specs
 
 
-def _mask_stand_in(*_: object, mask_function: Callable[..., Tensor], **__: object) -> _MaskRecipe:
-    return _MaskRecipe(mask_function)
+def _mask_stand_in(*_: object, mask_function: Callable[..., Tensor], **__: object) -> Callable[..., Tensor]:
+    """Handed to the layers in place of a mask: the rule that it would have been made by."""
+    return mask_function
 
 
 def _watched_attention(
@@ -96,16 +84,14 @@ def _watched_attention(
     attention_mask: object,
     **arguments: object,
 ) -> tuple[Tensor, None]:
-    watch = _watch.get()
     is_causal = arguments.pop("is_causal", None)
     unknown = sorted(k for k, v in arguments.items() if k not in KNOWN_ARGUMENTS and v is not None and v is not False)
     if unknown:
         raise NotServable(f"its attention takes {', '.join(unknown)}, which the paged attention does not know")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise NotServable("its attention is not causal")
-    watch.modules.append(module)
-    watch.masks.append(attention_mask)
-    watch.specs.append(KVSpec(key.shape[1], key.shape[3], value.shape[3], key.dtype))
+    spec = KVSpec(key.shape[1], key.shape[3], value.shape[3], key.dtype)
+    _calls.get().append((module, spec, attention_mask))
     return stand_in(0, query[0], key[0], value[0], 1.0, None, None).unsqueeze(0), None
 
 
@@ -129,8 +115,8 @@ AttentionInterface.register(NAME, _watched_attention)
 AttentionMaskInterface.register(NAME, _mask_stand_in)
 
 
-def _check_independence(model: PreTrainedModel, trunk: nn.Module, max_position: int) -> _Watch:
-    """Run the same tokens as they are, in another order, and with one of them far away."""
+def _check_independence(model: PreTrainedModel, trunk: nn.Module, max_position: int) -> list[_Call]:
+    """Run the same tokens as they are, in another order, and with one far away. Returns the calls of the first run."""
     device = next(model.parameters()).device
     vocab_size = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
@@ -140,14 +126,14 @@ def _check_independence(model: PreTrainedModel, trunk: nn.Module, max_position: 
     far = positions.clone()
     far[-1] = max_position - 1
 
-    def run(tokens: Tensor, positions: Tensor) -> tuple[Tensor, _Watch]:
-        watch = _Watch()
-        _watch.set(watch)
+    def run(tokens: Tensor, positions: Tensor) -> tuple[Tensor, list[_Call]]:
+        calls: list[_Call] = []
+        _calls.set(calls)
         with torch.inference_mode():
             out = trunk(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
-        return out[0][0], watch  # [num_tokens, hidden]
+        return out[0][0], calls  # [num_tokens, hidden]
 
-    plain, watch = run(tokens, positions)
+    plain, calls = run(tokens, positions)
     shuffled, _ = run(tokens[order], positions[order])
     distant, _ = run(tokens, far)
     tolerance = max(TOLERANCE, TOLERATED_STEPS * torch.finfo(plain.dtype).eps)
@@ -155,7 +141,7 @@ def _check_independence(model: PreTrainedModel, trunk: nn.Module, max_position: 
         raise NotServable("a token depends on others outside attention (a convolution, a recurrent or other state)")
     if _differs(plain[:-1], distant[:-1], tolerance):
         raise NotServable("a token depends on the positions of others outside attention")
-    return watch
+    return calls
 
 
 def _differs(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -163,15 +149,15 @@ def _differs(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a.float() - b.float()).norm() > tolerance * a.float().norm())
 
 
-def _read_mask(mask: object, max_position: int, device: torch.device) -> tuple[int | None, int | None]:
-    """(window, chunk) of the rule that a layer's mask is made by, which may have tensors of its own on the device."""
-    if not isinstance(mask, _MaskRecipe):
+def _read_mask(mask: Any, max_position: int, device: torch.device) -> AttentionLayer:
+    """Window or chunk of the rule that a layer's mask is made by, which may have tensors of its own on the device."""
+    if not callable(mask):
         raise NotServable("a layer makes its own attention mask, or has none")
 
     def first_seen(query: int) -> int:
         keys = torch.arange(query + 2, device=device)
         zero = torch.zeros((), dtype=torch.long, device=device)
-        allowed = mask.rule(zero, zero, zero + query, keys).expand(query + 2)  # [query + 2]: bool
+        allowed = mask(zero, zero, zero + query, keys).expand(query + 2)  # [query + 2]: bool
         first = int(allowed.int().argmax())
         expected = (keys >= first) & (keys <= query)
         if not torch.equal(allowed, expected):
@@ -189,4 +175,4 @@ def _read_mask(mask: object, max_position: int, device: torch.device) -> tuple[i
     around = {0, 1, 2, first - 1, first, first + 1, last // 2, last // 3, last - 1, last}
     if any(first_seen(q) != layer.first_key(q) for q in around if 0 <= q <= last):
         raise NotServable("its attention mask is neither full nor a window nor chunks")
-    return layer.window, layer.chunk
+    return layer
