@@ -251,7 +251,8 @@ def test_a_part_is_used_before_the_next_one_is_made(tmp_path: Path, monkeypatch:
             yield name
 
     monkeypatch.setattr(compiled, "_load", lambda _folder, name: name)
-    monkeypatch.setattr(BackgroundCompiler, "_use", lambda _self, name, _part: not used.append(name))
+    monkeypatch.setattr(compiled, "_use_formula", lambda _formula, _place, name: not used.append(name))
+    monkeypatch.setattr(compiled, "_use_layer", lambda _trials, name: not used.append(name))
     made_by(make, tmp_path, monkeypatch)
     assert len(used) > 1
 

@@ -171,14 +171,11 @@ class BackgroundCompiler:
         self._thread.join()
 
     def _make_missing(self) -> None:
-        with one_thread():
-            self._make_and_use_missing()
-
-    def _make_and_use_missing(self) -> None:
         missing = [name for name in self._job.parts if not _is_made(self._folder, name)]
         if missing:
             logger.info("compiling for speed in the background; requests are served meanwhile")
-            self._use_parts(make(self._job, missing, self._folder))
+            with one_thread():
+                self._use_parts(make(self._job, missing, self._folder))
         seconds, num_parts = time.monotonic() - self._started_s, len(self._job.parts)
         logger.info("compiled parts are in use after %.1f s: %d of %d", seconds, self._num_used, num_parts)
 
@@ -187,13 +184,10 @@ class BackgroundCompiler:
             with torch.inference_mode():
                 for name in names:
                     part = _load(self._folder, name)
-                    if part is not None and self._use(name, part):
+                    if part is not None and self._uses[name](part):
                         self._num_used += 1
         except Exception:
             logger.exception("compiling failed; serving goes on without")
-
-    def _use(self, name: str, part: Callable[..., Any]) -> bool:
-        return self._uses[name](part)
 
 
 def _use_formula(formula: Formula, place: Place, function: Callable[..., Any]) -> bool:
