@@ -101,8 +101,11 @@ class ComputeThreads:
         self._most = most
         self._next_s = 0.0
         self._last: _Reading | None = None
-        # None = the thread that computes has not called yet.
-        self.count: int | None = None
+
+    @property
+    def count(self) -> int:
+        """The number that was chosen last."""
+        return self._choice.count
 
     def adapt(self) -> None:
         """Look at the machine if it is time to, and take as many threads as it has CPUs for."""
@@ -111,14 +114,11 @@ class ComputeThreads:
             return
         self._next_s = now + SAMPLE_S
         before, self._last = self._last, _Reading.take(now)
-        if self.count is None:
-            self.count = self._most
         if before is not None and self._last is not None and now - before.time_s <= MAX_SAMPLE_S:
-            count = self._choice.update(self._last.since(before))
-            if count != self.count:
-                why = "other processes want the CPUs" if count < self.count else "CPUs are free again"
+            old_count, count = self.count, self._choice.update(self._last.since(before))
+            if count != old_count:
+                why = "other processes want the CPUs" if count < old_count else "CPUs are free again"
                 logger.info("computing with %d of %d threads: %s", count, self._most, why)
-                self.count = count
         # Looked at each time: a thread that has not computed yet begins with what some other thread chose last.
         if torch.get_num_threads() != self.count:
             torch.set_num_threads(self.count)
@@ -234,9 +234,13 @@ def cpu_quota() -> float | None:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if line.startswith("0::"):
-            quotas += [_quota_v2(folder) for folder in _upwards(CGROUPS, path)]
+            for group in _upwards(CGROUPS, path):
+                limit, _, period = _read(group / "cpu.max").partition(" ")  # microseconds, or "max"
+                quotas.append(_ratio(limit, period))
         elif "cpu" in controllers.split(","):
-            quotas += [_quota_v1(folder) for folder in _upwards(CGROUPS / "cpu", path)]
+            for group in _upwards(CGROUPS / "cpu", path):
+                limit, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")  # -1 = no limit
+                quotas.append(_ratio(limit, period))
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
@@ -244,16 +248,6 @@ def _upwards(root: Path, path: str) -> Iterator[Path]:
     """Of a group and of all that it is in. A container may see its own group as the root."""
     group = root / path.lstrip("/")
     yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
-
-
-def _quota_v2(group: Path) -> float | None:
-    limit, _, period = _read(group / "cpu.max").partition(" ")  # microseconds, or "max"
-    return _ratio(limit, period)
-
-
-def _quota_v1(group: Path) -> float | None:
-    limit, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")  # -1 = no limit
-    return _ratio(limit, period)
 
 
 def _ratio(limit: str, period: str) -> float | None:
