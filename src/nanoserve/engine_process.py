@@ -41,19 +41,10 @@ Pipe: TypeAlias = "Connection[Any, Any]"
 # then the engine waits for it, rather than fill the memory.
 MAX_UNSENT = 1000
 
-# -------------------------------------------------------------------------- what the engine's process says at its start
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    """It cannot be started so."""
-
-    message: str
-
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """It waits for requests."""
+    """What the engine's process says when it waits for requests."""
 
     codec: TextCodec
     model: ServedModel
@@ -117,8 +108,8 @@ class EngineProcess:
                     _log(said)
                 case Stage() | Fact():
                     report(said)
-                case _Refused():
-                    raise ConfigError(said.message)
+                case ConfigError():
+                    raise said
                 case _Ready():
                     return said
 
@@ -258,7 +249,7 @@ def _run(options: Options, speaker: _Speaker, core: "Future[EngineCore]") -> Non
     try:
         built = build_core(options, report=speaker.say)
     except ConfigError as error:
-        speaker.say(_Refused(str(error)))
+        speaker.say(ConfigError(str(error)))  # not one of those classes that the server would need torch for
         return
     gc.freeze()
     gc.enable()

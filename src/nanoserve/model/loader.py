@@ -384,21 +384,16 @@ def fix_rope(model: nn.Module, max_context_tokens: int) -> None:
     the others, and a sequence that grows would no longer fit its own keys. May be called again with another length.
     """
     for module in model.modules():
-        kinds = getattr(module, "variable_rope_type", None) or getattr(module, "rope_type", None)
-        if isinstance(kinds, str):
-            if _depends_on_length(kinds):
-                _set_frequencies(module, kinds, None, max_context_tokens)
-                module.variable_rope_type, module.rope_type = kinds, "fixed"  # type: ignore[assignment]
-        elif isinstance(kinds, dict) and any(map(_depends_on_length, kinds.values())):
-            for layer_type, kind in kinds.items():
-                if _depends_on_length(kind):
-                    _set_frequencies(module, kind, layer_type, max_context_tokens)
-            fixed = {t: "fixed" if _depends_on_length(k) else k for t, k in kinds.items()}
-            module.variable_rope_type, module.rope_type = kinds, fixed  # type: ignore[assignment]
-
-
-def _depends_on_length(rope_type: str) -> bool:
-    return "dynamic" in rope_type or rope_type == "longrope"
+        kinds: Any = getattr(module, "variable_rope_type", None) or getattr(module, "rope_type", None)
+        # Of each type of layer, where they differ.
+        by_type = kinds if isinstance(kinds, dict) else {None: kinds}
+        variable = {t: k for t, k in by_type.items() if isinstance(k, str) and ("dynamic" in k or k == "longrope")}
+        for layer_type, kind in variable.items():
+            _set_frequencies(module, kind, layer_type, max_context_tokens)
+        if variable:
+            fixed = dict.fromkeys(variable, "fixed")
+            module.variable_rope_type = kinds
+            module.rope_type = kinds | fixed if isinstance(kinds, dict) else "fixed"  # type: ignore[assignment]
 
 
 def _set_frequencies(module: nn.Module, kind: str, layer_type: str | None, length: int) -> None:
