@@ -189,10 +189,7 @@ class PagedKVCache:
     """
 
     def __init__(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int, device: torch.device) -> None:
-        self.specs = tuple(specs)
-        self.num_blocks = num_blocks
         self.block_size = block_size
-        self.device = device
         num_bytes = num_blocks * block_size * sum(spec.bytes_per_token for spec in specs)
         self._memory = memory = _zeros(num_bytes, device)
         self._is_closed = False

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model.attend import attend
-from nanoserve.model.attention import Attention, RunLayer, StepFacts, attending
+from nanoserve.model.attention import Attention, StepFacts, attending
 from nanoserve.model.loader import LoadedModel, fix_rope
 from nanoserve.model.sampler import Place, Sampler, token_logprobs
 from nanoserve.model.threads import ComputeThreads
@@ -144,21 +144,15 @@ class ModelRunner:
         """token_ids: [num_tokens], of the step that the facts are of. Returns [num_tokens, hidden_size]."""
         self.attention.prepare(self._facts)
         positions = self._facts.positions[None]
-        with attending(self._adapting(self.attention.run)):
+        with attending(self._run_layer):
             out = self._model.trunk(input_ids=token_ids[None], position_ids=positions, use_cache=False)
         hidden: Tensor = out[0][0]
         return hidden
 
-    def _adapting(self, run_layer: RunLayer) -> RunLayer:
-        """In each layer, because a step that a neighbour holds up takes seconds."""
-        if (threads := self._threads) is None:
-            return run_layer
-
-        def adapt_and_run(*call: Any) -> Tensor:
-            threads.adapt()
-            return run_layer(*call)
-
-        return adapt_and_run
+    def _run_layer(self, *call: Any) -> Tensor:
+        if self._threads is not None:  # in each layer, because a step that a neighbour holds up takes seconds
+            self._threads.adapt()
+        return self.attention.run(*call)
 
     def _clear_corrupt(self, hidden: Tensor) -> set[int]:
         """Sequences with NaN or infinity in this step; what they wrote into the cache is zeroed.
