@@ -34,8 +34,8 @@ DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.
 class WatchedSampler(Sampler):
     """Keeps the logits that each draw was made from, by (seed of the sequence, position)."""
 
-    def __init__(self, max_num_rows, device):
-        super().__init__(max_num_rows, VOCAB_SIZE, device)
+    def __init__(self, device):
+        super().__init__(VOCAB_SIZE, device)
         self.seeds = {}
         self.logits = {}
 
@@ -63,7 +63,7 @@ class Serving:
             cache_identity=loaded.facts.fingerprint,
             enable_prefix_cache=cache,
         )
-        self.sampler = WatchedSampler(6, loaded.device)
+        self.sampler = WatchedSampler(loaded.device)
         kv = PagedKVCache(loaded.kv_specs, num_blocks, BLOCK, loaded.device)
         self.runner = ModelRunner(loaded, kv, self.sampler, 6, budget, MAX_CONTEXT)
         self.events = []

@@ -112,7 +112,7 @@ def build_runner(
     plan = _plan_cache(model, options, report)
     report(Stage("warming up"))
     cache = PagedKVCache(plan.specs, plan.num_blocks, plan.block_size, model.device)
-    sampler = Sampler(options.scheduler.max_num_seqs, model.facts.vocab_size, model.device)
+    sampler = Sampler(model.facts.vocab_size, model.device)
     threads = None
     if model.device.type == "cpu":
         num_threads, why = usable_cpus()

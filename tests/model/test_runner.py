@@ -80,7 +80,7 @@ def test_greedy_tokens_are_those_of_transformers(llama: LoadedModel) -> None:
     """With the real sampler, over several blocks."""
     prompt = PROMPTS[0][:6]
     cache = PagedKVCache(llama.kv_specs, 16, BLOCK_SIZE, llama.device)
-    runner = ModelRunner(llama, cache, Sampler(2, VOCAB_SIZE, llama.device), 2, 99, CONTEXT)
+    runner = ModelRunner(llama, cache, Sampler(VOCAB_SIZE, llama.device), 2, 99, CONTEXT)
     tokens, step, blocks = list(prompt), list(prompt), [9, 3]
     told = admission(prompt, temperature=0.0)
     for i in range(20):
@@ -99,7 +99,7 @@ def test_prompt_logprobs_are_those_of_the_prompt_tokens(llama: LoadedModel, monk
     """In slices that fit no step evenly, and with a target that the sampled token is not."""
     monkeypatch.setattr(runner_module, "PROMPT_LOGITS_AT_ONCE", 3 * VOCAB_SIZE)
     cache = PagedKVCache(llama.kv_specs, 16, BLOCK_SIZE, llama.device)
-    runner = ModelRunner(llama, cache, Sampler(1, VOCAB_SIZE, llama.device), 1, 99, CONTEXT)
+    runner = ModelRunner(llama, cache, Sampler(VOCAB_SIZE, llama.device), 1, 99, CONTEXT)
     prompt, logprobs = PROMPTS[0][:15], []
     told = admission(prompt, prompt_logprobs=2, temperature=0.0)
     for start, end, blocks in ((0, 8, [5, 1]), (8, 15, [2, 9])):
@@ -220,7 +220,7 @@ def test_nan_in_the_head_is_found_by_sampler_and_prompt_logprobs(
     model.save_pretrained(tmp_path)
     ours = load_damaged(tmp_path)
     cache = PagedKVCache(ours.kv_specs, 16, BLOCK_SIZE, ours.device)
-    runner = ModelRunner(ours, cache, Sampler(2, VOCAB_SIZE, ours.device), 2, 99, CONTEXT)
+    runner = ModelRunner(ours, cache, Sampler(VOCAB_SIZE, ours.device), 2, 99, CONTEXT)
     prompt = PROMPTS[0][:4]
     results = execute(
         runner,

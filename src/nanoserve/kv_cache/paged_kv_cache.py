@@ -41,10 +41,6 @@ DEVICE_ACTIVATION_BYTES = 1 * GIB
 CLAIMED_AT_ONCE = 2 << 20
 
 
-class KVCacheTooSmall(ConfigError):
-    """The memory for the KV cache does not hold one sequence of the context that was asked for."""
-
-
 @dataclass(frozen=True, slots=True)
 class KVSpec:
     """What one layer keeps of a token."""
@@ -121,7 +117,7 @@ def plan_kv(
     memory_bytes: the operator's choice, used in full; None = a share of what is free, and no more than
     `max_num_seqs` sequences of the whole context can use.
     max_context: the operator's choice, refused if one such sequence does not fit; None = the model's own limit, or
-    less if the memory is.
+    less if the memory is. Raises ConfigError.
     """
     if max_context is not None and max_context > model_max:
         raise ConfigError(f"--max-context-tokens is {max_context}; the model's limit is {model_max}")
@@ -135,7 +131,7 @@ def plan_kv(
     else:
         plan = replace(plan, num_blocks=memory_bytes // plan.bytes_per_block, budget_bytes=memory_bytes)
     if plan.num_blocks == 0 or (max_context is not None and plan.num_blocks < blocks_of_context):
-        raise KVCacheTooSmall(
+        raise ConfigError(
             f"the KV cache of {plan.budget_bytes} bytes ({plan.budget_source}) holds {plan.num_tokens} tokens;"
             f" a context of {plan.max_context_tokens} tokens needs {blocks_of_context * plan.bytes_per_block} bytes;"
             " raise --kv-memory or lower --max-context-tokens"

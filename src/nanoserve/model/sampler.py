@@ -81,28 +81,27 @@ class Sampler:
     Runs on the engine thread. State is per row: replaced by `admit`, and advanced by `keep`.
     """
 
-    def __init__(self, max_num_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
         logits_at_once = CPU_LOGITS_AT_ONCE if device.type == "cpu" else LOGITS_AT_ONCE
         self._rows_at_once = max(1, logits_at_once // vocab_size)
-        self._rows: list[_Row | None] = [None] * max_num_rows
+        # Of rows that a sequence has taken.
+        self._rows: dict[int, _Row] = {}
 
     def admit(self, row: int, admission: Admission) -> None:
         """A sequence takes the row."""
         self._rows[row] = _Row(admission, self._vocab_size)
 
     def sample(self, places: list[Place], logits: Tensor) -> list[SequenceResult]:
-        """One token for each place, with log-probabilities where they are wanted.
+        """One token for each place, of which there is at least one, with log-probabilities where they are wanted.
 
         logits: [len(places), vocab], raw, any float dtype; left unchanged.
 
         Logits that hold NaN or +inf, or nothing but -inf, are corrupt; where edits leave nothing else, there is no
         token.
         """
-        if not places:
-            return []
-        targets = [(self._state(place.row), place) for place in places]
+        targets = [(self._rows[place.row], place) for place in places]
         # The maximum shows what is wrong with logits too: NaN, +inf, or -inf if there is nothing else.
         best, tokens = _largest(logits)  # [n], [n]
         tokens = tokens.where(best.isfinite(), _CORRUPT)
@@ -118,15 +117,9 @@ class Sampler:
     def keep(self, drawn: Iterable[tuple[Place, list[int]]]) -> None:
         """These tokens are the sequences' from now on."""
         for place, token_ids in drawn:
-            if (seen := self._state(place.row).seen) is not None:
+            if (seen := self._rows[place.row].seen) is not None:
                 for token_id in token_ids:
                     seen.add(token_id)
-
-    def _state(self, row: int) -> "_Row":
-        state = self._rows[row]
-        if state is None:
-            raise ValueError(f"row {row} was not admitted")
-        return state
 
     def _batches(self, targets: "list[_Target]") -> Iterator[tuple[_Path, list[int]]]:
         """Indices of the places that need more than the argmax of their raw logits, with what they need."""
