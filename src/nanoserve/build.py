@@ -148,7 +148,7 @@ def build_runner(
 
 
 def _plan_cache(model: LoadedModel, options: Options, report: Report) -> KVPlan:
-    """How large the KV cache is made; says so, and what the model is."""
+    """How large the KV cache is made; says so, and what the model is. Raises ConfigError."""
     facts = model.facts
     plan = plan_kv(
         model.kv_specs,
@@ -159,7 +159,13 @@ def _plan_cache(model: LoadedModel, options: Options, report: Report) -> KVPlan:
         options.scheduler.max_num_seqs,
         model.device,
     )
-    _refuse_more_than_there_is(plan, model.device)
+    free = available_memory()
+    if model.device.type == "cpu" and plan.num_bytes > free:
+        # Main memory is given out before it is there; without this the system would end the process, later.
+        raise ConfigError(
+            f"a KV cache of {format_size(plan.num_bytes)} was asked for, and {format_size(free)} of memory are free;"
+            " lower --kv-memory"
+        )
     size = f"{facts.num_parameters / 1e6:.1f} M parameters"
     report(Fact("model", f"{served_name(options)}: {facts.architecture}, {size}, {facts.dtype} on {model.device}"))
     if facts.left_out:
@@ -200,13 +206,3 @@ def served_name(options: Options) -> str:
     if options.model.served_name is not None:
         return options.model.served_name
     return BUILTIN_MODEL_NAME if path == str(BUILTIN_MODEL) else Path(path).name
-
-
-def _refuse_more_than_there_is(plan: KVPlan, device: torch.device) -> None:
-    """Main memory is given out before it is there; without this the system would end the process, later."""
-    free = available_memory()
-    if device.type == "cpu" and plan.num_bytes > free:
-        raise ConfigError(
-            f"a KV cache of {format_size(plan.num_bytes)} was asked for, and {format_size(free)} of memory are free;"
-            " lower --kv-memory"
-        )

@@ -138,9 +138,9 @@ class RemoteCore:
     """
 
     def __init__(self, process: EngineProcess, state: CoreState) -> None:
+        self.state = state
+        self.is_alive = True
         self._process = process
-        self._state = state
-        self._is_alive = True
         # "stop" = let the core stop, "ended" = it has.
         self._to_send: queue.SimpleQueue[Message | str] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="nanoserve-pipe", daemon=True)
@@ -157,14 +157,6 @@ class RemoteCore:
     def stop(self) -> None:
         self._to_send.put("stop")
 
-    @property
-    def is_alive(self) -> bool:
-        return self._is_alive
-
-    @property
-    def state(self) -> CoreState:
-        return self._state
-
     def _read(self, loop: AbstractEventLoop, deliver: Deliver) -> None:
         """A step's events have arrived, or a line for the log, or the pipe's end."""
         events: list[Event] = [EngineEnded()]
@@ -173,10 +165,10 @@ class RemoteCore:
             if isinstance(said, logging.LogRecord):
                 _log(said)
                 return
-            events, self._state = said
+            events, self.state = said
         if any(isinstance(event, EngineEnded) for event in events):
             loop.remove_reader(self._process.pipe.fileno())
-            self._is_alive = False
+            self.is_alive = False
             self._to_send.put("ended")
         deliver(events)
 

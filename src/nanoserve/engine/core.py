@@ -106,10 +106,6 @@ class EngineCore:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    @property
-    def state(self) -> CoreState:
-        return self._state
-
     def wait_until_ended(self) -> None:
         """Return when the engine thread is gone."""
         self._thread.join()
@@ -125,8 +121,8 @@ class EngineCore:
                 self._note_progress()
                 if messages:
                     # Whoever watches from elsewhere must know of it, should no step follow, or not end.
-                    self._deliver([] if self._state.is_busy else self._scheduler.settle(time.monotonic()))
-                if self._state.is_busy:
+                    self._deliver([] if self.state.is_busy else self._scheduler.settle(time.monotonic()))
+                if self.state.is_busy:
                     self._step()
         except Exception:
             logger.exception("the engine thread died")
@@ -180,7 +176,7 @@ class EngineCore:
         return self._scheduler.commit(result, time.monotonic())
 
     def _note_progress(self) -> None:
-        self._state = CoreState(
+        self.state = CoreState(
             last_progress_s=time.monotonic(),
             is_busy=self._scheduler.has_work,
             num_failed_steps=self._num_failed_steps,
