@@ -7,6 +7,7 @@ other for torch's batched products. In the first, blocks at the beginning that t
 are read once for all of them.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,7 +90,7 @@ def attend(call: AttentionCall) -> Tensor:
     facts = call.facts
     out = call.queries.new_empty(call.queries.shape[1], call.queries.shape[0], call.values.shape[2])
     compiled = call.attention.compiled.get(call.form)
-    num_grouped = facts.num_with_at_most(1 if compiled is None else FEW_TOKENS)  # sequences
+    num_grouped = bisect_right(facts.counts, 1 if compiled is None else FEW_TOKENS)  # sequences, which come first
     for group in _groups(call, num_grouped, must_copy=compiled is None) if num_grouped else ():
         part = _attend_copies(call, group) if compiled is None else _attend_in_place(call, group, compiled)
         if group.is_step:

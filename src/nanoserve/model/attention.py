@@ -16,7 +16,6 @@ Here are the vocabulary, the operator and `attend_reference`, to be read first; 
 and is what serves requests. A test compares them.
 """
 
-import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -127,10 +126,6 @@ class StepFacts:
         self.block_tables = self._all_tables[self.rows, : -(-longest // self.block_size)]
         blocks = self.block_tables[self.sequence_of, self.positions // self.block_size]  # [num_tokens]
         self.slots.copy_(blocks * self.block_size + self.positions % self.block_size)
-
-    def num_with_at_most(self, num_tokens: int) -> int:
-        """Sequences with so many tokens in the step, or fewer. They come first."""
-        return bisect.bisect_right(self.counts, num_tokens)
 
 
 class Attention:
