@@ -76,17 +76,13 @@ StreamEvent = Started | PromptLogprobs | Delta | Finished
 
 @dataclass(slots=True)
 class Progress:
-    """How far a request has come: its counts and times. Only its RequestStream changes it."""
+    """How far a request has come: what RequestRecord says of it as it runs. Only its RequestStream changes it."""
 
-    # When it was first scheduled. None = it was not yet.
     started_s: float | None = None
-    # Prompt tokens from the prefix cache.
     num_cached_tokens: int = 0
     first_token_s: float | None = None
     last_token_s: float | None = None
-    # Of all its sequences.
     num_completion_tokens: int = 0
-    # Of the sequences that have come to their end.
     finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
     num_preemptions: int = 0
 
@@ -124,7 +120,6 @@ class RequestStream:
         self._events: deque[StreamEvent] = deque()
         # Unread output, by sequence.
         self._pending: dict[int, Delta] = {}
-        self._unfinished = set(range(params.n))
         self._error: RequestError | None = None
         self._finished: Finished | None = None
         self._news = asyncio.Event()
@@ -152,7 +147,8 @@ class RequestStream:
 
     def push(self, output: SequenceOutput) -> bool:
         """Take a step's output. True if a stop string ended the sequence, which the scheduler does not know yet."""
-        if self.is_over or output.index not in self._unfinished:
+        progress = self.progress
+        if self.is_over or output.index in progress.finish_reasons:
             return False
         if output.prompt_logprobs:
             self._events.append(PromptLogprobs(output.prompt_logprobs))
@@ -172,12 +168,14 @@ class RequestStream:
         delta.token_ids += token_ids
         delta.logprobs += output.logprobs[: len(token_ids)]
         delta.finish_reason, delta.stop_token_id = finish_reason, stop_token_id
-        self._count(output, len(token_ids))
+        if token_ids:
+            progress.num_completion_tokens += len(token_ids)
+            progress.first_token_s = progress.first_token_s or output.time_s
+            progress.last_token_s = output.time_s
         if finish_reason is not None:
-            self._unfinished.remove(output.index)
-            self.progress.finish_reasons[output.index] = finish_reason
-            self.progress.num_preemptions += output.num_preemptions
-            if not self._unfinished:
+            progress.finish_reasons[output.index] = finish_reason
+            progress.num_preemptions += output.num_preemptions
+            if len(progress.finish_reasons) == self.request.params.n:
                 self._finish()
         self._news.set()
         return stopped
@@ -187,12 +185,6 @@ class RequestStream:
         if not self.is_over:
             self._error = error
             self._news.set()
-
-    def _count(self, output: SequenceOutput, num_tokens: int) -> None:
-        if num_tokens:
-            self.progress.num_completion_tokens += num_tokens
-            self.progress.first_token_s = self.progress.first_token_s or output.time_s
-            self.progress.last_token_s = output.time_s
 
     def _finish(self) -> None:
         progress = self.progress
