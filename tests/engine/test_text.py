@@ -298,7 +298,6 @@ def test_a_match_reports_the_token_that_completed_it() -> None:
     stream = TextStream(BYTE_LEVEL, SamplingParams(stop=("END",)))
     assert stream.push(single_tokens("ab E")) == TextPiece("ab ", 4)
     assert stream.push(single_tokens("NDxyz")) == TextPiece("", 2, "END")
-    assert stream.push(single_tokens("more"), FinishReason.LENGTH) == TextPiece("", 0)
 
 
 def test_text_behind_the_stop_string_in_the_same_token_is_dropped() -> None:

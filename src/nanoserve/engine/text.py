@@ -217,16 +217,13 @@ class TextStream:
         # Places in it that are not shown.
         self._hidden: set[int] = set()
         self._num_tokens = 0
-        self._is_over = False
 
     def push(self, token_ids: list[int], finish_reason: FinishReason | None = None) -> TextPiece:
         """Take the next tokens. `finish_reason` says that they are the last, and what the last one is.
 
         The text of an EOS token is left out unless special tokens are kept, that of a stop token unless
-        `include_stop`. Nothing comes after the end: neither of pushes nor of stop strings.
+        `include_stop`. Nothing may be pushed after the end, be it a finish reason's or a stop string's.
         """
-        if self._is_over:
-            return TextPiece("", 0)
         hides_last = (finish_reason is FinishReason.EOS and self._params.skip_special_tokens) or (
             finish_reason is FinishReason.STOP and not self._params.include_stop
         )
@@ -244,7 +241,6 @@ class TextStream:
         stop_string = self._append(self._detokenizer.finish())
         if stop_string is not None:
             return self._stopped(stop_string, len(token_ids))
-        self._is_over = True
         return TextPiece(self._take(hold=False), len(token_ids))
 
     def _append(self, text: str) -> str | None:
@@ -278,7 +274,6 @@ class TextStream:
         return text
 
     def _stopped(self, stop_string: str, num_tokens: int) -> TextPiece:
-        self._is_over = True
         self._pending = self._pending[: -len(stop_string)]
         text = self._take(hold=False)
         return TextPiece(text + stop_string if self._params.include_stop else text, num_tokens, stop_string)
