@@ -462,9 +462,8 @@ class DeadlineExceeded(RequestError):
     reason = "DEADLINE"
 
     def __init__(self, phase: str, num_completion_tokens: int) -> None:
+        """phase: "waiting" or "running"."""
         super().__init__(f"the deadline passed while {phase}")
-        # "waiting" or "running".
-        self.phase = phase
         self.facts = {"phase": phase, "completion_tokens": num_completion_tokens}
 
 

@@ -225,7 +225,7 @@ async def test_deadline_cuts_a_waiting_and_a_running_request():
     async with running(max_num_seqs=1) as bench:
         with pytest.raises(DeadlineExceeded) as failure:
             await bench.collect(request={"timeout_s": 0.0})
-        assert failure.value.phase == "waiting"
+        assert failure.value.facts["phase"] == "waiting"
         bench.executor.gate.clear()
         run = asyncio.create_task(bench.collect(request={"timeout_s": 0.1}, max_tokens=100))
         wait = asyncio.create_task(bench.collect(request={"timeout_s": 0.1}))
@@ -234,7 +234,7 @@ async def test_deadline_cuts_a_waiting_and_a_running_request():
         for task, phase in ((run, "running"), (wait, "waiting")):
             with pytest.raises(DeadlineExceeded) as failure:
                 await task
-            assert failure.value.phase == phase
+            assert failure.value.facts["phase"] == phase
         await bench.until_free()
 
 
