@@ -34,7 +34,6 @@ class Bench:
             block_size=BLOCK,
             max_context_tokens=min(max_context, num_blocks * BLOCK),
             cache_identity="model",
-            enable_prefix_cache=cache,
         )
         self.executor = FakeExecutor(BLOCK, max_num_batched_tokens=budget, draft=draft, depth=depth)
         self.now = 0.0

@@ -61,7 +61,6 @@ class Serving:
             block_size=BLOCK,
             max_context_tokens=MAX_CONTEXT,
             cache_identity=loaded.facts.fingerprint,
-            enable_prefix_cache=cache,
         )
         self.sampler = WatchedSampler(loaded.device)
         kv = PagedKVCache(loaded.kv_specs, num_blocks, BLOCK, loaded.device)

@@ -190,7 +190,6 @@ def build_scheduler(options: Options, facts: ModelFacts, plan: KVPlan) -> Schedu
         block_size=plan.block_size,
         max_context_tokens=plan.max_context_tokens,
         cache_identity=f"{facts.fingerprint} {facts.dtype}",
-        enable_prefix_cache=options.cache.enable_prefix_cache,
     )
 
 

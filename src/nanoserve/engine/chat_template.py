@@ -55,12 +55,6 @@ class Chat:
         """The completion is a message from its beginning."""
         return not self.continue_final_message and self.add_generation_prompt is not False
 
-    @property
-    def num_chars(self) -> int:
-        """Of the messages: what encoding them takes depends on it."""
-        contents = (message.get("content") or "" for message in self.messages)
-        return sum(len(content) if isinstance(content, str) else sum(map(len, content)) for content in contents)
-
 
 class ChatTemplate:
     """Renders conversations. Any thread."""

@@ -13,17 +13,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-
-class Detokenizer(Protocol):
-    """Tokens of one sequence to text."""
-
-    def feed(self, token_id: int) -> str:
-        """The next token. Returns text that no later token changes."""
-
-    def finish(self) -> str:
-        """There are no more tokens. Returns what was held back."""
+from typing import Any
 
 
 class Step:
@@ -46,7 +36,7 @@ class Step:
 
 
 class Chain:
-    """A Detokenizer of known steps."""
+    """Tokens of one sequence to text, by known steps."""
 
     def __init__(self, steps: list[Step], token: Callable[[int], str], *, goes_on: bool = False) -> None:
         """`token` spells a token; an empty one is passed over. goes_on: the first token is not the start of a text."""
@@ -57,6 +47,7 @@ class Chain:
                 step.go_on()
 
     def feed(self, token_id: int) -> str:
+        """The next token. Returns text that no later token changes."""
         token = self._token(token_id)
         if not token:
             return ""
@@ -66,6 +57,7 @@ class Chain:
         return "".join(pieces)
 
     def finish(self) -> str:
+        """There are no more tokens. Returns what was held back."""
         pieces: list[str] = []
         for step in self._steps:
             pieces = step.feed(pieces) + step.finish()
@@ -73,7 +65,7 @@ class Chain:
 
 
 class Window:
-    """A Detokenizer for tokenizers whose inside is not known: it decodes the last few tokens again and again.
+    """The same as Chain for tokenizers whose inside is not known: it decodes the last few tokens again and again.
 
         tokens  ───────|── context ──|── new ──|
                     _start         _seen

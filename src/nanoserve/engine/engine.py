@@ -145,8 +145,8 @@ class RollingSum:
 
     def __init__(self, window_s: int) -> None:
         self._window_s = window_s
-        # (second, sum), oldest first.
-        self._buckets: deque[tuple[int, int]] = deque()
+        # (second, sum), oldest first; of at most so many seconds as are in the window.
+        self._buckets: deque[tuple[int, int]] = deque(maxlen=window_s)
 
     def add(self, value: int) -> None:
         """Count `value` now."""
@@ -154,16 +154,11 @@ class RollingSum:
         if self._buckets and self._buckets[-1][0] == second:
             value += self._buckets.pop()[1]
         self._buckets.append((second, value))
-        self._drop_old()
 
     @property
     def total(self) -> int:
-        self._drop_old()
-        return sum(value for _, value in self._buckets)
-
-    def _drop_old(self) -> None:
-        while self._buckets and self._buckets[0][0] <= int(time.monotonic()) - self._window_s:
-            self._buckets.popleft()
+        start = int(time.monotonic()) - self._window_s
+        return sum(value for second, value in self._buckets if second > start)
 
 
 class Engine:
@@ -501,4 +496,7 @@ class Engine:
 
 def _num_chars(prompt: Prompt) -> int:
     """What encoding a prompt takes depends on; of a conversation, the messages' part."""
-    return prompt.num_chars if isinstance(prompt, Chat) else len(prompt)
+    if not isinstance(prompt, Chat):
+        return len(prompt)
+    contents = (message.get("content") or "" for message in prompt.messages)
+    return sum(len(content) if isinstance(content, str) else sum(map(len, content)) for content in contents)

@@ -107,7 +107,6 @@ class Scheduler:
         block_size: int,
         max_context_tokens: int,
         cache_identity: str,
-        enable_prefix_cache: bool = True,
     ) -> None:
         """A sequence of max_context_tokens must fit the pool; cache_identity names model and weights."""
         assert max_context_tokens <= pool.num_blocks * block_size
@@ -118,7 +117,7 @@ class Scheduler:
         self._config = config
         self._block_size = block_size
         self._max_context_tokens = max_context_tokens
-        self.block_names = BlockNames(cache_identity, block_size, enable_prefix_cache)
+        self.block_names = BlockNames(cache_identity, block_size, pool.keep_cached)
         # Live sequences of each request. Those of index > 0 wait outside of `_waiting` until the first has computed
         # the prompt, and then take its blocks from the pool.
         self._requests: dict[str, list[Sequence]] = {}

@@ -24,7 +24,8 @@ _S = TypeVar("_S", bound=Sequence)
 class StepNotes:
     """From the end of one step to the end of the next. Engine thread only."""
 
-    start_s: float = 0.0
+    # When it was planned. None = it is not yet.
+    start_s: float | None = None
     parts: list[StepPart] = field(default_factory=list)
     preemptions: list[Preemption] = field(default_factory=list)
     # Before the step was planned and while it was; then, after it was computed.
@@ -32,7 +33,6 @@ class StepNotes:
     late_releases: list[Release] = field(default_factory=list)
     wait: Wait | None = None
     num_threads: int | None = None
-    is_planned: bool = False
 
     def preempted(self, sequence: Sequence, beneficiary: Sequence) -> None:
         """`sequence` made place for `beneficiary`."""
@@ -40,7 +40,7 @@ class StepNotes:
 
     def released(self, sequence: Sequence, freed_block_ids: list[int]) -> None:
         """`sequence` gave up its blocks."""
-        releases = self.late_releases if self.is_planned else self.early_releases
+        releases = self.early_releases if self.start_s is None else self.late_releases
         releases.append(Release(sequence.request.id, sequence.index, freed_block_ids))
 
     def cache_was_reset(self, freed_block_ids: list[int]) -> None:
@@ -50,7 +50,6 @@ class StepNotes:
     def planned(self, now: float, step: Iterable[Sequence], plan: StepPlan, block_size: int) -> None:
         """`step`: the sequence of each entry of the plan."""
         self.start_s = now
-        self.is_planned = True
         for sequence, part in zip(step, plan.sequences, strict=True):
             count = part.num_known
             num_prompt_tokens = min(count, max(0, len(sequence.request.prompt_token_ids) - part.start))
@@ -83,7 +82,7 @@ class StepNotes:
         """`after`: the scheduler's counts at the end of the step."""
         return StepRecord(
             number=number,
-            start_s=self.start_s if self.is_planned else end_s,
+            start_s=end_s if self.start_s is None else self.start_s,
             end_s=end_s,
             early_releases=self.early_releases,
             preemptions=self.preemptions,

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoserve.config import ConfigError
-from nanoserve.engine import detokenizer
 from nanoserve.engine.chat_template import Chat, ChatTemplate, has_marks, without_marks
-from nanoserve.engine.detokenizer import Detokenizer, Step
+from nanoserve.engine.detokenizer import Chain, Step, Window, compile_decoder
 from nanoserve.engine.plain_encoder import PlainEncoder
 from nanoserve.request import FinishReason, SamplingParams
 
@@ -52,7 +51,7 @@ class TextCodec:
             self._backend.no_padding()
             added = self._backend.get_added_tokens_decoder()
             self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
-            self._make_steps = detokenizer.compile_decoder(self._backend.decoder)
+            self._make_steps = compile_decoder(self._backend.decoder)
         # Tokens seen so far; the texts of a vocabulary are small, and threads can only write the same twice.
         self._tokens: dict[int, str] = {}
         self._bytes_steps = self._make_steps() if self._make_steps is not None else []
@@ -159,10 +158,10 @@ class TextCodec:
                 piece = step.inside(piece)
         return piece if isinstance(piece, bytes) else piece.encode()
 
-    def detokenizer(self, *, skip_special_tokens: bool, context: Sequence[int] = ()) -> Detokenizer:
+    def detokenizer(self, *, skip_special_tokens: bool, context: Sequence[int] = ()) -> Chain | Window:
         """A fresh one, for one sequence. context: tokens whose text it goes on from."""
         if self._make_steps is None:
-            return detokenizer.Window(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), context)
+            return Window(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), context)
         skipped = self.special_token_ids if skip_special_tokens else frozenset()
 
         def spell(token_id: int) -> str:
@@ -170,7 +169,7 @@ class TextCodec:
 
         # Behind a prompt that shows nothing, such as BOS alone, a text begins.
         goes_on = any(map(spell, reversed(context)))
-        return detokenizer.Chain(self._make_steps(), spell, goes_on=goes_on)
+        return Chain(self._make_steps(), spell, goes_on=goes_on)
 
 
 def _unpickle_codec(tokenizer: bytes) -> TextCodec:

@@ -70,7 +70,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, *, keep_cached: bool = True) -> None:
         """With keep_cached=False a block's hash is forgotten with its last reference."""
         self.num_blocks = num_blocks
-        self._keep_cached = keep_cached
+        self.keep_cached = keep_cached
         self._free: deque[int] = deque(range(num_blocks))
         # Unreferenced but hashed, least recently used first.
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -117,18 +117,14 @@ class BlockPool:
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """Take a reference to each block of the longest known prefix."""
-        find, counts = self._block_of_hash.get, self._ref_counts
-        block_ids = []
-        for block_hash in hashes:
-            block_id = find(block_hash)
-            if block_id is None:
-                break
-            if block_id in counts:
-                counts[block_id] += 1
+        known = itertools.takewhile(self._block_of_hash.__contains__, hashes)
+        block_ids = [self._block_of_hash[block_hash] for block_hash in known]
+        for block_id in block_ids:
+            if block_id in self._ref_counts:
+                self._ref_counts[block_id] += 1
             else:
                 del self._cached[block_id]
-                counts[block_id] = 1
-            block_ids.append(block_id)
+                self._ref_counts[block_id] = 1
         return block_ids
 
     def register(self, block_id: int, block_hash: bytes) -> None:
@@ -146,7 +142,7 @@ class BlockPool:
             if self._ref_counts[block_id]:
                 continue
             del self._ref_counts[block_id]
-            if not self._keep_cached:
+            if not self.keep_cached:
                 self._forget_hash(block_id)
             if block_id in self._hash_of_block:
                 self._cached[block_id] = None

@@ -342,7 +342,7 @@ def _copy_runs(call: AttentionCall, runs: Tensor, num_rows: int) -> tuple[Tensor
     copies = []
     for name, pool in (("keys", call.kv.keys), ("values", call.kv.values)):
         lines = pool.view(pool.shape[0] * pool.shape[1], -1)  # [num_blocks * num_kv_heads, block_size * width]
-        copy = call.attention.buffers.take(name, len(runs), lines)
+        copy = call.attention.buffer(name, len(runs), lines)
         torch.index_select(lines, 0, runs, out=copy)
         copies.append(copy.view(num_rows, -1, pool.shape[3]))
     return copies[0], copies[1]

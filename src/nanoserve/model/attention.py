@@ -57,21 +57,6 @@ class AttentionLayer:
         return hidden
 
 
-class Buffers:
-    """Memory that layers and steps use again and again, because fresh large tensors cost page faults."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
-
-    def take(self, name: str, num_rows: int, like: Tensor) -> Tensor:
-        """[num_rows, like.shape[1]], with anything in it; valid until `name` is taken again."""
-        size = num_rows * like.shape[1]
-        tensor = self._tensors.get(name)
-        if tensor is None or tensor.numel() < size or tensor.dtype != like.dtype:
-            tensor = self._tensors[name] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return tensor[:size].view(num_rows, like.shape[1])
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionForm:
     """What one compilation of `attend_singles` is made for."""
@@ -137,7 +122,7 @@ class Attention:
         """layers: by their index. attend: computes a layer; returns [num_tokens, num_heads, value_width]."""
         self.cache = cache
         self.layers = layers
-        self.buffers = Buffers()
+        self._buffers: dict[str, Tensor] = {}
         # Filled while the server runs, by compiled.py.
         self.compiled: CompiledAttention = {}
         self._attend = attend
@@ -164,16 +149,23 @@ class Attention:
             floor, strength = layer.temperature
             scale = 1 + strength * torch.log1p(((self.facts.positions + 1) / floor).floor())  # [num_tokens]
             queries = (queries * scale[:, None]).to(queries.dtype)
-        self.cache.write(index, self._lines(len(keys)), keys, values)
+        key = ("lines", len(keys))
+        if key not in self.shared:
+            self.shared[key] = self.cache.lines(self.facts.slots, len(keys))
+        self.cache.write(index, self.shared[key], keys, values)
         kv = self.cache.layers[index]
         return self._attend(AttentionCall(self, self.facts, layer, kv, queries, keys, values, scaling, softcap, sinks))
 
-    def _lines(self, num_kv_heads: int) -> Tensor:
-        key = ("lines", num_kv_heads)
-        if key not in self.shared:
-            self.shared[key] = self.cache.lines(self.facts.slots, num_kv_heads)
-        lines: Tensor = self.shared[key]
-        return lines
+    def buffer(self, name: str, num_rows: int, like: Tensor) -> Tensor:
+        """[num_rows, like.shape[1]], with anything in it; valid until `name` is asked for again.
+
+        Layers and steps use the same memory again and again, because fresh large tensors cost page faults.
+        """
+        size = num_rows * like.shape[1]
+        tensor = self._buffers.get(name)
+        if tensor is None or tensor.numel() < size or tensor.dtype != like.dtype:
+            tensor = self._buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return tensor[:size].view(num_rows, like.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
