@@ -2,22 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
 
-from nanoserve.request import Request, StepPlan
+from nanoserve.engine.sequence import Sequence
+from nanoserve.request import StepPlan
 from nanoserve.step_record import Preemption, Release, SchedulerStats, StepPart, StepRecord, Wait, WaitReason
-
-
-class Sequence(Protocol):
-    """What is read here of the scheduler's sequences."""
-
-    request: Request
-    index: int
-    rank: tuple[int, int, int]
-    block_ids: list[int]
-
-
-_S = TypeVar("_S", bound=Sequence)
 
 
 @dataclass(slots=True)
@@ -67,7 +55,9 @@ class StepNotes:
                 )
             )
 
-    def waits(self, head: Sequence, reason: WaitReason, running: Iterable[_S], step: Mapping[_S, int]) -> None:
+    def waits(
+        self, head: Sequence, reason: WaitReason, running: Iterable[Sequence], step: Mapping[Sequence, int]
+    ) -> None:
         """`head` of the queue is not in the step."""
         match reason:
             case WaitReason.BLOCKS:
