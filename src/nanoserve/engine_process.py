@@ -21,7 +21,6 @@ import sys
 import threading
 from asyncio import AbstractEventLoop, get_running_loop
 from concurrent.futures import Future
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.connection import Pipe as make_pipe
 from typing import Any, TypeAlias
@@ -41,16 +40,6 @@ Pipe: TypeAlias = "Connection[Any, Any]"
 # then the engine waits for it, rather than fill the memory.
 MAX_UNSENT = 1000
 
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """What the engine's process says when it waits for requests."""
-
-    codec: TextCodec
-    model: ServedModel
-    state: CoreState
-
-
 # ------------------------------------------------------------------------------------------------- the server's end
 
 
@@ -66,11 +55,11 @@ def start_engine(
     # Meanwhile; it takes a while, too, and the codec will need it.
     import transformers.tokenization_utils_tokenizers  # noqa: F401
 
-    ready = process.wait_until_ready(report)
+    codec, model, state = process.wait_until_ready(report)
     return Engine(
-        RemoteCore(process, ready.state),
-        ready.codec,
-        ready.model,
+        RemoteCore(process, state),
+        codec,
+        model,
         max_waiting=options.scheduler.max_waiting,
         step_timeout_s=options.server.step_timeout_s,
         observers=observers,
@@ -96,8 +85,8 @@ class EngineProcess:
         with contextlib.suppress(OSError):  # it died at once; `wait_until_ready` hears of it
             self.pipe.send((options, logging.getLogger().level))
 
-    def wait_until_ready(self, report: Report) -> _Ready:
-        """Pass on how the start goes. Raises ConfigError if it does not come to an end."""
+    def wait_until_ready(self, report: Report) -> tuple[TextCodec, ServedModel, CoreState]:
+        """Pass on how the start goes, and return what it ends with. Raises ConfigError if it comes to no end."""
         while True:
             try:
                 said = self.pipe.recv()
@@ -110,8 +99,8 @@ class EngineProcess:
                     report(said)
                 case ConfigError():
                     raise said
-                case _Ready():
-                    return said
+                case codec, model, state:
+                    return codec, model, state
 
     def kill(self) -> None:
         """End it, if it has not ended, and close the pipe."""
@@ -245,7 +234,7 @@ def _run(options: Options, speaker: _Speaker, core: "Future[EngineCore]") -> Non
         return
     gc.freeze()
     gc.enable()
-    speaker.say(_Ready(built.codec, built.model, built.core.state))
+    speaker.say((built.codec, built.model, built.core.state))
     built.core.start(lambda events: speaker.say((events, built.core.state)))
     core.set_result(built.core)
     built.core.wait_until_ended()

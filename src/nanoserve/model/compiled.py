@@ -76,7 +76,7 @@ class _Trial:
 
     layer: nn.Module
     call: LayerCall
-    result: Any = None
+    result: Any
 
     @property
     def make(self) -> str:
@@ -88,10 +88,6 @@ class _Trial:
             facts.append((name, type(module).__name__, sorted(constants.items(), key=repr)))
         facts += [(name, tuple(p.shape)) for name, p in self.layer.named_parameters()]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.call.args[0].shape[1]  # type: ignore[no-any-return]
 
     @property
     def with_one_token(self) -> "_Trial":
@@ -201,7 +197,8 @@ def _use_formula(formula: Formula, place: Place, function: Callable[..., Any]) -
 def _use_layer(trials: Sequence[_Trial], run_layer: Callable[..., Any]) -> bool:
     good = [trial for trial in trials if _computes_the_same(trial, run_layer)]
     for trial in good:
-        trial.layer.forward = _forward(run_layer, trial.layer, only_one_token=trial.num_tokens == 1)
+        num_tokens = trial.call.args[0].shape[1]
+        trial.layer.forward = _forward(run_layer, trial.layer, only_one_token=num_tokens == 1)
     return len(good) > 0
 
 
@@ -213,17 +210,15 @@ def watch_calls(model: LoadedModel) -> tuple[list[_Trial], set[AttentionForm]]:
     trials: list[_Trial] = []
     forms = set()
 
-    def watch(path: str, layer: nn.Module) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            trials.append(_Trial(layer, LayerCall(path, args, kwargs), result))
-
-        return layer.register_forward_hook(hook, with_kwargs=True)
+    def note(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        trials.append(_Trial(layer, LayerCall(path, args, kwargs), result))
 
     def run_layer(_: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, sinks: Any) -> Tensor:
         forms.add(AttentionForm(q.shape[0], k.shape[0], k.shape[2], v.shape[2], scaling, softcap, sinks is not None))
         return stand_in(0, q, k, v, scaling, softcap, sinks)
 
-    hooks = [watch(path, layer) for path, layer in decoder_layers(model.model)]
+    layers = decoder_layers(model.model)
+    hooks = [layer.register_forward_hook(partial(note, path), with_kwargs=True) for path, layer in layers]
     token_ids = torch.arange(NUM_TOKENS)[None] % model.facts.vocab_size
     positions = torch.arange(NUM_TOKENS)[None] % model.facts.max_position
     with torch.inference_mode(), attending(run_layer):
