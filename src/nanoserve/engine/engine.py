@@ -301,14 +301,8 @@ class Engine:
             threads = self._text_threads if is_short else self._long_text_thread
             token_ids, _ = await self.tokenize(arrival.prompt, add_special_tokens=add_special_tokens, threads=threads)
             request = self._make_request(arrival, token_ids)
-            name_blocks = functools.partial(
-                self.model.block_names.extend,
-                request.block_hashes,
-                token_ids,
-                len(token_ids) // self.model.block_names.block_size,
-                request_id=request.id,
-                cache_salt=request.cache_salt,
-            )
+            names, hashes = self.model.block_names, request.block_hashes
+            name_blocks = functools.partial(names.extend, hashes, request, token_ids, len(token_ids) // names.block_size)
             if is_short:
                 name_blocks()
             else:

@@ -276,14 +276,9 @@ class Scheduler:
                 return []
             if request.params.prompt_logprobs is not None and not sequence.num_completion_tokens:
                 return []
-        self._hash_blocks(sequence, (sequence.num_tokens - 1) // self._block_size)
-        return sequence.block_hashes[: (sequence.num_tokens - 1) // self._block_size]
-
-    def _hash_blocks(self, sequence: Sequence, count: int) -> None:
-        request = sequence.request
-        self.block_names.extend(
-            sequence.block_hashes, sequence.token_ids, count, request_id=request.id, cache_salt=request.cache_salt
-        )
+        count = (sequence.num_tokens - 1) // self._block_size
+        self.block_names.extend(sequence.block_hashes, request, sequence.token_ids, count)
+        return sequence.block_hashes[:count]
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Own the blocks for `count` more tokens; False if the pool has too few."""
@@ -426,7 +421,7 @@ class Scheduler:
     def _register_full_blocks(self, sequence: Sequence, start: int, end: int) -> None:
         """Make the blocks findable that the tokens from start to end have filled."""
         num_full = end // self._block_size
-        self._hash_blocks(sequence, num_full)
+        self.block_names.extend(sequence.block_hashes, sequence.request, sequence.token_ids, num_full)
         for i in range(start // self._block_size, num_full):
             self.pool.register(sequence.block_ids[i], sequence.block_hashes[i])
 

@@ -18,6 +18,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from nanoserve.request import Request
+
 
 def hash_root(*parts: str) -> bytes:
     """The parent of a sequence's first block: all that its keys and values depend on besides the tokens."""
@@ -43,15 +45,13 @@ class BlockNames:
     # False = only the sequences of one request share blocks, whose prompt one of them has computed.
     is_cache_enabled: bool
 
-    def extend(
-        self, hashes: list[bytes], token_ids: Sequence[int], count: int, *, request_id: str, cache_salt: str
-    ) -> None:
-        """Add hashes of the next blocks of these tokens until there are `count`."""
-        own = "" if self.is_cache_enabled else request_id
+    def extend(self, hashes: list[bytes], request: Request, token_ids: Sequence[int], count: int) -> None:
+        """Add hashes of the next blocks of these tokens, of a sequence of the request, until there are `count`."""
+        root = self.cache_identity, request.cache_salt, "" if self.is_cache_enabled else request.id
         for i in range(len(hashes), count):
             block = token_ids[i * self.block_size : (i + 1) * self.block_size]
             assert len(block) == self.block_size, "only a full block has a hash"
-            hashes.append(hash_block(hashes[-1] if hashes else hash_root(self.cache_identity, cache_salt, own), block))
+            hashes.append(hash_block(hashes[-1] if hashes else hash_root(*root), block))
 
 
 class BlockPool:
