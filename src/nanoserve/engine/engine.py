@@ -388,7 +388,7 @@ class Engine:
     async def reset_cache(self) -> int:
         """Forget all cached prefixes between two steps; returns the number of blocks that became free."""
         self._check_ready()
-        num_freed_blocks = asyncio.get_running_loop().create_future()
+        num_freed_blocks: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._resets.append(num_freed_blocks)
         self._core.post(ResetCache())
         return await num_freed_blocks
