@@ -302,7 +302,9 @@ class Engine:
             token_ids, _ = await self.tokenize(arrival.prompt, add_special_tokens=add_special_tokens, threads=threads)
             request = self._make_request(arrival, token_ids)
             names, hashes = self.model.block_names, request.block_hashes
-            name_blocks = functools.partial(names.extend, hashes, request, token_ids, len(token_ids) // names.block_size)
+            name_blocks = functools.partial(
+                names.extend, hashes, request, token_ids, len(token_ids) // names.block_size
+            )
             if is_short:
                 name_blocks()
             else:
