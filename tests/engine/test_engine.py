@@ -9,7 +9,7 @@ from fake_executor import expected_completion
 
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import LONG_PROMPT_CHARS, RollingSum
-from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
+from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, RequestStream, Started
 from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
@@ -19,7 +19,10 @@ from nanoserve.request import (
     InvalidRequest,
     NotReady,
     Overloaded,
+    Request,
+    RequestStarted,
     SamplingParams,
+    SequenceOutput,
 )
 
 
@@ -132,6 +135,16 @@ async def test_a_stop_string_ends_the_sequence_and_the_computation():
     assert used == tokens[: len(used)]
     assert used[-1] == ord(stop)
     assert events[-1].completion_tokens == len(used)
+
+
+def test_what_the_engine_computes_before_it_hears_of_a_stop_string_is_dropped():
+    stream = RequestStream(Request("1", PROMPT, SamplingParams(n=2, stop=("b",))), byte_codec(), keeps_text=True)
+    stream.start(RequestStarted("1", 1.0, 0))
+    assert stream.push(SequenceOutput("1", 0, 1.0, list(b"ab")))
+    assert not stream.push(SequenceOutput("1", 0, 2.0, list(b"cb"), finish_reason=FinishReason.LENGTH))
+    assert stream.texts == ["a", ""]
+    assert stream.progress.num_completion_tokens == 2
+    assert stream.progress.finish_reasons == {0: FinishReason.STOP}
 
 
 async def test_eos_ends_a_sequence_and_is_counted_but_not_shown():

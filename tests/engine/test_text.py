@@ -408,7 +408,11 @@ def continued(name: str, prompt: list[str], *completion: str, **params) -> str:
     codec = CODECS.get(name, OPAQUE)
     context, *ids = ([codec._backend.token_to_id(token) for token in tokens] for tokens in (prompt, completion))
     stream = TextStream(codec, SamplingParams(**params), context)
-    pieces = [stream.push([token_id]) for token_id in ids[0]]
+    pieces = []
+    for token_id in ids[0]:
+        pieces.append(stream.push([token_id]))
+        if pieces[-1].stop_string is not None:
+            return joined(pieces)
     return joined([*pieces, stream.push([], FinishReason.LENGTH)])
 
 

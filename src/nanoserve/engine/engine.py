@@ -301,10 +301,9 @@ class Engine:
             threads = self._text_threads if is_short else self._long_text_thread
             token_ids, _ = await self.tokenize(arrival.prompt, add_special_tokens=add_special_tokens, threads=threads)
             request = self._make_request(arrival, token_ids)
-            names, hashes = self.model.block_names, request.block_hashes
-            name_blocks = functools.partial(
-                names.extend, hashes, request, token_ids, len(token_ids) // names.block_size
-            )
+            names = self.model.block_names
+            num_full = len(token_ids) // names.block_size
+            name_blocks = functools.partial(names.extend, request.block_hashes, request, token_ids, num_full)
             if is_short:
                 name_blocks()
             else:
