@@ -17,7 +17,7 @@ import enum
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,9 +230,8 @@ _Target = tuple[_Row, Place]
 
 def _sample_batch(path: _Path, targets: list[_Target], scores: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [m], and whether each place had any possible one [m]. Overwrites scores [m, vocab]."""
-    _apply_penalties(scores, targets)
-    _apply_bias(scores, targets)
-    _forbid_early_end(scores, targets)
+    for edit in EDITS:
+        edit(scores, targets)
     best = scores.amax(dim=1, keepdim=True)  # [m, 1]
     is_possible = best.isfinite().squeeze(1)
     if path is _Path.GREEDY:
@@ -246,7 +245,7 @@ def _sample_batch(path: _Path, targets: list[_Target], scores: Tensor) -> tuple[
     return _draw_batch(path, scores, params, uniforms), is_possible
 
 
-# ---------------------------------------------------------- edits of scores [m, vocab] in place, all sparse
+# ---------------------------------------------------------------------------------------- edits, all sparse
 
 
 def _apply_penalties(scores: Tensor, targets: list[_Target]) -> None:
@@ -290,6 +289,10 @@ def _forbid_early_end(scores: Tensor, targets: list[_Target]) -> None:
     }
     if forbidden:
         scores[_cells(scores, forbidden)] = -torch.inf
+
+
+# In this order; each changes scores [m, vocab] in place.
+EDITS: tuple[Callable[[Tensor, list[_Target]], None], ...] = (_apply_penalties, _apply_bias, _forbid_early_end)
 
 
 def _cells(scores: Tensor, token_ids: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
