@@ -144,7 +144,8 @@ class Admission:
     params: SamplingParams
     # Of this sequence: the request's seed + its index.
     seed: int
-    # Prompt and, after a preemption, the completion so far. To these the model side adds what it draws.
+    # Prompt and, after a preemption, the completion so far. To these the model side adds what it draws. The scheduler's own
+    # list, which does not change before the step is committed: a copy of a long one takes time.
     token_ids: list[int]
     num_prompt_tokens: int
     # EOS and stop tokens, not drawn before min_tokens.

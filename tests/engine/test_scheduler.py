@@ -420,8 +420,7 @@ def test_a_block_is_named_when_its_tokens_are_final():
     bench.step()
     [sequence] = bench.scheduler._running()
     assert (sequence.num_tokens, sequence.num_computed_tokens) == (7 + 1 + 2, 7 + 1 + 1)
-    assert bench.pool.match([*sequence.block_hashes]) == sequence.block_ids[:2]
-    bench.pool.release(sequence.block_ids[:2])
+    assert bench.pool.find(sequence.block_hashes) == sequence.block_ids[:2]
     assert len(sequence.block_hashes) == 2
     # The blocks of the refused ones are the sequence's, and are told of once.
     assert bench.step().sequences[0].new_block_ids == []

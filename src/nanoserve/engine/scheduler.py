@@ -242,10 +242,10 @@ class Scheduler:
         if None not in self._rows:
             return WaitReason.ROWS
         hashes = self._hashes_to_match(sequence)
-        num_known = self.pool.num_known(hashes)
-        if num_known < len(hashes) and self._is_computed_by(step, hashes[num_known], num_known):
+        prefix = self.pool.find(hashes)
+        if len(prefix) < len(hashes) and self._is_computed_by(step, hashes[len(prefix)], len(prefix)):
             return WaitReason.PREFIX
-        prefix = self.pool.match(hashes)
+        self.pool.hold(prefix)
         # Admitted only if there is room for all its known tokens: else it would soon preempt, or be preempted.
         if self._num_blocks_for(sequence.num_tokens) - len(prefix) > self.pool.num_available - num_kept_blocks:
             self.pool.release(prefix)
@@ -325,7 +325,7 @@ class Scheduler:
             admission = Admission(
                 params=request.params,
                 seed=((request.params.seed or 0) + sequence.index) % 2**64,
-                token_ids=list(sequence.token_ids),
+                token_ids=sequence.token_ids,
                 num_prompt_tokens=len(request.prompt_token_ids),
                 end_token_ids=request.eos_token_ids | request.params.stop_token_ids,
             )

@@ -12,9 +12,8 @@ over all tokens up to its end, so a later sequence that begins alike takes the b
 """
 
 import hashlib
-import itertools
 import struct
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +61,7 @@ class BlockPool:
                    allocate                      release, no hash
         free  ───────────────▶  owned (ref ≥ 1)  ───────────────▶  free
           ▲                       │         ▲
-          │ allocate evicts       │ release │ match
+          │ allocate evicts       │ release │ hold
           │ the least recent      ▼         │
           └───────────────────  cached (hashed, ref 0)
     """
@@ -75,7 +74,7 @@ class BlockPool:
         # Unreferenced but hashed, least recently used first.
         self._cached: OrderedDict[int, None] = OrderedDict()
         # Owned blocks alone.
-        self._ref_counts: dict[int, int] = {}
+        self._ref_counts: Counter[int] = Counter()
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_of_block: dict[int, bytes] = {}
 
@@ -111,21 +110,20 @@ class BlockPool:
         self._ref_counts[block_id] = 1
         return block_id
 
-    def num_known(self, hashes: Iterable[bytes]) -> int:
-        """How many blocks `match` would give."""
-        return sum(1 for _ in itertools.takewhile(self._block_of_hash.__contains__, hashes))
-
-    def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """Take a reference to each block of the longest known prefix."""
-        known = itertools.takewhile(self._block_of_hash.__contains__, hashes)
-        block_ids = [self._block_of_hash[block_hash] for block_hash in known]
-        for block_id in block_ids:
-            if block_id in self._ref_counts:
-                self._ref_counts[block_id] += 1
-            else:
-                del self._cached[block_id]
-                self._ref_counts[block_id] = 1
+    def find(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest known prefix."""
+        block_ids = []
+        for block_id in map(self._block_of_hash.get, hashes):
+            if block_id is None:
+                break
+            block_ids.append(block_id)
         return block_ids
+
+    def hold(self, block_ids: Sequence[int]) -> None:
+        """Take a reference to each of these blocks, which `find` has just given."""
+        for block_id in self._cached.keys() & block_ids:
+            del self._cached[block_id]
+        self._ref_counts.update(block_ids)
 
     def register(self, block_id: int, block_hash: bytes) -> None:
         """Make an owned, full block findable. Of two equal blocks the first one keeps the name."""
