@@ -1,7 +1,7 @@
 """Feeds token sequences to a ModelRunner in steps, as a scheduler would, and collects the logits of every position."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -44,7 +44,7 @@ class GreedySampler:
         self.calls.append(([place.row for place in places], [place.position for place in places], logits))
         return [SequenceResult([token]) for token in logits.argmax(-1).tolist()]
 
-    def keep(self, drawn: Iterable[tuple[Place, list[int]]]) -> None:
+    def keep(self, drawn: Mapping[int, list[int]]) -> None:
         pass
 
 
@@ -77,13 +77,14 @@ class Feeder:
         # Whose logits are recorded next.
         self._places: Iterator[tuple[int, int]] = iter(())
         monkeypatch.setattr(runner_module, "token_logprobs", self._record)
-        watched = self.runner._with_prompt_logprobs
+        watched = self.runner._result
 
-        def watch(sequence: ScheduledSequence, *others: Any) -> SequenceResult:
+        def watch(part: Any, *others: Any) -> SequenceResult:
+            sequence = part.sequence
             self._places = ((sequence.row, sequence.start + i) for i in range(sequence.num_known))
-            return watched(sequence, *others)
+            return watched(part, *others)
 
-        monkeypatch.setattr(self.runner, "_with_prompt_logprobs", watch)
+        monkeypatch.setattr(self.runner, "_result", watch)
 
     def _record(self, logits: Tensor, _targets: list[int], _num_top: int) -> Logprobs:
         for line in logits:

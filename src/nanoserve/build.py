@@ -27,6 +27,7 @@ from nanoserve.model.sampler import Sampler
 from nanoserve.model.threads import ComputeThreads, one_thread, release_threads, usable_cpus
 from nanoserve.model.torch_internals import watching_bars
 from nanoserve.request import Fact, Report, Stage
+from nanoserve.speculation.speculator import Speculator
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ def build_runner(
         options.scheduler.max_num_batched_tokens,
         plan.max_context_tokens,
         threads=threads,
+        speculator=Speculator.of(options.scheduler.speculate),
     )
     runner.warm_up()
     if model.is_compiled:

@@ -97,6 +97,12 @@ class SchedulerConfig:
         "continuous = sequences join and leave at any step; static = a batch runs to its end before the next begins.",
     )
     max_waiting: int = option(1024, "Requests that may wait; one more is refused.", at_least=1)
+    speculate: str = option(
+        "auto",
+        "Guess the next tokens, and check the guesses along with the next token, where it pays: auto = in every way;"
+        " ngram = from the text itself; suffix = from earlier answers to the same caller; off = only what a caller"
+        " predicts. With :K, at most so many tokens at once, 1 to 64; else 16.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +193,11 @@ class Options:
             raise ConfigError(f"--grpc-port and --http-port are both {self.server.http_port}; they must differ")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.model.device):
             raise ConfigError(f"--device is {self.model.device!r}; it must be auto, cpu, cuda or cuda:N")
+        if not re.fullmatch(r"(auto|off|ngram|suffix)(:([1-9]|[1-5]\d|6[0-4]))?", self.scheduler.speculate):
+            raise ConfigError(
+                f"--speculate is {self.scheduler.speculate!r}; it must be auto, off, ngram or suffix, with or without"
+                " :K for at most K tokens at once, 1 to 64"
+            )
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens {self.scheduler.max_num_batched_tokens} is below --max-num-seqs "

@@ -96,6 +96,10 @@ class SamplingParams:
     detokenize: bool = True
     # Special tokens are left out of the text.
     skip_special_tokens: bool = True
+    # Most tokens that may be guessed in a step. 0 = none. None = as many as the server does.
+    max_draft_tokens: int | None = None
+    # What the completion is expected to be, as a text, or its tokens once it is encoded. Empty = nothing is expected.
+    prediction: str | tuple[int, ...] = field(default="", repr=False)
 
 
 # Of numbers in SamplingParams, whoever chooses them: a caller, or a checkpoint's generation_config.json.
@@ -134,6 +138,17 @@ class Request:
     skip_cache_read: bool = False
 
 
+class DraftSource(enum.Enum):
+    """Where a guess of the next tokens comes from."""
+
+    # What followed the last tokens earlier in the text.
+    NGRAM = "ngram"
+    # What the model has said to the same caller.
+    SUFFIX = "suffix"
+    # What the caller expects.
+    PREDICTION = "prediction"
+
+
 # ---------------------------------------------------------------------------------------- what to compute
 
 
@@ -144,12 +159,14 @@ class Admission:
     params: SamplingParams
     # Of this sequence: the request's seed + its index.
     seed: int
-    # Prompt and, after a preemption, the completion so far. To these the model side adds what it draws. The scheduler's own
-    # list, which does not change before the step is committed: a copy of a long one takes time.
+    # Prompt and, after a preemption, the completion so far. To these the model side adds what it draws. The scheduler's
+    # own list, which does not change before the step is committed: a copy of a long one takes time.
     token_ids: list[int]
     num_prompt_tokens: int
     # EOS and stop tokens, not drawn before min_tokens.
     end_token_ids: frozenset[int]
+    # Whose text may be used to guess this one's: the request's cache_salt.
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +287,9 @@ class SequenceResult:
     prompt_logprobs: Sequence[TokenLogprob] = ()
     # CORRUPT or NO_TOKEN; then all of the above is empty.
     failure: Failure | None = None
+    # Drafts that were computed, and their source.
+    num_drafted: int = 0
+    draft_source: DraftSource | None = None
     # How many places for drafts the model side could use in the next step.
     num_drafts_next: int = 0
 

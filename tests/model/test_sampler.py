@@ -41,7 +41,7 @@ def sample(sampler: Sampler, rows: list[int], positions: list[int], logits: Tens
     """At one place of each row, and what is drawn there is kept."""
     places = [Place(row, position) for row, position in zip(rows, positions, strict=True)]
     results = sampler.sample(places, logits)
-    sampler.keep([(place, result.token_ids) for place, result in zip(places, results, strict=True)])
+    sampler.keep({place.row: result.token_ids for place, result in zip(places, results, strict=True)})
     return results
 
 
@@ -493,7 +493,7 @@ def test_a_place_behind_drafts_is_sampled_as_if_they_were_drawn(penalty: str) ->
     assert sampler.sample(places, logits) == ahead
     for i, draft in enumerate(drafted):
         assert sampler.sample([Place(0, 2 + i)], logits[i : i + 1]) == [ahead[i]]
-        sampler.keep([(Place(0, 2 + i), [draft])])
+        sampler.keep({0: [draft]})
     assert sampler.sample([Place(0, 5)], logits[3:]) == [ahead[3]]
 
 

@@ -301,7 +301,7 @@ class Scheduler:
 
     def _reserve_drafts(self, sequence: Sequence, count: int) -> int:
         """How many drafts the step has places for. They take what nobody else wants: no block that a running sequence
-        could need in the next step, and no place that the sequence could not use."""
+        could need in the next step, or that others wait for, and no place that the sequence could not use."""
         if not sequence.num_drafts or count < sequence.gap:
             return 0
         request = sequence.request
@@ -311,7 +311,7 @@ class Scheduler:
         # One of the new tokens is drawn behind the drafts.
         num_drafts = min(sequence.num_drafts, self._budget, left - 1)
         num_owned = len(sequence.block_ids) * self._block_size - sequence.num_computed_tokens - count
-        num_spare = self.pool.num_available - sum(1 for _ in self._running())
+        num_spare = 0 if self._waiting else self.pool.num_available - sum(1 for _ in self._running())
         num_drafts = max(0, min(num_drafts, num_owned + max(0, num_spare) * self._block_size))
         grown = self._grow(sequence, count + num_drafts)
         assert grown
@@ -328,6 +328,7 @@ class Scheduler:
                 token_ids=sequence.token_ids,
                 num_prompt_tokens=len(request.prompt_token_ids),
                 end_token_ids=request.eos_token_ids | request.params.stop_token_ids,
+                owner=request.cache_salt,
             )
         num_prompt_logprobs = 0
         if request.params.prompt_logprobs is not None and sequence.index == 0:

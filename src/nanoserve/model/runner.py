@@ -7,7 +7,11 @@ Tokens of all sequences are packed into one row without padding. The head, whose
 runs only for positions whose logits are wanted.
 """
 
+import time
 from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -20,9 +24,31 @@ from nanoserve.model.loader import LoadedModel, fix_rope
 from nanoserve.model.sampler import Place, Sampler, token_logprobs
 from nanoserve.model.threads import ComputeThreads
 from nanoserve.request import Failure, Logprobs, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from nanoserve.speculation.speculator import Speculator
 
 # Logits of prompt positions are made for so many numbers at a time, to bound memory.
 PROMPT_LOGITS_AT_ONCE = 1 << 24
+
+
+@dataclass(slots=True)
+class _Part:
+    """What a step computes of one sequence."""
+
+    sequence: ScheduledSequence
+    # Guessed tokens, behind those that are known.
+    draft: list[int]
+    # Place of its first token in the step.
+    first: int = 0
+    is_corrupt: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sequence.num_known + len(self.draft)
+
+    @property
+    def end(self) -> int:
+        """The position behind the known tokens."""
+        return self.sequence.start + self.sequence.num_known
 
 
 class ModelRunner:
@@ -45,12 +71,14 @@ class ModelRunner:
         max_context_tokens: int,
         *,
         threads: ComputeThreads | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
-        """max_num_tokens: of a step. threads: None where no threads of a CPU compute."""
+        """max_num_tokens: of a step. threads: None where no threads of a CPU compute. speculator: None = no drafts."""
         self._model = model
         self._cache = cache
         self._sampler = sampler
         self._threads = threads
+        self._speculator = speculator
         self._plans: deque[StepPlan] = deque()
         self.attention = Attention(cache, model.attention_layers, attend)
         max_num_blocks = -(-max_context_tokens // cache.block_size)
@@ -71,28 +99,30 @@ class ModelRunner:
     @torch.inference_mode()
     def collect(self) -> StepResult:
         """Compute the oldest plan's step."""
+        start_s = time.perf_counter()
         sequences = self._plans.popleft().sequences
         self._write_tables(sequences)
+        parts = self._parts(sequences)
         facts = self._facts
-        facts.set([s.row for s in sequences], [s.start for s in sequences], [s.num_known for s in sequences])
+        facts.set(
+            [part.sequence.row for part in parts],
+            [part.sequence.start for part in parts],
+            [part.num_tokens for part in parts],
+        )
         try:
             hidden = self._run_trunk(self._tokens[facts.rows[facts.sequence_of], facts.positions].long())
         except Exception:
             # Some layers have written, perhaps NaN, into blocks that others get next.
             self._cache.clear(facts.slots)
             raise
-        corrupt = self._clear_corrupt(hidden)
+        self._clear_corrupt(parts, hidden)
         self._commit_rows(sequences)
-        ends = torch.tensor(facts.counts).cumsum(0).tolist()
-        drawn = self._sample(sequences, hidden, ends, corrupt)
+        drawn = self._draw(parts, hidden)
+        results = {part.sequence.row: self._result(part, drawn.get(part.sequence.row), hidden) for part in parts}
+        if self._speculator is not None:
+            self._speculator.add_step(len(hidden), time.perf_counter() - start_s)
         return StepResult(
-            [
-                SequenceResult(failure=Failure.CORRUPT)
-                if i in corrupt
-                else self._with_prompt_logprobs(s, drawn.get(i, SequenceResult()), hidden[end - s.num_known : end])
-                for i, (s, end) in enumerate(zip(sequences, ends, strict=True))
-            ],
-            num_threads=self._threads.count if self._threads else None,
+            [results[s.row] for s in sequences], num_threads=self._threads.count if self._threads else None
         )
 
     def close(self) -> None:
@@ -136,9 +166,39 @@ class ModelRunner:
                 self._num_blocks[s.row] = 0
                 self._num_prompt_top[s.row] = s.admission.params.prompt_logprobs or 0
                 self._sampler.admit(s.row, s.admission)
+                if self._speculator is not None:
+                    self._speculator.admit(s.row, s.admission)
             self._num_blocks[s.row] += len(s.new_block_ids)
 
     # ------------------------------------------------------------------------------------------------- the step
+
+    def _parts(self, sequences: list[ScheduledSequence]) -> list[_Part]:
+        """What the step computes, fewer tokens first; drafts stand in the rows of tokens too."""
+        drafts: dict[int, list[int]] = {}
+        if self._speculator is not None and any(s.num_drafts for s in sequences):
+            places = {s.row: s.num_drafts for s in sequences}
+            drafts = self._speculator.choose(places, num_tokens=sum(s.num_known for s in sequences))
+            # A caller's prediction, or another model's draft, may hold what this model does not know.
+            is_known = range(self._model.facts.vocab_size).__contains__
+            drafts = {row: list(takewhile(is_known, draft)) for row, draft in drafts.items()}
+        parts = sorted((_Part(s, drafts.get(s.row, [])) for s in sequences), key=lambda part: part.num_tokens)
+        first = 0
+        for part in parts:
+            part.first = first
+            first += part.num_tokens
+        self._write_tokens([(part.sequence.row, part.end, part.draft) for part in parts])
+        return parts
+
+    def _write_tokens(self, runs: Iterable[tuple[int, int, list[int]]]) -> None:
+        """Rows, and what stands in them from a position on."""
+        cells = [
+            (row, position, token_id)
+            for row, start, token_ids in runs
+            for position, token_id in enumerate(token_ids, start=start)
+        ]
+        if cells:
+            index = torch.tensor(cells, device=self._model.device)  # [n, 3]
+            self._tokens[index[:, 0], index[:, 1]] = index[:, 2].int()
 
     def _run_trunk(self, token_ids: Tensor) -> Tensor:
         """token_ids: [num_tokens], of the step that the facts are of. Returns [num_tokens, hidden_size]."""
@@ -154,18 +214,25 @@ class ModelRunner:
             self._threads.adapt()
         return self.attention.run(*call)
 
-    def _clear_corrupt(self, hidden: Tensor) -> set[int]:
-        """Sequences with NaN or infinity in this step; what they wrote into the cache is zeroed.
+    def _clear_corrupt(self, parts: list[_Part], hidden: Tensor) -> None:
+        """Look for NaN and infinity in this step; what they wrote into the cache is zeroed.
 
-        A key or value that is not finite makes its own token's hidden state so too, because a token sees itself.
+        A key or value that is not finite makes its own token's hidden state so too, because a token sees itself. Where
+        that is a draft, it is dropped with those behind it.
         """
         bad = ~hidden.isfinite().all(-1)  # [num_tokens]
         if not bad.any():
-            return set()
-        sequence = self._facts.sequence_of  # [num_tokens]
-        corrupt = set(sequence[bad].tolist())
-        self._cache.clear(self._facts.slots[torch.isin(sequence, torch.tensor(list(corrupt), device=bad.device))])
-        return corrupt
+            return
+        is_lost = bad.clone()
+        for i in set(self._facts.sequence_of[bad].tolist()):
+            part = parts[i]
+            num_good = int(bad[part.first : part.first + part.num_tokens].int().argmax())
+            if num_good < part.sequence.num_known:
+                part.is_corrupt = True
+                is_lost[part.first : part.first + part.num_tokens] = True
+            else:
+                part.draft = part.draft[: num_good - part.sequence.num_known]
+        self._cache.clear(self._facts.slots[is_lost])
 
     # ----------------------------------------------------------------------------------------------- the results
 
@@ -174,29 +241,51 @@ class ModelRunner:
         logits: Tensor = self._model.head(inputs_embeds=hidden[None], use_cache=False).logits
         return logits[0]
 
-    def _sample(
-        self, sequences: list[ScheduledSequence], hidden: Tensor, ends: list[int], corrupt: set[int]
-    ) -> dict[int, SequenceResult]:
-        """Draw for every sequence that samples: its index in the plan -> result."""
-        members = [i for i, s in enumerate(sequences) if s.samples and i not in corrupt]
+    def _draw(self, parts: list[_Part], hidden: Tensor) -> dict[int, SequenceResult]:
+        """Draw behind the known tokens of every sequence that samples, and behind each of its drafts: by row.
+
+        A token's noise is that of its position, so it is the one that would be drawn without drafts, as long as what
+        stands before it is.
+        """
+        members = [part for part in parts if part.sequence.samples and not part.is_corrupt]
         if not members:
             return {}
-        last = torch.tensor([ends[i] - 1 for i in members], device=hidden.device)  # [n]
-        logits = self._logits(hidden[last])
-        places = [Place(sequences[i].row, sequences[i].start + sequences[i].num_known) for i in members]
-        results = self._sampler.sample(places, logits)
-        drawn = [(place, result.token_ids) for place, result in zip(places, results, strict=True) if result.token_ids]
-        self._sampler.keep(drawn)
-        if drawn:
-            rows, positions = [place.row for place, _ in drawn], [place.position for place, _ in drawn]
-            index = torch.tensor([rows, positions, [token for _, [token] in drawn]], device=hidden.device)  # [3, n]
-            self._tokens[index[0], index[1]] = index[2].int()
-        return dict(zip(members, results, strict=True))
+        places = [
+            Place(part.sequence.row, part.end + i, tuple(part.draft[:i]))
+            for part in members
+            for i in range(len(part.draft) + 1)
+        ]
+        lines = [part.first + part.sequence.num_known - 1 + i for part in members for i in range(len(part.draft) + 1)]
+        logits = self._logits(hidden[torch.tensor(lines, device=hidden.device)])
+        outcomes = iter(self._sampler.sample(places, logits))
+        drawn = {}
+        for part in members:
+            result = _keep_right(part.draft, list(islice(outcomes, len(part.draft) + 1)))
+            drawn[part.sequence.row] = self._learn(part, result)
+        self._sampler.keep({row: result.token_ids for row, result in drawn.items()})
+        self._write_tokens((part.sequence.row, part.end, drawn[part.sequence.row].token_ids) for part in members)
+        return drawn
 
-    def _with_prompt_logprobs(
-        self, sequence: ScheduledSequence, result: SequenceResult, hidden: Tensor
-    ) -> SequenceResult:
-        """hidden: [num_known, hidden_size], of this sequence."""
+    def _learn(self, part: _Part, result: SequenceResult) -> SequenceResult:
+        """Tell the drafters what was drawn. Returns the result with what there is to say of drafts."""
+        if self._speculator is None or not result.token_ids:
+            return result
+        row, num_drafted = part.sequence.row, len(part.draft)
+        source = self._speculator.learn(row, num_drafted, min(num_drafted, len(result.token_ids) - 1))
+        self._speculator.extend(row, result.token_ids)
+        return replace(
+            result,
+            num_drafted=num_drafted,
+            draft_source=source,
+            num_drafts_next=self._speculator.num_proposed(row),
+        )
+
+    def _result(self, part: _Part, drawn: SequenceResult | None, hidden: Tensor) -> SequenceResult:
+        """What was drawn, if the sequence samples, and its prompt's log-probabilities."""
+        sequence = part.sequence
+        if part.is_corrupt:
+            return SequenceResult(failure=Failure.CORRUPT)
+        result = SequenceResult() if drawn is None else drawn
         if not sequence.num_prompt_logprobs or result.failure is not None:
             return result
         first = sequence.start + 1
@@ -204,9 +293,24 @@ class ModelRunner:
         size = max(1, PROMPT_LOGITS_AT_ONCE // self._model.facts.vocab_size)
         parts: list[Logprobs] = []
         for i in range(0, len(targets), size):
-            part = targets[i : i + size]
-            logits = self._logits(hidden[i : i + len(part)])
+            some = targets[i : i + size]
+            logits = self._logits(hidden[part.first + i : part.first + i + len(some)])
             if not logits.isfinite().all():
                 return SequenceResult(failure=Failure.CORRUPT)
-            parts.append(token_logprobs(logits, part, self._num_prompt_top[sequence.row]))
-        return SequenceResult(result.token_ids, result.logprobs, Logprobs.join(parts))
+            parts.append(token_logprobs(logits, some, self._num_prompt_top[sequence.row]))
+        return replace(result, prompt_logprobs=Logprobs.join(parts))
+
+
+def _keep_right(draft: list[int], outcomes: list[SequenceResult]) -> SequenceResult:
+    """From what was drawn before and behind each draft: the tokens that were guessed right, and one more."""
+    num_right = 0
+    while num_right < len(draft) and outcomes[num_right].token_ids == [draft[num_right]]:
+        num_right += 1
+    # Where the last one failed, it fails again in the next step, which has no drafts before it.
+    kept = outcomes[: num_right + 1] if outcomes[num_right].token_ids else outcomes[: max(1, num_right)]
+    if len(kept) == 1:
+        return kept[0]
+    logprobs = [outcome.logprobs for outcome in kept if isinstance(outcome.logprobs, Logprobs)]
+    return SequenceResult(
+        [token_id for outcome in kept for token_id in outcome.token_ids], Logprobs.join(logprobs) if logprobs else ()
+    )

@@ -17,7 +17,7 @@ import enum
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +114,10 @@ class Sampler:
         token_ids: list[int] = tokens.tolist()  # the step's one wait for the device
         return _results([state for state, _ in targets], logits, token_ids)
 
-    def keep(self, drawn: Iterable[tuple[Place, list[int]]]) -> None:
-        """These tokens are the sequences' from now on."""
-        for place, token_ids in drawn:
-            if (seen := self._rows[place.row].seen) is not None:
+    def keep(self, drawn: Mapping[int, list[int]]) -> None:
+        """Row -> tokens that are its sequence's from now on."""
+        for row, token_ids in drawn.items():
+            if (seen := self._rows[row].seen) is not None:
                 for token_id in token_ids:
                     seen.add(token_id)
 

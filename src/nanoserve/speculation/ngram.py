@@ -1,0 +1,57 @@
+"""Drafts out of the text itself: what followed its last tokens where they stood before.
+
+Known as prompt lookup decoding: https://github.com/apoorvumang/prompt-lookup-decoding
+"""
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+
+from nanoserve.request import DraftSource
+from nanoserve.speculation.drafter import MAX_EVIDENCE, Draft
+
+# Tokens that must be the same.
+MATCH = 3
+# A run of MATCH tokens is one integer, in which each has so many bits. Ids that need more may be mistaken for others,
+# until the text is looked at.
+_BITS = 21
+_MASK = (1 << _BITS * MATCH) - 1
+
+
+class NgramDrafter:
+    """The latest place of each run of three tokens; one entry more for each token."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._token_ids: list[int] = []
+        # The last MATCH tokens.
+        self._run = 0
+        # Run -> the place behind it.
+        self._behind: dict[int, int] = {}
+        self.extend(token_ids)
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        run, behind = self._run, self._behind
+        for place, token_id in enumerate(token_ids, start=len(self._token_ids)):
+            if place >= MATCH:
+                behind[run] = place
+            run = (run << _BITS | token_id) & _MASK
+        self._run = run
+        self._token_ids.extend(token_ids)
+
+    def propose(self, count: int) -> Draft | None:
+        """A draft that reaches the end of the text goes on with its own beginning."""
+        if len(self._token_ids) <= MATCH or (place := self._behind.get(self._run)) is None:
+            return None
+        length = self._num_same(place)
+        if length < MATCH:
+            return None
+        repeated = islice(self._token_ids, place, min(place + count, len(self._token_ids)))
+        return Draft(DraftSource.NGRAM, list(islice(cycle(repeated), count)), length)
+
+    def _num_same(self, place: int) -> int:
+        """How many tokens before this place are those at the end; at most MAX_EVIDENCE."""
+        token_ids = self._token_ids
+        longest = min(MAX_EVIDENCE, place)
+        for length in range(longest):
+            if token_ids[place - 1 - length] != token_ids[-1 - length]:
+                return length
+        return longest

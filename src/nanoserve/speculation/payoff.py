@@ -1,0 +1,154 @@
+"""How many drafts pay: from how long steps take, and from how often drafts of the same kind were right.
+
+Acceptance alone is the wrong signal. A draft that is right nine times of ten still costs more than it gives where a
+step waits for arithmetic, and one that is right once in three is a gift where it waits for memory. So drafts are added
+as long as they raise
+
+    tokens that the step is expected to make / seconds that it is expected to take
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanoserve.request import DraftSource
+from nanoserve.speculation.drafter import MAX_EVIDENCE
+
+# Drafts of a step, all together: each needs logits as wide as the vocabulary.
+MAX_STEP_DRAFTS = 256
+# Weight of the newest step in the mean.
+NEWEST_STEP = 0.2
+# A mean is forgotten after so many steps without a new one, and whatever is not known is tried again.
+FORGOTTEN_AFTER = 2000
+# Weight of the newest draft in a share.
+NEWEST_DRAFT = 0.05
+# While drafts of a kind are not tried, their share goes back to what is expected of them at first: by so much a step.
+FORGIVENESS = 0.001
+# What the drafts of one sequence say about it counts as much as that of all after so many.
+TRUSTED_AFTER = 8.0
+
+
+class StepTimes:
+    """Mean seconds of a step by the tokens that it computes."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []  # in order
+        # Size -> mean, and the number of the step that was the last of that size.
+        self._means: dict[int, tuple[float, int]] = {}
+        self._num_steps = 0
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        self._num_steps += 1
+        size = _rounded(num_tokens)
+        if size not in self._means:
+            insort(self._sizes, size)
+        mean, _ = self._means.get(size, (seconds, 0))
+        # Steps of a size differ by their contexts; one that was held up does not count for more than twice its like.
+        self._means[size] = mean + NEWEST_STEP * (min(seconds, 2 * mean) - mean), self._num_steps
+        oldest = min(self._sizes, key=lambda size: self._means[size][1])
+        if self._num_steps - self._means[oldest][1] > FORGOTTEN_AFTER:
+            self._sizes.remove(oldest)
+            del self._means[oldest]
+
+    def knows(self, num_tokens: int) -> bool:
+        return _rounded(num_tokens) in self._means
+
+    def expect(self, num_tokens: int) -> float:
+        """Between two sizes that are known, what lies between; beyond them, the nearest: nothing is ruled out untried.
+
+        At least one size must be known.
+        """
+        size = _rounded(num_tokens)
+        place = bisect_left(self._sizes, size)
+        above = self._sizes[min(place, len(self._sizes) - 1)]
+        below = above if above <= size else self._sizes[max(place - 1, 0)]
+        (low, _), (high, _) = self._means[below], self._means[above]
+        return low + (high - low) * (size - below) / (above - below) if below < above else low
+
+
+def _rounded(num_tokens: int) -> int:
+    """To three significant bits, but for small numbers: sizes that take about as long are one."""
+    step = 1 << max(0, num_tokens.bit_length() - 4)
+    return -(-num_tokens // step) * step
+
+
+@dataclass(slots=True)
+class _Share:
+    """How often drafts of a kind were right."""
+
+    prior: float
+    mean: float
+
+    def add(self, was_right: bool) -> None:
+        self.mean += NEWEST_DRAFT * (was_right - self.mean)
+
+    def forgive(self) -> None:
+        self.mean += FORGIVENESS * (self.prior - self.mean)
+
+
+class Acceptance:
+    """How often a token of a draft is right, if those before it were: by source and evidence, and by sequence."""
+
+    def __init__(self) -> None:
+        self._shares = {
+            (source, evidence): _Share(prior, prior)
+            for source in DraftSource
+            for evidence in range(MAX_EVIDENCE + 1)
+            for prior in [0.9 if source is DraftSource.PREDICTION else 0.4 + 0.03 * evidence]
+        }
+
+    def expect(self, source: DraftSource, evidence: int, own: "OwnAcceptance") -> float:
+        share = self._shares[source, evidence].mean
+        return (own.num_right + TRUSTED_AFTER * share) / (own.num_tried + TRUSTED_AFTER)
+
+    def add(self, source: DraftSource, evidence: int, own: "OwnAcceptance", num_tried: int, num_right: int) -> None:
+        """Of a draft of which so many tokens were tried. Those behind the first wrong one say nothing."""
+        share = self._shares[source, evidence]
+        for was_right in [True] * num_right + [False] * (num_right < num_tried):
+            share.add(was_right)
+            own.add(was_right)
+
+    def forgive(self, source: DraftSource, evidence: int, own: "OwnAcceptance") -> None:
+        """A draft of the kind was left out."""
+        self._shares[source, evidence].forgive()
+        own.forgive()
+
+
+@dataclass(slots=True)
+class OwnAcceptance:
+    """Of one sequence, the newest counting most."""
+
+    num_right: float = 0.0
+    num_tried: float = 0.0
+
+    def add(self, was_right: bool) -> None:
+        self.num_right = self.num_right * (1 - NEWEST_DRAFT) + was_right
+        self.num_tried = self.num_tried * (1 - NEWEST_DRAFT) + 1
+
+    def forgive(self) -> None:
+        self.num_right *= 1 - FORGIVENESS
+        self.num_tried *= 1 - FORGIVENESS
+
+
+def choose_counts(times: StepTimes, num_tokens: int, chances: Sequence[tuple[float, int]]) -> list[int]:
+    """How many tokens of each draft to compute beside the `num_tokens` that a step computes anyway.
+
+    chances: of each draft, the probability that a token is right if those before it were, and its length.
+    """
+    counts = [0] * len(chances)
+    if not times.knows(num_tokens):  # the step without drafts is what all others are compared with
+        return counts
+    gains = sorted(
+        ((chance**place, i) for i, (chance, length) in enumerate(chances) for place in range(1, length + 1)),
+        key=lambda gain: -gain[0],
+    )
+    del gains[MAX_STEP_DRAFTS:]
+    best_rate, best_num, made = num_tokens / times.expect(num_tokens), 0, float(num_tokens)
+    for num, (gain, _) in enumerate(gains, start=1):
+        made += gain
+        rate = made / times.expect(num_tokens + num)
+        if rate > best_rate:
+            best_rate, best_num = rate, num
+    for _, i in gains[:best_num]:
+        counts[i] += 1
+    return counts
