@@ -322,7 +322,7 @@ async def test_a_cache_reset_shows_while_requests_run():
         bench.executor.gate.clear()
         second = await in_a_step(bench, "second", prompt(100, 16), max_tokens=9)
         reset = asyncio.create_task(bench.engine.reset_cache())
-        await until(lambda: bench.engine._commands)
+        await until(lambda: bench.engine._resets)
         bench.executor.gate.set()
         assert await reset
         await finish(bench, second)
