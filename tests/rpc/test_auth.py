@@ -13,6 +13,7 @@ from nanoserve_client.v1 import admin_pb2, generation_pb2_grpc, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 
 from nanoserve.config import ServerConfig
+from nanoserve.observer import Observer, Observers
 from nanoserve.rpc.errors import ServerError
 from nanoserve.rpc.server import Server
 
@@ -121,6 +122,25 @@ async def test_a_method_that_does_not_exist_needs_a_key_too(serve, key_files):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await method(b"", metadata=(("authorization", "Bearer admin-key"),))
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_refused_call_is_told_to_observers_with_a_method_that_there_is(key_files):
+    """Metrics make labels of methods: callers without a key must not invent them."""
+    told = []
+    observer = Observer()
+    observer.call_ended = lambda call: told.append((call.method, call.code))
+    server = Server(ServerConfig(grpc_port=0, **key_files), FakeEngine(), observers=Observers(observer))
+    port = await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for method in ("AdminService/GetStats", "AdminService/Nothing", "Nobody/Knows"):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await channel.unary_unary(f"/nanoserve.v1.{method}")(b"")
+    await server.stop()
+    assert told == [
+        ("nanoserve.v1.AdminService/GetStats", UNAUTHENTICATED),
+        ("_OTHER", UNAUTHENTICATED),
+        ("_OTHER", UNAUTHENTICATED),
+    ]
 
 
 async def test_the_engine_sees_a_digest_of_the_key_alone(key_files):

@@ -9,19 +9,18 @@
 Without a file of ordinary keys the first column asks for none; without any file, no service does.
 """
 
-import hashlib
 import hmac
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import grpc
 
 from nanoserve.config import ServerConfig
 from nanoserve.request import PermissionDenied, RequestError, Unauthenticated
-from nanoserve.rpc.call import Metadata, bearer_key, request_id
-from nanoserve.rpc.errors import ServerError, abort
+from nanoserve.rpc.call import Call, Calls, Context, Metadata, digest, principal_of
+from nanoserve.rpc.errors import ServerError
 
 ADMIN_SERVICE = "nanoserve.v1.AdminService"
 # Probes and tools come without a key. Neither tells anything about a caller or a request.
@@ -30,9 +29,8 @@ OPEN_SERVICES = (
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
 )
-
-_Asked = TypeVar("_Asked")
-_Answered = TypeVar("_Answered")
+# What observers are told instead of a method that there is not, as OpenTelemetry's conventions have it.
+OTHER_METHOD = "_OTHER"
 
 
 class ApiKeys:
@@ -42,8 +40,8 @@ class ApiKeys:
         """None = no such file was given; the module's table says what follows."""
         self._data_plane_is_open = ordinary is None
         self._admin_is_open = ordinary is None and admin is None
-        self._ordinary = [_digest(key) for key in ordinary or []]
-        self._admin = [_digest(key) for key in admin or []]
+        self._ordinary = [digest(key) for key in ordinary or []]
+        self._admin = [digest(key) for key in admin or []]
 
     def check(self, method: str, metadata: Metadata) -> None:
         """Raise Unauthenticated or PermissionDenied if the metadata's key does not open the method."""
@@ -52,13 +50,12 @@ class ApiKeys:
         is_open = self._admin_is_open if is_admin_service else self._data_plane_is_open
         if is_open or service in OPEN_SERVICES:
             return
-        key = bearer_key(metadata)
-        if key is None:
+        principal = principal_of(metadata)
+        if not principal:
             raise Unauthenticated("an API key is required, as metadata 'authorization: Bearer KEY'")
-        digest = _digest(key)
-        if _is_among(digest, self._admin):
+        if _is_among(principal, self._admin):
             return
-        if not _is_among(digest, self._ordinary):
+        if not _is_among(principal, self._ordinary):
             raise Unauthenticated("the API key is not known")
         if is_admin_service:
             raise PermissionDenied("AdminService takes an admin key")
@@ -67,27 +64,38 @@ class ApiKeys:
 class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
     """Turns away calls without the right key, before their message is read."""
 
-    def __init__(self, keys: ApiKeys) -> None:
+    def __init__(self, keys: ApiKeys, calls: Calls) -> None:
         self._keys = keys
+        self._calls = calls
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[_Asked, _Answered] | None"]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> "grpc.RpcMethodHandler[_Asked, _Answered] | None":
-        metadata = list(handler_call_details.invocation_metadata)
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        handler = await continuation(handler_call_details)
         try:
-            self._keys.check(handler_call_details.method, metadata)
+            self._keys.check(handler_call_details.method, handler_call_details.invocation_metadata)
         except RequestError as error:
-            return _refusal(error, request_id(metadata))
-        return await continuation(handler_call_details)
+            # Observers make labels of methods, so a caller may not choose one.
+            method = OTHER_METHOD if handler is None else handler_call_details.method.removeprefix("/")
+            return self._refusal(method, error)
+        return handler
+
+    def _refusal(self, method: str, error: RequestError) -> "grpc.RpcMethodHandler[Any, Any]":
+        async def fail(_requests: Any, _call: Call) -> NoReturn:
+            raise error
+
+        async def refuse(requests: Any, context: Context) -> None:
+            await self._calls.answer(method, requests, context, fail)
+
+        # Whatever the method's own kind is, a stream handler can end the RPC without reading anything.
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def read_api_keys(config: ServerConfig) -> ApiKeys:
     """The keys of the configured files. Raises ServerError."""
-    ordinary = None if config.api_keys is None else _read_keys(config.api_keys)
-    admin = None if config.admin_keys is None else _read_keys(config.admin_keys)
-    return ApiKeys(ordinary, admin)
+    return ApiKeys(_read_keys(config.api_keys), _read_keys(config.admin_keys))
 
 
 def read_tls_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
@@ -117,15 +125,9 @@ def read_tls_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials([(pems[key], pems[cert])], pems[client_ca], True)
 
 
-def _refusal(error: RequestError, label: str) -> "grpc.RpcMethodHandler[Any, Any]":
-    async def refuse(_requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await abort(context, error, label)
-
-    # Whatever the method's own kind is, a stream handler can end the RPC without reading anything.
-    return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-def _read_keys(path: Path) -> list[str]:
+def _read_keys(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
     keys = []
     for number, line in enumerate(_read(path).decode(errors="replace").splitlines(), start=1):
         key = line.partition("#")[0].strip()
@@ -146,10 +148,6 @@ def _read(path: Path) -> bytes:
         raise ServerError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
-def _is_among(digest: bytes, known: list[bytes]) -> bool:
+def _is_among(principal: str, known: list[str]) -> bool:
     """Takes the same time whichever key it is, if any."""
-    return sum(hmac.compare_digest(digest, other) for other in known) > 0
+    return sum(hmac.compare_digest(principal, other) for other in known) > 0

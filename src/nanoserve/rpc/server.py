@@ -30,11 +30,10 @@ from nanoserve.observer import Observers
 from nanoserve.request import NotReady
 from nanoserve.rpc.admin import AdminService, Recorder
 from nanoserve.rpc.auth import ApiKeyInterceptor, ApiKeys, read_api_keys, read_tls_credentials
-from nanoserve.rpc.call import service_handler
+from nanoserve.rpc.call import Calls
 from nanoserve.rpc.errors import ServerError
 from nanoserve.rpc.generation import GenerationService
 from nanoserve.rpc.model import ModelService
-from nanoserve.rpc.observe import ObserverInterceptor
 
 OPTIONS: tuple[tuple[str, Any], ...] = (
     # A second server on the port fails, instead of taking every other connection.
@@ -89,16 +88,15 @@ class Server:
         self._engine = engine
         self._is_draining = False
         self._credentials = read_tls_credentials(config)
-        interceptors: list[grpc.aio.ServerInterceptor] = [ApiKeyInterceptor(keys or read_api_keys(config))]
-        if observers is not None and not observers.is_empty:
-            interceptors.insert(0, ObserverInterceptor(observers))
-        self._grpc = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
+        calls = Calls(observers or Observers())
+        asks_for_keys = ApiKeyInterceptor(keys or read_api_keys(config), calls)
+        self._grpc = grpc.aio.server(interceptors=[asks_for_keys], options=OPTIONS)
         servicers = (
             GenerationService(self._ready_engine),
             ModelService(self._ready_engine),
             AdminService(self._ready_engine, recorder),
         )
-        self._grpc.add_generic_rpc_handlers(list(map(service_handler, SERVICES, servicers)))
+        self._grpc.add_generic_rpc_handlers(list(map(calls.handler, SERVICES, servicers)))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = [s.full_name for s in SERVICES]
