@@ -188,11 +188,9 @@ def request_id(request: admin_pb2.CancelRequest | admin_pb2.ExplainRequestReques
 def watch(request: admin_pb2.WatchEngineRequest) -> float:
     """The interval in seconds. Raises InvalidRequest."""
     violations = Violations(request)
-    interval_s: float | None = DEFAULT_INTERVAL_S
-    if request.HasField("interval"):
-        interval_s = violations.seconds("interval", request.interval)
-        if interval_s is not None:
-            violations.number("interval", interval_s, INTERVAL_RANGE_S)
+    interval_s = violations.seconds("interval", request.interval) if request.HasField("interval") else DEFAULT_INTERVAL_S
+    if interval_s is not None:
+        violations.number("interval", interval_s, INTERVAL_RANGE_S)
     violations.raise_if_any()
     assert interval_s is not None
     return interval_s
@@ -370,11 +368,8 @@ def _unknown_fields(message: Message, path: str) -> Iterator[tuple[str, str]]:
     for unknown in unknown_fields:
         number = unknown.field_number
         known = message.DESCRIPTOR.fields_by_number.get(number)
-        if known is None:
-            what = f"field number {number} of {message.DESCRIPTOR.full_name} is not known"
-        else:
-            what = f"field number {number} of {message.DESCRIPTOR.full_name} is not encoded as one"
-        yield f"{prefix}{number if known is None else known.name}", what
+        name, wrong = (number, "is not known") if known is None else (known.name, "is not encoded as one")
+        yield f"{prefix}{name}", f"field number {number} of {message.DESCRIPTOR.full_name} {wrong}"
     for field, value in message.ListFields():
         for child_path, child in _children(field, value, f"{prefix}{field.name}"):
             yield from _unknown_fields(child, child_path)
