@@ -6,6 +6,7 @@ The client is part of what is measured: on the same machine it takes its share o
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -121,7 +122,7 @@ def _open_json(name: str | None) -> Iterator[TextIO | None]:
 
 
 def _tell(report: Report, json_file: TextIO | None) -> None:
-    line = json.dumps(report.as_json()) + "\n"
+    line = json.dumps(dataclasses.asdict(report)) + "\n"
     write(line if json_file is sys.stdout else report.as_text())
     if json_file is not None and json_file is not sys.stdout:
         json_file.write(line)

@@ -24,12 +24,9 @@ OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 CHOICES = "gen_ai.request.choice.count"
 MAX_TOKENS = "gen_ai.request.max_tokens"
 SEED = "gen_ai.request.seed"
-TEMPERATURE = "gen_ai.request.temperature"
-TOP_P = "gen_ai.request.top_p"
-TOP_K = "gen_ai.request.top_k"
-FREQUENCY_PENALTY = "gen_ai.request.frequency_penalty"
-PRESENCE_PENALTY = "gen_ai.request.presence_penalty"
 TOKEN_TYPE = "gen_ai.token.type"
+# Parameters that are called gen_ai.request.NAME, NAME being ours, and the value that is not told: it is off, or not set.
+UNTOLD = {"temperature": None, "top_p": None, "top_k": 0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 # Opt-in: they hold what callers wrote and read.
 INPUT_MESSAGES = "gen_ai.input.messages"
 OUTPUT_MESSAGES = "gen_ai.output.messages"

@@ -13,7 +13,7 @@ was in. They are made when the call is over, from times that were noted anyway, 
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from opentelemetry import trace
@@ -22,13 +22,6 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from nanoserve.observability import conventions as names
 from nanoserve.observer import CallRecord, Observer, RequestRecord, current_call
-
-
-@dataclass(frozen=True, slots=True)
-class _Phase:
-    name: str
-    start_s: float
-    end_s: float
 
 
 class Tracing(Observer):
@@ -73,22 +66,22 @@ class Tracing(Observer):
 
     def _trace_phases(self, parent: Span, unix_offset_ns: int, call: CallRecord, request: RequestRecord) -> None:
         context = trace.set_span_in_context(parent)
-        for phase in _phases(call, request):
-            start_ns = _ns(phase.start_s, unix_offset_ns)
-            span = self._tracer.start_span(phase.name, context=context, start_time=start_ns)
-            for time_s, name, attributes in _events(request):
-                if phase.start_s < time_s <= phase.end_s:
-                    span.add_event(name, attributes, _ns(time_s, unix_offset_ns))
-            span.end(_ns(phase.end_s, unix_offset_ns))
+        for phase, start_s, end_s in _phases(call, request):
+            span = self._tracer.start_span(phase, context=context, start_time=_ns(start_s, unix_offset_ns))
+            for time_s, event, attributes in _events(request):
+                if start_s < time_s <= end_s:
+                    span.add_event(event, attributes, _ns(time_s, unix_offset_ns))
+            span.end(_ns(end_s, unix_offset_ns))
 
 
-def _phases(call: CallRecord, request: RequestRecord) -> Iterator[_Phase]:
+def _phases(call: CallRecord, request: RequestRecord) -> Iterator[tuple[str, float, float]]:
+    """(name, begin, end)"""
     begins = [call.start_s, request.started_s, request.first_token_s]
     reached = [begin_s for begin_s in begins if begin_s is not None]
     # What a step reports after the call was cut off is later than the call's end.
     ends = [min(end_s, call.end_s) for end_s in [*reached[1:], call.end_s]]
     for name, begin_s, end_s in zip(("queue", "prefill", "decode"), reached, ends, strict=False):
-        yield _Phase(name, min(begin_s, call.end_s), end_s)
+        yield name, min(begin_s, call.end_s), end_s
 
 
 def _events(request: RequestRecord) -> Iterator[tuple[float, str, dict[str, Any]]]:
@@ -123,15 +116,9 @@ def _request_attributes(request: RequestRecord, model: str) -> Iterator[tuple[st
     yield names.PROVIDER, names.NANOSERVE
     yield names.REQUEST_MODEL, model
     yield names.RESPONSE_MODEL, model
-    yield names.TEMPERATURE, params.temperature
-    yield names.TOP_P, params.top_p
-    # What is off needs no word.
-    if params.top_k:
-        yield names.TOP_K, params.top_k
-    if params.frequency_penalty:
-        yield names.FREQUENCY_PENALTY, params.frequency_penalty
-    if params.presence_penalty:
-        yield names.PRESENCE_PENALTY, params.presence_penalty
+    for name, untold in names.UNTOLD.items():
+        if (value := getattr(params, name)) != untold:
+            yield f"gen_ai.request.{name}", value
     if request.priority:
         yield names.PRIORITY, request.priority
     if params.n != 1:
