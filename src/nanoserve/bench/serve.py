@@ -98,7 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
     with _open_json(arguments.json) as json_file:
 
         def tell(text: str, measurement: Measurement) -> None:
-            _tell(Report.of(text, arguments.rate, measurement, limits), json_file)
+            report = Report.of(text, arguments.rate, measurement, limits)
+            line = json.dumps(dataclasses.asdict(report)) + "\n"
+            write(line if json_file is sys.stdout else report.as_text())
+            if json_file is not None and json_file is not sys.stdout:
+                json_file.write(line)
+                json_file.flush()
 
         measured = asyncio.run(_measure_all(client, arguments, tell))
     if arguments.plot is not None and measured:
@@ -119,14 +124,6 @@ def _open_json(name: str | None) -> Iterator[TextIO | None]:
             yield file
     except OSError as error:
         raise ConfigError(f"--json is {name!r}; it cannot be written: {error.strerror}") from None
-
-
-def _tell(report: Report, json_file: TextIO | None) -> None:
-    line = json.dumps(dataclasses.asdict(report)) + "\n"
-    write(line if json_file is sys.stdout else report.as_text())
-    if json_file is not None and json_file is not sys.stdout:
-        json_file.write(line)
-        json_file.flush()
 
 
 async def _measure_all(

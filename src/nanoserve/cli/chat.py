@@ -23,7 +23,7 @@ from nanoserve.cli import line_editor
 from nanoserve.cli.connection import connected
 from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.sampling import add_sampling, read_sampling
-from nanoserve.cli.terminal import dim, on_signals, start_logging, write, write_error
+from nanoserve.cli.terminal import has_colour, on_signals, start_logging, write, write_error
 from nanoserve.config import ENGINE_SECTIONS
 
 DESCRIPTION = """
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def say(text: str) -> None:
     """What does not come from the model."""
-    write_error(dim(text, sys.stderr) + "\n")
+    write_error(f"\x1b[2m{text}\x1b[0m\n" if has_colour(sys.stderr) else f"{text}\n")
 
 
 @dataclass(slots=True)

@@ -67,24 +67,18 @@ def add_options(
     for name in sections:
         group = parser.add_argument_group(SECTIONS[name].__doc__.splitlines()[0].removesuffix("."))
         for setting in settings(name):
+            place, help = destination(setting), escape(setting.full_help)
             if setting.is_positional and has_positional:
-                help = escape(setting.full_help)
-                group.add_argument(destination(setting), nargs="?", metavar=setting.metavar, help=help)
+                group.add_argument(place, nargs="?", metavar=setting.metavar, help=help)
+            elif setting.kind is bool:
+                group.add_argument(setting.flag, dest=place, action="store_const", const=True, help=help)
+                # For a switch that a file or variable turned.
+                hidden = argparse.SUPPRESS
+                group.add_argument(setting.opposite, dest=place, action="store_const", const=False, help=hidden)
             else:
-                _add_flag(group, setting)
+                group.add_argument(setting.flag, dest=place, metavar=setting.metavar, help=help)
     group = parser.add_argument_group("Configuration", CONFIGURATION)
     group.add_argument("--config", metavar="FILE", help="TOML file of options.")
-
-
-def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
-    help = escape(setting.full_help)
-    place = destination(setting)
-    if setting.kind is not bool:
-        group.add_argument(setting.flag, dest=place, metavar=setting.metavar, help=help)
-        return
-    group.add_argument(setting.flag, dest=place, action="store_const", const=True, help=help)
-    # For a switch that a file or variable turned.
-    group.add_argument(setting.opposite, dest=place, action="store_const", const=False, help=argparse.SUPPRESS)
 
 
 def number(low: float, high: float, wanted: str) -> Callable[[str], float]:

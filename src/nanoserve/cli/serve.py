@@ -96,12 +96,18 @@ async def _serve(
 ) -> int:
     started_s = time.monotonic()
     try:
-        address = _address(options.server, await server.start())
+        address = server.address(await server.start())
         serving = asyncio.create_task(server.run_until_signal())
         await asyncio.sleep(0)  # lets it take over the signals
         name = BUILTIN_MODEL_NAME if options.model.path == str(BUILTIN_MODEL) else options.model.path
         logger.info("listening on %s, not ready yet: loading %s", address, name)
-        engine = await _load(build, loading, server, serving)
+        with loading:
+            building = asyncio.create_task(asyncio.to_thread(build))
+            await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
+        if not building.done():
+            # A signal came. Nothing can stop a thread that loads a model; the engine's process ends with this one.
+            server.end_process(0)
+        engine = building.result()
     except Exception:
         await server.stop()
         raise
@@ -123,24 +129,6 @@ async def _serve(
     await engine.close()
     logger.info("stopped")
     return 0
-
-
-async def _load(
-    build: Callable[[], "Engine"], loading: Loading, server: "Server", serving: "asyncio.Task[None]"
-) -> "Engine":
-    """Build the engine on another thread; a signal in the meantime ends the process."""
-
-    with loading:
-        building = asyncio.create_task(asyncio.to_thread(build))
-        await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
-    if not building.done():
-        # Nothing can stop a thread that loads a model; the engine's process ends with this one.
-        server.end_process(0)
-    return building.result()
-
-
-def _address(config: ServerConfig, port: int) -> str:
-    return f"[{config.host}]:{port}" if ":" in config.host else f"{config.host}:{port}"
 
 
 def _protection(config: ServerConfig) -> str:

@@ -50,7 +50,6 @@ PHASE_COLOURS = {
     SequencePhase.PREFILL: "prompt",
     SequencePhase.DECODE: "token",
     SequencePhase.PREEMPTED: "preempted",
-    SequencePhase.WAITING: "soft",
 }
 _COLOUR_CODE = re.compile(r"\x1b\[\d+m")
 # Of the KV map.

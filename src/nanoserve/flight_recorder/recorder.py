@@ -198,8 +198,6 @@ class FlightRecorder(Observer):
             preemptions=sum(preemption.index == index for _, preemption in request.preemptions),
         )
 
-    # ------------------------------------------------------------------------------------------- timelines
-
     def explain(self, request_id: str) -> list[admin_pb2.RequestTimeline]:
         """The timelines of all requests with this label, newest first; empty = none is known."""
         now_s = time.monotonic()

@@ -72,13 +72,9 @@ class Entry:
     # Of a wait: seconds that went by each reason, most first. Empty = it was not for the scheduler.
     shares: Mapping[WaitReason, float] = field(default_factory=dict)
 
-    @property
-    def length_s(self) -> float:
-        return self.end_s - self.start_s
-
     def message(self, arrival_s: float) -> admin_pb2.TimelineEntry:
         """With times from the arrival on; a call's own arrival is a moment before that of its request."""
-        start, took = duration(max(0.0, self.start_s - arrival_s)), duration(max(0.0, self.length_s))
+        start, took = duration(max(0.0, self.start_s - arrival_s)), duration(max(0.0, self.end_s - self.start_s))
         message = admin_pb2.TimelineEntry(start=start, duration=took)
         message.MergeFrom(self.told)
         return message
@@ -144,7 +140,7 @@ def _waited(waits: list[Entry]) -> Iterator[str]:
     shares: dict[WaitReason, float] = defaultdict(float)
     # The longest wait for each reason says whom it was behind.
     behind: dict[WaitReason, str] = {}
-    for entry in sorted(waits, key=lambda entry: -entry.length_s):
+    for entry in sorted(waits, key=lambda entry: entry.start_s - entry.end_s):
         for reason, share_s in entry.shares.items():
             shares[reason] += share_s
         for reason in itertools.islice(entry.shares, 1):
@@ -165,17 +161,14 @@ def _queue(request: RequestRecord, memory: Memory, end_s: float) -> Iterator[Ent
     waits = list(_waits(request, 0, start_s, until_s, memory)) if request.id else []
     unexplained_s = (waits[0].start_s if waits else until_s) - start_s
     if unexplained_s > MIN_WAIT_S and not (request.end_s is not None and request.started_s is None and not waits):
-        text = _first_wait_text(request, unexplained_s, memory)
+        took, spans = _time(unexplained_s), memory.queue_spans
+        if request.id and spans and spans[0].start_s > start_s and unexplained_s > 1:
+            text = f"waited {took}; what for is no longer known"
+        else:
+            text = f"waited {took} for its prompt to be encoded, and for the step that was running"
         told = admin_pb2.TimelineEntry(text=text, wait=admin_pb2.TimelineWait())
         yield Entry(start_s, start_s + unexplained_s, told)
     yield from waits
-
-
-def _first_wait_text(request: RequestRecord, waited_s: float, memory: Memory) -> str:
-    spans = memory.queue_spans
-    if request.id and spans and spans[0].start_s > request.arrival_s and waited_s > 1:
-        return f"waited {_time(waited_s)}; what for is no longer known"
-    return f"waited {_time(waited_s)} for its prompt to be encoded, and for the step that was running"
 
 
 def _waits(request: RequestRecord, index: int, start_s: float, end_s: float, memory: Memory) -> Iterator[Entry]:
@@ -212,16 +205,14 @@ def _wait_entry(
     what = []
     for reason, share_s in shares.items():
         took = f"{_time(share_s)} " if len(shares) > 1 else ""
-        what.append(f"{took}for {WANTED[reason]}{_behind(last[reason], request, memory)}")
+        behind_id = last[reason].behind_request_id
+        behind = f" behind {_name(behind_id, request, memory)}" if behind_id else ""
+        what.append(f"{took}for {WANTED[reason]}{behind}")
     who = f"sequence {index} " if index else ""
     whom = _name(before[0], request, memory) if len(before) == 1 else f"{len(before)} requests"
     after = f"after {whom}, which waited " if before else ""
     text = f"{who}waited {_time(until_s - begin_s)} {after}{' and '.join(what)}"
     return Entry(begin_s, until_s, admin_pb2.TimelineEntry(text=text, wait=wait), shares)
-
-
-def _behind(wait: Wait, request: RequestRecord, memory: Memory) -> str:
-    return f" behind {_name(wait.behind_request_id, request, memory)}" if wait.behind_request_id else ""
 
 
 def _name(id: str, request: RequestRecord, memory: Memory) -> str:

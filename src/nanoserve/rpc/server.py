@@ -64,11 +64,7 @@ logger = logging.getLogger(__name__)
 
 
 class Server:
-    """One listening port and what is served on it. Event loop thread.
-
-    Exit codes of a process that waits in run_until_signal(): 0 after an orderly stop; 128 + the signal's number when
-    a second signal cut it short.
-    """
+    """One listening port and what is served on it. Event loop thread."""
 
     def __init__(
         self,
@@ -102,7 +98,8 @@ class Server:
         names = [s.full_name for s in SERVICES]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc)
         self._health_poll: asyncio.Task[None] | None = None
-        self._socket_folder: tempfile.TemporaryDirectory[str] | None = None
+        # Takes the socket's folder away.
+        self._leaving = contextlib.ExitStack()
 
     async def start(self) -> int:
         """Listen; returns the port. Raises ServerError if it cannot."""
@@ -115,8 +112,8 @@ class Server:
     def listen_on_socket(self) -> str:
         """Besides the port, and without TLS, on a socket of the file system that this user alone can reach. Returns its
         address. Before start()."""
-        self._socket_folder = tempfile.TemporaryDirectory(prefix="nanoserve-")
-        address = f"unix:{self._socket_folder.name}/grpc"
+        folder = self._leaving.enter_context(tempfile.TemporaryDirectory(prefix="nanoserve-"))
+        address = f"unix:{folder}/grpc"
         self._grpc.add_insecure_port(address)
         return address
 
@@ -131,7 +128,7 @@ class Server:
         if self._engine is not None:
             await self._engine.drain(self._config.drain_timeout_s)
         await self._grpc.stop(STOP_GRACE_S)
-        self._remove_socket()
+        self._leaving.close()
         if self._health_poll is not None:
             self._health_poll.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -139,12 +136,12 @@ class Server:
 
     def end_process(self, code: int) -> NoReturn:
         """End the process now, whatever runs, with this exit code."""
-        self._remove_socket()
+        self._leaving.close()
         logging.shutdown()
         os._exit(code)
 
     async def run_until_signal(self) -> None:
-        """Serve until SIGTERM or SIGINT, then stop(). A second signal ends the process at once."""
+        """Serve until SIGTERM or SIGINT, then stop(). A second signal ends the process at once, with 128 + its number."""
         loop = asyncio.get_running_loop()
         first = asyncio.Event()
 
@@ -171,9 +168,14 @@ class Server:
             raise NotReady("draining" if self._is_draining else "loading")
         return self._engine
 
+    def address(self, port: int) -> str:
+        """As clients take it."""
+        host = self._config.host
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
     def _listen(self) -> int:
         host, port = self._config.host, self._config.grpc_port
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = self.address(port)
         try:
             _try_to_bind(host, port)
             if self._credentials is None:
@@ -182,10 +184,6 @@ class Server:
         except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ServerError(f"cannot listen on {address}: {why}; --grpc-port and --host choose where") from None
-
-    def _remove_socket(self) -> None:
-        if self._socket_folder is not None:
-            self._socket_folder.cleanup()
 
     async def _poll_health(self) -> None:
         while True:
