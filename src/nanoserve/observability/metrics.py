@@ -118,7 +118,7 @@ class Metrics(Observer):
             self._counters["nanoserve.prompt.cached_tokens"].add(request.num_cached_tokens)
             self._counters["nanoserve.completion.tokens"].add(request.num_completion_tokens)
         for reason in request.finish_reasons.values():
-            self._counters["nanoserve.sequences.finished"].add(1, {names.FINISH_REASON: reason.value})
+            self._counters["nanoserve.sequences.finished"].add(1, {"nanoserve.finish_reason": reason.value})
 
     def call_ended(self, call: CallRecord) -> None:
         attributes = {names.RPC_SYSTEM: "grpc", names.RPC_METHOD: call.method, names.RPC_STATUS: call.code}
@@ -140,11 +140,7 @@ class Metrics(Observer):
             self._counters["nanoserve.requests.cancelled"].add(1, {names.RPC_STATUS: call.code})
         if request is None:
             return
-        attributes = {
-            names.OPERATION: names.operation(is_chat=request.is_chat),
-            names.PROVIDER: names.NANOSERVE,
-            names.REQUEST_MODEL: self._model,
-        }
+        attributes = names.of_generation(self._model, is_chat=request.is_chat)
         if call.code != "OK":
             attributes[names.ERROR_TYPE] = call.reason or call.code
         self._histograms["gen_ai.server.request.duration"].record(call.end_s - call.start_s, attributes)

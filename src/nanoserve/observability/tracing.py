@@ -23,6 +23,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from nanoserve.observability import conventions as names
 from nanoserve.observer import CallRecord, Observer, RequestRecord, current_call
 
+# Parameters that OpenTelemetry calls gen_ai.request.NAME, NAME being ours, and the value that is not told: it is off.
+UNTOLD = {"temperature": None, "top_p": None, "top_k": 0, "frequency_penalty": 0, "presence_penalty": 0}
+
 
 class Tracing(Observer):
     """Event loop thread."""
@@ -87,23 +90,20 @@ def _phases(call: CallRecord, request: RequestRecord) -> Iterator[tuple[str, flo
 def _events(request: RequestRecord) -> Iterator[tuple[float, str, dict[str, Any]]]:
     """(time, name, attributes)"""
     for chunk in request.chunks:
-        attributes: dict[str, Any] = {
-            names.STEP: chunk.step,
-            names.SEQUENCE: chunk.index,
-            names.NUM_TOKENS: chunk.num_tokens,
-        }
-        yield chunk.end_s, "chunk", attributes
+        told = {"nanoserve.step": chunk.step, "nanoserve.sequence": chunk.index, "nanoserve.tokens": chunk.num_tokens}
+        yield chunk.end_s, "chunk", told
     for time_s, preemption in request.preemptions:
-        attributes = {names.SEQUENCE: preemption.index, names.PREEMPTED_FOR: preemption.for_request_id}
-        yield time_s, "preemption", attributes
+        # The request that it made place for.
+        for_whom = preemption.for_request_id
+        yield time_s, "preemption", {"nanoserve.sequence": preemption.index, "nanoserve.preempted_for": for_whom}
     if request.last_token_s is not None:
         # What follows is delivery.
-        yield request.last_token_s, "last token", {names.NUM_TOKENS: request.num_completion_tokens}
+        yield request.last_token_s, "last token", {"nanoserve.tokens": request.num_completion_tokens}
 
 
 def _call_attributes(call: CallRecord) -> Iterator[tuple[str, str]]:
     yield names.RPC_STATUS, call.code
-    yield names.REQUEST_ID, call.request_id
+    yield "nanoserve.request.id", call.request_id
     if call.code != "OK":
         yield names.ERROR_TYPE, call.code
     if call.reason:
@@ -112,33 +112,32 @@ def _call_attributes(call: CallRecord) -> Iterator[tuple[str, str]]:
 
 def _request_attributes(request: RequestRecord, model: str) -> Iterator[tuple[str, Any]]:
     params = request.params
-    yield names.OPERATION, names.operation(is_chat=request.is_chat)
-    yield names.PROVIDER, names.NANOSERVE
-    yield names.REQUEST_MODEL, model
-    yield names.RESPONSE_MODEL, model
-    for name, untold in names.UNTOLD.items():
+    yield from names.of_generation(model, is_chat=request.is_chat).items()
+    yield "gen_ai.response.model", model
+    for name, untold in UNTOLD.items():
         if (value := getattr(params, name)) != untold:
             yield f"gen_ai.request.{name}", value
     if request.priority:
-        yield names.PRIORITY, request.priority
+        yield "nanoserve.request.priority", request.priority
     if params.n != 1:
-        yield names.CHOICES, params.n
+        yield "gen_ai.request.choice.count", params.n
     if params.max_tokens is not None:
-        yield names.MAX_TOKENS, params.max_tokens
+        yield "gen_ai.request.max_tokens", params.max_tokens
     if request.id:
-        yield names.RESPONSE_ID, request.id
+        yield "gen_ai.response.id", request.id
         if params.seed is not None and params.seed < 2**63:  # OpenTelemetry has no larger integers
-            yield names.SEED, params.seed
-        yield names.INPUT_TOKENS, request.num_prompt_tokens
-        yield names.CACHED_TOKENS, request.num_cached_tokens
-        yield names.OUTPUT_TOKENS, request.num_completion_tokens
+            yield "gen_ai.request.seed", params.seed
+        yield "gen_ai.usage.input_tokens", request.num_prompt_tokens
+        yield "gen_ai.usage.cache_read.input_tokens", request.num_cached_tokens
+        yield "gen_ai.usage.output_tokens", request.num_completion_tokens
         yield names.PHASE, "waiting" if request.started_s is None else "running"
     if request.finish_reasons:
-        yield names.FINISH_REASONS, [reason.value for _, reason in sorted(request.finish_reasons.items())]
+        yield "gen_ai.response.finish_reasons", [reason.value for _, reason in sorted(request.finish_reasons.items())]
+    # Opt-in: they hold what callers wrote and read.
     if request.prompt is not None:
-        yield names.INPUT_MESSAGES, json.dumps(_input_messages(request.prompt), ensure_ascii=False)
+        yield "gen_ai.input.messages", json.dumps(_input_messages(request.prompt), ensure_ascii=False)
     if request.texts is not None:
-        yield names.OUTPUT_MESSAGES, json.dumps(list(_output_messages(request)), ensure_ascii=False)
+        yield "gen_ai.output.messages", json.dumps(list(_output_messages(request)), ensure_ascii=False)
 
 
 def _input_messages(prompt: str | list[int] | list[dict[str, Any]]) -> list[dict[str, Any]]:
