@@ -72,7 +72,7 @@ def run_command(name: str, module: str, argv: list[str]) -> int:
     command = importlib.import_module(module)
     parser = Parser(f"nanoserve {name}")
     command.add_arguments(parser)
-    exit_code: int = command.run(parser.parse_args(argv))
+    exit_code: int = command.run(parser.parse(argv))
     return exit_code
 
 

@@ -31,6 +31,12 @@ class Parser(argparse.ArgumentParser):
         self.description = inspect.cleandoc(description)
         self.epilog = "Examples:\n" + "\n".join(f"  {line}" for line in inspect.cleandoc(examples).splitlines())
 
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """As parse_args does, but what has no flag may stand before, between and behind flags."""
+        # argparse cannot do that beside `--`, and where the rest of the line is for another parser.
+        has_rest = any(action.nargs == argparse.REMAINDER for action in self._get_positional_actions())
+        return self.parse_args(argv) if has_rest or "--" in argv else self.parse_intermixed_args(argv)
+
     def error(self, message: str) -> NoReturn:
         wrong = message.rpartition(" ")[2].partition("=")[0]
         known = [flag for flag, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
