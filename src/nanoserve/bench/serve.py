@@ -146,16 +146,16 @@ async def _measure_all(
             send = await stack.enter_async_context(opened)
         # All before any is run, so that one which cannot run is told of at once.
         prepared = [(w.text, w.requests(model.vocab_size, model.max_context_tokens)) for w in arguments.workload]
-        warm_up = await measure(send, WARM_UP.requests(model.vocab_size, model.max_context_tokens), rate=None)
         measured: list[tuple[str, Measurement]] = []
-        is_interrupted = warm_up.is_interrupted
+        warm_up = await measure(send, WARM_UP.requests(model.vocab_size, model.max_context_tokens), rate=None)
+        if warm_up.is_interrupted:
+            return measured
         for text, requests in prepared:
-            if is_interrupted:
-                break
             # None = a bar on a terminal only.
             with tqdm(total=len(requests), desc=text, unit="request", leave=False, disable=None) as bar:
                 measurement = await measure(send, requests, arguments.rate, bar.update)
             measured.append((text, measurement))
             tell(text, measurement)
-            is_interrupted = measurement.is_interrupted
+            if measurement.is_interrupted:
+                break
         return measured

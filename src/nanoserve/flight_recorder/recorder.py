@@ -116,8 +116,7 @@ class FlightRecorder(Observer):
     # ------------------------------------------------------------------------------------------- snapshots
 
     def snapshot(self, position: int | None) -> tuple[admin_pb2.WatchEngineResponse, int]:
-        """The engine as of the last step, and the steps since the snapshot that came with this position; None = there
-        was none before. Also the position for the next one."""
+        """As rpc/admin.py::Recorder says. The engine is told as of the last step."""
         first = max(0, self._num_steps - NUM_FIRST_STEPS) if position is None else position
         steps = self._last_steps(min(self._num_steps - first, MAX_STEPS_A_SNAPSHOT))
         self._read_parts()

@@ -112,17 +112,16 @@ def read_tls_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
         raise ServerError("--tls-cert and --tls-key go together")
     pems = {path: _read(path) for path in (cert, key, client_ca) if path is not None}
     checker = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tried = f"TLS certificate {cert} and key {key} do"
     try:
         checker.load_cert_chain(cert, key, password=lambda: "")
+        if client_ca is not None:
+            tried = f"client CA {client_ca} does"
+            checker.load_verify_locations(client_ca)
     except (ssl.SSLError, ValueError) as error:
-        raise ServerError(f"TLS certificate {cert} and key {key} do not work: {error}") from None
-    if client_ca is None:
-        return grpc.ssl_server_credentials([(pems[key], pems[cert])])
-    try:
-        checker.load_verify_locations(client_ca)
-    except (ssl.SSLError, ValueError) as error:
-        raise ServerError(f"client CA {client_ca} does not work: {error}") from None
-    return grpc.ssl_server_credentials([(pems[key], pems[cert])], pems[client_ca], True)
+        raise ServerError(f"{tried} not work: {error}") from None
+    root = None if client_ca is None else pems[client_ca]
+    return grpc.ssl_server_credentials([(pems[key], pems[cert])], root, require_client_auth=root is not None)
 
 
 def _read_keys(path: Path | None) -> list[str] | None:

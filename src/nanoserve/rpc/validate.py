@@ -35,12 +35,8 @@ ALTERNATIVES_RANGE = Range(0, 20)
 INTERVAL_RANGE_S = Range(0.05, 60)
 DEFAULT_INTERVAL_S = 1.0
 
-# As chat templates know them.
-ROLES = {
-    value: name.removeprefix("ROLE_").lower()
-    for name, value in generation_pb2.Role.items()
-    if value != generation_pb2.ROLE_UNSPECIFIED
-}
+# As chat templates know them. 0 is ROLE_UNSPECIFIED.
+ROLES = {value: name.removeprefix("ROLE_").lower() for name, value in generation_pb2.Role.items() if value != 0}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -241,11 +237,10 @@ def _chat(chat: generation_pb2.Chat, violations: Violations) -> Chat:
             )
         if chat.add_generation_prompt:
             violations.add("chat.add_generation_prompt", "cannot be true with continue_final_message")
-    kwargs_json = chat.template_kwargs_json
     return Chat(
         messages=messages,
         tools=[_tool(f"chat.tools[{i}]", tool, violations) for i, tool in enumerate(chat.tools)],
-        template_kwargs=(violations.json_object("chat.template_kwargs_json", kwargs_json) if kwargs_json else {}),
+        template_kwargs=violations.json_object("chat.template_kwargs_json", chat.template_kwargs_json or "{}"),
         continue_final_message=chat.continue_final_message,
         add_generation_prompt=_if_set(chat, "add_generation_prompt"),
         parse_special_tokens=chat.parse_special_tokens,
