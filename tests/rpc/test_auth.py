@@ -12,9 +12,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from nanoserve_client.v1 import admin_pb2, generation_pb2_grpc, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 
-from nanoserve.config import ServerConfig
+from nanoserve.config import ConfigError, ServerConfig
 from nanoserve.observer import Observer, Observers
-from nanoserve.rpc.errors import ServerError
 from nanoserve.rpc.server import Server
 
 OK, UNAUTHENTICATED, DENIED = "OK", "UNAUTHENTICATED", "PERMISSION_DENIED"
@@ -167,7 +166,7 @@ async def test_a_bad_key_file_stops_the_start_with_one_line(tmp_path, content, m
     path = tmp_path / "keys"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ServerError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         Server(ServerConfig(grpc_port=0, api_keys=path), FakeEngine())
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -246,6 +245,6 @@ async def test_bad_tls_files_stop_the_start_with_one_line(authority, tmp_path, b
         "foreign key": {"tls_key": authority.issue("other")[1]},
         "encrypted key": {"tls_cert": encrypted[0], "tls_key": encrypted[1]},
     }[broken]
-    with pytest.raises(ServerError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         Server(ServerConfig(grpc_port=0, **files), FakeEngine())
     assert "\n" not in str(caught.value)

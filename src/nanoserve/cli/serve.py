@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nanoserve.cli.flags import Parser, add_options
@@ -79,11 +80,8 @@ async def serve(options: Options, loading: Loading) -> int:
         )
         http_facts = await leaving.enter_async_context(openai_api(options.server, server, telemetry))
 
-        def build() -> "Engine":
-            loading.report(Stage("importing torch and transformers"))
-            return start_engine(process, options, loading.report, observers)
-
-        return await _serve(options, loading, server, observers, build, http_facts)
+        load = partial(start_engine, process, options, loading.report, observers)
+        return await _serve(options, loading, server, observers, load, http_facts)
 
 
 async def _serve(
@@ -91,7 +89,7 @@ async def _serve(
     loading: Loading,
     server: "Server",
     observers: Observers,
-    build: Callable[[], "Engine"],
+    load: Callable[[], "Engine"],
     http_facts: list[Fact],
 ) -> int:
     started_s = time.monotonic()
@@ -101,13 +99,14 @@ async def _serve(
         await asyncio.sleep(0)  # lets it take over the signals
         name = BUILTIN_MODEL_NAME if options.model.path == str(BUILTIN_MODEL) else options.model.path
         logger.info("listening on %s, not ready yet: loading %s", address, name)
+        loading.report(Stage("importing torch and transformers"))
         with loading:
-            building = asyncio.create_task(asyncio.to_thread(build))
-            await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
-        if not building.done():
+            loaded = asyncio.create_task(asyncio.to_thread(load))
+            await asyncio.wait([serving, loaded], return_when=asyncio.FIRST_COMPLETED)
+        if not loaded.done():
             # A signal came. Nothing can stop a thread that loads a model; the engine's process ends with this one.
             server.end_process(0)
-        engine = building.result()
+        engine = loaded.result()
     except Exception:
         await server.stop()
         raise

@@ -117,9 +117,6 @@ def _timeline(request: RequestRecord, end_s: float, entries: list[Entry]) -> adm
     )
 
 
-# ----------------------------------------------------------------------------------------------- the summary
-
-
 def _summary(entries: list[Entry]) -> str:
     """All of it in a few sentences."""
     of: dict[str, list[Entry]] = defaultdict(list)

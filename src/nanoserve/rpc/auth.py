@@ -17,10 +17,9 @@ from typing import Any, NoReturn
 
 import grpc
 
-from nanoserve.config import ServerConfig
+from nanoserve.config import ConfigError, ServerConfig
 from nanoserve.request import PermissionDenied, RequestError, Unauthenticated
 from nanoserve.rpc.call import Call, Calls, Context, Metadata, digest, principal_of
-from nanoserve.rpc.errors import ServerError
 
 ADMIN_SERVICE = "nanoserve.v1.AdminService"
 # Probes and tools come without a key. Neither tells anything about a caller or a request.
@@ -94,22 +93,22 @@ class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
 
 
 def read_api_keys(config: ServerConfig) -> ApiKeys:
-    """The keys of the configured files. Raises ServerError."""
+    """The keys of the configured files. Raises ConfigError."""
     return ApiKeys(_read_keys(config.api_keys), _read_keys(config.admin_keys))
 
 
 def read_tls_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    """Credentials from the configured PEM files, None without any. Raises ServerError.
+    """Credentials from the configured PEM files, None without any. Raises ConfigError.
 
     The standard library checks the files, because gRPC takes bad ones and fails at the first connection.
     """
     cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
     if cert is None and key is None:
         if client_ca is not None:
-            raise ServerError("--tls-client-ca needs --tls-cert and --tls-key, the server's own")
+            raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key, the server's own")
         return None
     if cert is None or key is None:
-        raise ServerError("--tls-cert and --tls-key go together")
+        raise ConfigError("--tls-cert and --tls-key go together")
     pems = {path: _read(path) for path in (cert, key, client_ca) if path is not None}
     checker = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tried = f"TLS certificate {cert} and key {key} do"
@@ -119,7 +118,7 @@ def read_tls_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
             tried = f"client CA {client_ca} does"
             checker.load_verify_locations(client_ca)
     except (ssl.SSLError, ValueError) as error:
-        raise ServerError(f"{tried} not work: {error}") from None
+        raise ConfigError(f"{tried} not work: {error}") from None
     root = None if client_ca is None else pems[client_ca]
     return grpc.ssl_server_credentials([(pems[key], pems[cert])], root, require_client_auth=root is not None)
 
@@ -133,10 +132,10 @@ def _read_keys(path: Path | None) -> list[str] | None:
         if not key:
             continue
         if not (key.isascii() and key.isprintable()) or " " in key:
-            raise ServerError(f"key file {path}, line {number}: a key is printable ASCII without spaces")
+            raise ConfigError(f"key file {path}, line {number}: a key is printable ASCII without spaces")
         keys.append(key)
     if not keys:
-        raise ServerError(f"key file {path} has no key, so nobody could call")
+        raise ConfigError(f"key file {path} has no key, so nobody could call")
     return keys
 
 
@@ -144,7 +143,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ServerError(f"cannot read {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _is_among(principal: str, known: list[str]) -> bool:

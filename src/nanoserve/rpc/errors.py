@@ -17,7 +17,6 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from nanoserve.config import ConfigError
 from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
@@ -45,10 +44,6 @@ _TEXT_LIMITS = (1000, 400, 200, 100, 50)
 _PLAIN_MESSAGE_BYTES = "".join(chr(c) for c in range(0x20, 0x7F) if chr(c) != "%")
 
 logger = logging.getLogger(__name__)
-
-
-class ServerError(ConfigError):
-    """The server cannot start."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,14 +24,13 @@ from grpc_reflection.v1alpha import reflection
 from nanoserve_client.transport import MAX_REQUEST_BYTES
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
-from nanoserve.config import ServerConfig
+from nanoserve.config import ConfigError, ServerConfig
 from nanoserve.engine.engine import Engine
 from nanoserve.observer import Observers
 from nanoserve.request import NotReady
 from nanoserve.rpc.admin import AdminService, Recorder
 from nanoserve.rpc.auth import ApiKeyInterceptor, ApiKeys, read_api_keys, read_tls_credentials
 from nanoserve.rpc.call import Calls
-from nanoserve.rpc.errors import ServerError
 from nanoserve.rpc.generation import GenerationService
 from nanoserve.rpc.model import ModelService
 
@@ -75,7 +74,7 @@ class Server:
         observers: Observers | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """Raises ServerError if a key or certificate file cannot be used. Inside a running event loop.
+        """Raises ConfigError if a key or certificate file cannot be used. Inside a running event loop.
 
         keys: None = those of the config's files. observers: of the calls; None = nobody watches. recorder: for
         AdminService; None = it has no records.
@@ -102,7 +101,7 @@ class Server:
         self._leaving = contextlib.ExitStack()
 
     async def start(self) -> int:
-        """Listen; returns the port. Raises ServerError if it cannot."""
+        """Listen; returns the port. Raises ConfigError if it cannot."""
         port = self._listen()
         await self._refresh_health()
         await self._grpc.start()
@@ -183,7 +182,7 @@ class Server:
             return self._grpc.add_secure_port(address, self._credentials)
         except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            raise ServerError(f"cannot listen on {address}: {why}; --grpc-port and --host choose where") from None
+            raise ConfigError(f"cannot listen on {address}: {why}; --grpc-port and --host choose where") from None
 
     async def _poll_health(self) -> None:
         while True:

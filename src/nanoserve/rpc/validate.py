@@ -39,20 +39,6 @@ DEFAULT_INTERVAL_S = 1.0
 ROLES = {value: name.removeprefix("ROLE_").lower() for name, value in generation_pb2.Role.items() if value != 0}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Generation:
-    """A GenerateRequest in the engine's terms."""
-
-    prompt: str | list[int] | Chat
-    params: SamplingParams
-    priority: int
-    cache_salt: str
-    skip_cache_read: bool
-    # None = as is usual for the prompt's kind.
-    add_special_tokens: bool | None
-    min_delta_tokens: int
-
-
 class Violations:
     """What is wrong with one message, as far as it was checked."""
 
@@ -118,8 +104,14 @@ class Violations:
 # ---------------------------------------------------------------------------------------- one for each RPC
 
 
-def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> Generation:
-    """Raises ModelNotFound, else InvalidRequest with every violation."""
+def generation(
+    request: generation_pb2.GenerateRequest, model: ServedModel
+) -> tuple[str | list[int] | Chat, SamplingParams, bool | None]:
+    """The prompt, what is asked of the model, and add_special_tokens: None = as is usual for the prompt's kind.
+
+    What else the message says is checked, and holds as it stands there. Raises ModelNotFound, else InvalidRequest with
+    every violation.
+    """
     check_model(request.model, model)
     violations = Violations(request)
     prompt = _prompt(request, model, violations)
@@ -140,19 +132,11 @@ def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> G
         **_output(request.output, violations),
     }
     violations.raise_if_any()
-    return Generation(
-        prompt=prompt,
-        params=dataclasses.replace(model.default_params, **changes),
-        priority=request.priority,
-        cache_salt=request.cache.salt,
-        skip_cache_read=request.cache.skip_read,
-        add_special_tokens=add_special_tokens,
-        min_delta_tokens=request.output.min_delta_tokens,
-    )
+    return prompt, dataclasses.replace(model.default_params, **changes), add_special_tokens
 
 
 def tokenization(request: model_pb2.TokenizeRequest, model: ServedModel) -> tuple[str | Chat, bool | None]:
-    """What is to be tokenized, and Generation.add_special_tokens. Raises as generation() does."""
+    """What is to be tokenized, and add_special_tokens. Raises as generation() does."""
     check_model(request.model, model)
     violations = Violations(request)
     prompt: str | Chat = request.text
