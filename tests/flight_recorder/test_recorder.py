@@ -217,9 +217,7 @@ async def test_entries_lie_inside_the_request_and_are_in_order():
         # What it waited, from its arrival until it began, is all there is before its first chunk.
         begun_s = next(e.start_s for e in entries if isinstance(event_of(e.told), TimelinePrefill))
         waited_s = sum(
-            e.end_s - e.start_s
-            for e in entries
-            if isinstance(event_of(e.told), TimelineWait) and e.end_s <= begun_s
+            e.end_s - e.start_s for e in entries if isinstance(event_of(e.told), TimelineWait) and e.end_s <= begun_s
         )
         assert waited_s <= begun_s - request.arrival_s + 1e-9
 
@@ -432,7 +430,8 @@ def test_waits_of_two_kinds_are_two_entries():
     request = replace(request, started_s=5.0)
     timeline = explained(recorder, "mine")
     entries = entries_of(recorder, "mine")
-    found = [(event_of(e.told).reason, e.start_s, e.end_s) for e in entries if isinstance(event_of(e.told), TimelineWait)]
+    waits = [(event_of(e.told), e.start_s, e.end_s) for e in entries if isinstance(event_of(e.told), TimelineWait)]
+    found = [(wait.reason, start_s, end_s) for wait, start_s, end_s in waits]
     assert found == [(ROWS, 1.0, 3.0), (BLOCKS, 3.0, 4.0), (ROWS, 4.0, 5.0)]
     assert timeline.summary == "Waited 3.00 s for one of the running sequences to end. Waited 1.00 s for KV blocks."
 

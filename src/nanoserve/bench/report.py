@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from nanoserve.bench.load import Measurement, Record
 
-PERCENTILES = (50, 90, 99)
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -46,7 +44,7 @@ def distribution_of(seconds: Iterable[float | None]) -> Distribution:
     percentiles = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
     return {
         "mean": round(statistics.fmean(values), 3),
-        **{f"p{percent}": round(percentiles[percent - 1], 3) for percent in PERCENTILES},
+        **{f"p{percent}": round(percentiles[percent - 1], 3) for percent in (50, 90, 99)},
     }
 
 

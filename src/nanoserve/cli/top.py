@@ -193,12 +193,11 @@ def _line(sequence: SequenceSnapshot, width: int) -> str:
     label = f"{sequence.request_id}#{sequence.index}" if sequence.index else sequence.request_id
     if len(label) > LABEL_WIDTH:
         label = f"{label[: LABEL_WIDTH - 3]}..."
-    phase = f"{sequence.phase.value:9}"
     counts = (
         f"{sequence.prompt_tokens:6}  {sequence.cached_tokens:6}  {sequence.completion_tokens:6}  "
         f"{len(sequence.block_ids):6}  {sequence.age_s:6.1f}s"
     )
-    plain = f"{label:{LABEL_WIDTH}}  {phase}  {_bar(sequence)}  {counts}"[:width]
+    plain = f"{label:{LABEL_WIDTH}}  {sequence.phase.value:9}  {_bar(sequence)}  {counts}"[:width]
     # The phase alone has a colour, at a place that every width but the smallest has.
     start = LABEL_WIDTH + 2
     colour = PHASE_COLOURS.get(sequence.phase, "soft")

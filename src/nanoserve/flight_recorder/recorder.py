@@ -77,7 +77,9 @@ class FlightRecorder(Observer):
 
     def request_ended(self, request: RequestRecord) -> None:
         self._live.pop(request.number, None)
-        self._ended[request.number] = (_trimmed(request), "")
+        # Without what was asked and answered, and what may be large: it may be kept for long.
+        params = SamplingParams(n=request.params.n, max_tokens=request.params.max_tokens)
+        self._ended[request.number] = (replace(request, params=params, prompt=None, texts=None), "")
         if len(self._ended) > MAX_REQUESTS:
             del self._ended[next(iter(self._ended))]
         for key in [key for key in self._absent if key[0] == request.id]:
@@ -249,12 +251,6 @@ class KvMap:
             for block_id in table:
                 is_cached[block_id] = 0
         return list(itertools.compress(range(len(is_cached)), is_cached))
-
-
-def _trimmed(request: RequestRecord) -> RequestRecord:
-    """A copy that may be kept for long: without what was asked and answered, and what may be large."""
-    params = SamplingParams(n=request.params.n, max_tokens=request.params.max_tokens)
-    return replace(request, params=params, prompt=None, texts=None)
 
 
 def _step(step: StepRecord, labels: Mapping[int, str]) -> admin_pb2.StepSnapshot:

@@ -16,7 +16,6 @@ SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INT
 OPERATION = "gen_ai.operation.name"
 PROVIDER = "gen_ai.provider.name"
 REQUEST_MODEL = "gen_ai.request.model"
-TOKEN_TYPE = "gen_ai.token.type"
 
 # Seconds, as the conventions advise.
 REQUEST_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
@@ -31,7 +30,6 @@ NANOSERVE = "nanoserve"
 ERROR_REASON = "nanoserve.error.reason"
 # "waiting" or "running".
 PHASE = "nanoserve.phase"
-BLOCK_STATE = "nanoserve.kv.block.state"
 
 
 def of_generation(model: str, *, is_chat: bool) -> dict[str, str]:

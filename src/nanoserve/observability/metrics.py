@@ -93,7 +93,7 @@ class Metrics(Observer):
             case "nanoserve.kv.blocks" if step is not None:
                 counts = (step.num_free_blocks, step.num_cached_blocks, step.num_owned_blocks)
                 states = zip(("free", "cached", "owned"), counts, strict=True)
-                return [Observation(count, {names.BLOCK_STATE: state}) for state, count in states]
+                return [Observation(count, {"nanoserve.kv.block.state": state}) for state, count in states]
         return []
 
     # ---------------------------------------------------------------------------------------- what happens
@@ -106,8 +106,9 @@ class Metrics(Observer):
         self._num_threads = step.num_threads or self._num_threads
         if step.parts:
             self._histograms["nanoserve.step.duration"].record(step.end_s - step.start_s)
-            self._histograms["nanoserve.step.tokens"].record(step.num_prompt_tokens, {names.TOKEN_TYPE: "input"})
-            self._histograms["nanoserve.step.tokens"].record(step.num_completion_tokens, {names.TOKEN_TYPE: "output"})
+            tokens = self._histograms["nanoserve.step.tokens"]
+            tokens.record(step.num_prompt_tokens, {"gen_ai.token.type": "input"})
+            tokens.record(step.num_completion_tokens, {"gen_ai.token.type": "output"})
         if step.preemptions:
             self._counters["nanoserve.preemptions"].add(len(step.preemptions))
 

@@ -28,8 +28,6 @@ OPEN_SERVICES = (
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
 )
-# What observers are told instead of a method that there is not, as OpenTelemetry's conventions have it.
-OTHER_METHOD = "_OTHER"
 
 
 class ApiKeys:
@@ -76,8 +74,8 @@ class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
         try:
             self._keys.check(handler_call_details.method, handler_call_details.invocation_metadata)
         except RequestError as error:
-            # Observers make labels of methods, so a caller may not choose one.
-            method = OTHER_METHOD if handler is None else handler_call_details.method.removeprefix("/")
+            # Observers make labels of methods, so that a caller may not invent one. The word is OpenTelemetry's.
+            method = "_OTHER" if handler is None else handler_call_details.method.removeprefix("/")
             return self._refusal(method, error)
         return handler
 

@@ -2,7 +2,7 @@
 
 Every status carries a google.rpc.Status with ErrorInfo{reason, domain "nanoserve"}, RequestInfo, and for some errors
 more. Whatever the caller sent, the trailers stay under MAX_TRAILER_BYTES: proxies and clients drop larger ones, and the
-status with them. An exception that the table does not know is a fault of ours: it is logged whole, and the caller reads
+status with them. An exception that is no RequestError is a fault of ours: it is logged whole, and the caller reads
 only that the engine failed.
 """
 
@@ -74,14 +74,12 @@ _TABLE: dict[type[RequestError], grpc.StatusCode] = {
 
 
 def status_of(error: Exception, request_id: str) -> ErrorStatus:
-    """The status for an exception. For one that the table does not know it is that of EngineFailure."""
-    if isinstance(error, RequestError) and type(error) in _TABLE:
-        known = error
-    else:
-        known = EngineFailure()
+    """The status for an exception. For one that is no RequestError it is that of EngineFailure."""
+    if not isinstance(error, RequestError):
         logger.error("request %s: unexpected error", request_id, exc_info=error)
+        error = EngineFailure()
     for limit in _TEXT_LIMITS:
-        status = _build(known, request_id, limit)
+        status = _build(error, request_id, limit)
         if _wire_size(status) <= MAX_TRAILER_BYTES:
             break
     return status

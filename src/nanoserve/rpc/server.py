@@ -140,7 +140,7 @@ class Server:
         os._exit(code)
 
     async def run_until_signal(self) -> None:
-        """Serve until SIGTERM or SIGINT, then stop(). A second signal ends the process at once, with 128 + its number."""
+        """Serve until SIGTERM or SIGINT, then stop(). A second one ends the process at once, with 128 + its number."""
         loop = asyncio.get_running_loop()
         first = asyncio.Event()
 

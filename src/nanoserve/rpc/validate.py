@@ -107,10 +107,9 @@ class Violations:
 def generation(
     request: generation_pb2.GenerateRequest, model: ServedModel
 ) -> tuple[str | list[int] | Chat, SamplingParams, bool | None]:
-    """The prompt, what is asked of the model, and add_special_tokens: None = as is usual for the prompt's kind.
+    """The prompt, the parameters, and add_special_tokens: None = as is usual for the prompt's kind.
 
-    What else the message says is checked, and holds as it stands there. Raises ModelNotFound, else InvalidRequest with
-    every violation.
+    The rest holds as the message has it. Raises ModelNotFound, else InvalidRequest with every violation.
     """
     check_model(request.model, model)
     violations = Violations(request)
@@ -168,7 +167,8 @@ def request_id(request: admin_pb2.CancelRequest | admin_pb2.ExplainRequestReques
 def watch(request: admin_pb2.WatchEngineRequest) -> float:
     """The interval in seconds. Raises InvalidRequest."""
     violations = Violations(request)
-    interval_s = violations.seconds("interval", request.interval) if request.HasField("interval") else DEFAULT_INTERVAL_S
+    given = _if_set(request, "interval")
+    interval_s = DEFAULT_INTERVAL_S if given is None else violations.seconds("interval", given)
     if interval_s is not None:
         violations.number("interval", interval_s, INTERVAL_RANGE_S)
     violations.raise_if_any()
