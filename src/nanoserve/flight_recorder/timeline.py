@@ -119,17 +119,17 @@ def _timeline(request: RequestRecord, end_s: float, entries: list[Entry]) -> adm
 
 def _summary(entries: list[Entry]) -> str:
     """All of it in a few sentences."""
-    of: dict[str, list[Entry]] = defaultdict(list)
+    by_event: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
-        of[str(entry.told.WhichOneof("event"))].append(entry)
-    sentences = [*_waited(of["wait"]), *(entry.told.text for entry in of["cache_hit"])]
-    if of["prefill"]:
-        sentences.append(f"prefilled in {_count(of['prefill'][0].told.prefill.chunks, 'chunk')}")
-    if preemptions := of["preemption"]:
+        by_event[str(entry.told.WhichOneof("event"))].append(entry)
+    sentences = [*_waited(by_event["wait"]), *(entry.told.text for entry in by_event["cache_hit"])]
+    if by_event["prefill"]:
+        sentences.append(f"prefilled in {_count(by_event['prefill'][0].told.prefill.chunks, 'chunk')}")
+    if preemptions := by_event["preemption"]:
         times = "once" if len(preemptions) == 1 else f"{len(preemptions)} times"
         labels = list(filter(None, dict.fromkeys(entry.told.preemption.for_request_id for entry in preemptions)))
         sentences.append(f"preempted {times}" + (f", for {_list(labels)}" if labels else ""))
-    sentences += [entry.told.text for entry in of["decode"] + of["end"]]
+    sentences += [entry.told.text for entry in by_event["decode"] + by_event["end"]]
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
