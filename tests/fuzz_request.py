@@ -35,7 +35,8 @@ with atheris.instrument_imports(include=["nanoserve"]):
     from nanoserve.build import build_engine
     from nanoserve.config import BUILTIN_MODEL, CacheOptions, ModelOptions, Options, SchedulerConfig
     from nanoserve.engine.engine import Engine
-    from nanoserve.rpc.call import service_handler
+    from nanoserve.observer import Observers
+    from nanoserve.rpc.call import Calls
     from nanoserve.rpc.generation import GenerationService
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
@@ -101,7 +102,8 @@ class Target:
         self._loop = asyncio.new_event_loop()
         self._loop.run_until_complete(self._start(self._engine))
         call_details: Any = SimpleNamespace(method=f"/{SERVICE.full_name}/Generate")
-        handler: Any = service_handler(SERVICE, GenerationService(lambda: self._engine)).service(call_details)
+        service = GenerationService(lambda: self._engine)
+        handler: Any = Calls(Observers()).handler(SERVICE, service).service(call_details)
         self._parse: Callable[[bytes], Any] = handler.request_deserializer
         self._serve = handler.unary_stream
 

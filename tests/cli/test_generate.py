@@ -55,6 +55,15 @@ def test_several_prompts_are_answered_in_their_order_under_headings(source, gene
     assert f"==> {prompts[70]} <==\n{complete(prompts[70])}\n" in done.stdout
 
 
+def test_prompts_may_stand_on_both_sides_of_a_flag(generate, complete):
+    expected = "".join(f"==> {prompt} <==\n{complete(prompt)}\n" for prompt in ("Hello", "Block"))
+    assert generate("Hello", "--seed", "5", "Block").stdout == expected
+
+
+def test_a_prompt_behind_two_dashes_may_look_like_a_flag(generate, complete):
+    assert generate("--", "--chat").stdout == complete("--chat") + "\n"
+
+
 def test_several_completions_of_a_prompt_have_headings(generate, complete):
     text = complete("Hello")
     assert generate("Hello", "--n", "2").stdout == f"==> Hello (1 of 2) <==\n{text}\n==> Hello (2 of 2) <==\n{text}\n"

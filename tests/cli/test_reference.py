@@ -16,9 +16,10 @@ TOOL = Path(__file__).parent.parent.parent / "tools" / "generate_reference.py"
 
 def test_every_option_and_sampling_flag_is_on_the_page():
     page = render()
-    for each in [*ALL.values(), *sampling_flags()]:
-        assert each.flag in page
-        assert each.help.replace("|", "\\|") in page
+    helps = {each.flag: each.help for each in ALL.values()} | {k: v["help"] for k, v in sampling_flags().items()}
+    for flag, help in helps.items():
+        assert flag in page
+        assert help.replace("|", "\\|") in page
     assert USED_BY.keys() == SECTIONS.keys()
     assert str(BUILTIN_MODEL) not in page
 

@@ -120,6 +120,12 @@ def test_a_wrong_configuration(refuse, tmp_path):
     refuse("cannot read", "serve", "--grpc-port", "0", "--http-port", "0", "--tls-cert", missing, "--tls-key", missing)
 
 
+def test_where_a_wrong_value_comes_from_is_said_once(capfd, monkeypatch):
+    monkeypatch.setenv("NANOSERVE_BLOCK_SIZE", "0")
+    check_refusal(main(["generate", "Hello!"]), error := capfd.readouterr().err, "--block-size is 0")
+    assert error.count("(block-size comes from NANOSERVE_BLOCK_SIZE)") == 1
+
+
 @pytest.mark.parametrize("name", ["chat", "generate"])
 def test_a_model_in_this_process_is_refused_in_the_same_way(name, refuse, monkeypatch, tmp_path):
     monkeypatch.setenv("NANOSERVE_MODEL", str(tmp_path))

@@ -22,17 +22,17 @@ def parse(*argv, **options):
 def test_every_parameter_of_the_engine_has_a_flag_that_the_client_explains():
     expected = [CALLERS_NAMES.get(f.name, f.name) for f in dataclasses.fields(SamplingParams)]
     flags = sampling_flags()
-    assert [each.name for each in flags] == [name for name in expected if name != WITHOUT_FLAG]
-    for each in flags:
-        assert each.name in GenerateOptions.__optional_keys__
-        assert each.help.endswith("."), each.name
-        assert "`" not in each.help, each.name
-        assert "Default False" not in each.help, each.name
+    assert [told["dest"] for told in flags.values()] == [name for name in expected if name != WITHOUT_FLAG]
+    for flag, told in flags.items():
+        assert told["dest"] in GenerateOptions.__optional_keys__
+        assert told["help"].endswith("."), flag
+        assert "`" not in told["help"], flag
+        assert "Default False" not in told["help"], flag
 
 
-@pytest.mark.parametrize("flag", sampling_flags(), ids=lambda f: f.name)
-def test_every_flag_reaches_the_request(flag):
-    argv = [flag.flag] if flag.reading.get("action") == "store_true" else [flag.flag, SAMPLES.get(flag.name, "1")]
+@pytest.mark.parametrize(("flag", "told"), sampling_flags().items())
+def test_every_flag_reaches_the_request(flag, told):
+    argv = [flag] if told.get("action") == "store_true" else [flag, SAMPLES.get(told["dest"], "1")]
     assert generate_request("x", parse(*argv)) != generate_request("x", {})
 
 

@@ -152,4 +152,4 @@ def test_what_has_no_room_is_counted():
 
 def test_labels_that_could_move_the_cursor_cannot_come():
     """x-request-id is printable ASCII: the server refuses the rest."""
-    assert top._line(sequence(1), 130, top._Paint(is_coloured=False)).isprintable()
+    assert all(line.isprintable() for line in shown(snapshot(sequence(1))))

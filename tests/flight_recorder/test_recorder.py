@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import re
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from engine_bench import BLOCK, SECONDS, running
@@ -18,6 +19,7 @@ from nanoserve_client.v1.admin_pb2 import (
 )
 
 from nanoserve.flight_recorder import recorder as flight_recorder
+from nanoserve.flight_recorder import timeline as timelines
 from nanoserve.flight_recorder.recorder import FlightRecorder
 from nanoserve.flight_recorder.timeline import WAIT_REASONS
 from nanoserve.observer import CallRecord, Observer, Observers, RequestRecord
@@ -81,12 +83,19 @@ async def finish(bench, *tasks):
 
 
 def explained(recorder, label):
-    [timeline] = recorder.timelines(label)
+    [timeline] = recorder.explain(label)
     return timeline
 
 
-def event_of(entry):
-    return getattr(entry.told, entry.told.WhichOneof("event"))
+def entries_of(recorder, label):
+    """Before they become messages, whose times are rounded and never below zero."""
+    with mock.patch.object(timelines, "_summary", return_value="") as summary:
+        explained(recorder, label)
+    return summary.call_args.args[0]
+
+
+def event_of(told):
+    return getattr(told, told.WhichOneof("event"))
 
 
 def events(timeline, kind):
@@ -176,8 +185,9 @@ async def test_a_preemption_names_for_whom_and_what_came_after():
     assert "was preempted for request old; ran again after" in text_of(timeline)
     assert any(e.after_preemption for e in events(timeline, TimelinePrefill))
     assert reasons(timeline) == [WaitReason.BLOCKS]
-    [absence] = [e for e in timeline.entries if isinstance(event_of(e), TimelinePreemption)]
-    [wait] = [e for e in timeline.entries if isinstance(event_of(e), TimelineWait) and event_of(e).reason]
+    entries = entries_of(recorder, "young")
+    [absence] = [e for e in entries if isinstance(event_of(e.told), TimelinePreemption)]
+    [wait] = [e for e in entries if isinstance(event_of(e.told), TimelineWait) and event_of(e.told).reason]
     assert absence.start_s <= wait.start_s
     assert wait.end_s <= absence.end_s
     assert not events(explained(recorder, "old"), TimelinePreemption)
@@ -199,46 +209,45 @@ async def test_entries_lie_inside_the_request_and_are_in_order():
         tasks += [await ask(bench, f"{i}", prompt(40 * i, 12), max_tokens=12) for i in range(1, 5)]
         await finish(bench, *tasks)
     for i in range(5):
-        timeline = explained(recorder, f"{i}")
-        starts = [entry.start_s for entry in timeline.entries]
+        [request] = [request for request, _ in recorder._ended.values() if request.label == f"{i}"]
+        entries = entries_of(recorder, f"{i}")
+        starts = [entry.start_s for entry in entries]
         assert starts == sorted(starts)
-        assert all(timeline.request.arrival_s <= e.start_s <= e.end_s <= timeline.end_s for e in timeline.entries)
+        assert all(request.arrival_s <= e.start_s <= e.end_s <= request.end_s for e in entries)
         # What it waited, from its arrival until it began, is all there is before its first chunk.
-        begun_s = next(e.start_s for e in timeline.entries if isinstance(event_of(e), TimelinePrefill))
+        begun_s = next(e.start_s for e in entries if isinstance(event_of(e.told), TimelinePrefill))
         waited_s = sum(
-            e.end_s - e.start_s
-            for e in timeline.entries
-            if isinstance(event_of(e), TimelineWait) and e.end_s <= begun_s
+            e.end_s - e.start_s for e in entries if isinstance(event_of(e.told), TimelineWait) and e.end_s <= begun_s
         )
-        assert waited_s <= begun_s - timeline.request.arrival_s + 1e-9
+        assert waited_s <= begun_s - request.arrival_s + 1e-9
 
 
 async def test_a_running_request_has_a_timeline_too():
     async with recorded(max_num_seqs=1) as (bench, recorder):
         first = await in_a_step(bench, "first", prompt(0, 9), max_tokens=4)
         second = await ask(bench, "second", prompt(0, 9), max_tokens=4)
-        assert not explained(recorder, "first").request.end_s
+        assert not explained(recorder, "first").ended
         assert not events(explained(recorder, "second"), TimelineEnd)
         await finish(bench, first, second)
-        assert explained(recorder, "first").request.end_s
+        assert explained(recorder, "first").ended
 
 
 async def test_requests_with_one_label_are_all_told_newest_first():
     async with recorded() as (bench, recorder):
         for count in (9, 10, 11):
             await finish(bench, await ask(bench, "same", prompt(0, count), max_tokens=2))
-    assert [timeline.request.num_prompt_tokens for timeline in recorder.timelines("same")] == [11, 10, 9]
+    assert [timeline.prompt_tokens for timeline in recorder.explain("same")] == [11, 10, 9]
 
 
 async def test_of_many_with_one_label_the_newest_are_told():
     recorder = FlightRecorder()
     for i in range(40):
-        recorder.request_ended(RequestRecord("same", float(i), number=i, end_s=i + 0.5))
-    assert [t.request.arrival_s for t in recorder.timelines("same")] == [float(i) for i in range(39, 23, -1)]
+        recorder.request_ended(RequestRecord("same", float(i), number=i, id=f"{i}", end_s=i + 0.5))
+    assert [timeline.request_number for timeline in recorder.explain("same")] == list(range(39, 23, -1))
 
 
 async def test_an_unknown_label_has_no_timeline():
-    assert FlightRecorder().explain("never") == FlightRecorder().timelines("never") == []
+    assert FlightRecorder().explain("never") == []
 
 
 async def test_a_rejected_request_says_why():
@@ -261,7 +270,7 @@ async def test_a_call_that_never_became_a_request_says_why():
     assert entry.text == "it was refused: INVALID_ARGUMENT (INVALID_REQUEST)"
     assert event_of(entry).reason == "INVALID_REQUEST"
     recorder.call_ended(CallRecord("nanoserve.v1.ModelService/ListModels", "list", 1.0, end_s=1.5))
-    assert not recorder.timelines("list")
+    assert not recorder.explain("list")
 
 
 async def test_one_that_is_abandoned_while_it_waits_says_so():
@@ -397,14 +406,15 @@ async def test_the_status_of_the_call_is_told_although_it_comes_last():
     recorder = FlightRecorder()
     request = RequestRecord("mine", 1.0, number=1, id="1", started_s=1.5, params=SamplingParams(logit_bias={5: 1.0}))
     recorder.request_arrived(lambda: request)
-    assert not explained(recorder, "mine").request.end_s
+    assert not explained(recorder, "mine").ended
     request = replace(request, end_s=2.0)
     recorder.request_ended(request)
-    assert explained(recorder, "mine").request.end_s
+    assert explained(recorder, "mine").ended
     method = "nanoserve.v1.GenerationService/Generate"
     recorder.call_ended(CallRecord(method, "mine", 1.0, request=request, code="DEADLINE_EXCEEDED"))
     assert explained(recorder, "mine").summary.endswith("Its deadline passed before it was done.")
-    assert not explained(recorder, "mine").request.params.logit_bias
+    [(kept, _)] = recorder._ended.values()
+    assert not kept.params.logit_bias
 
 
 def record(number, *, wait=None, preemptions=()):
@@ -419,9 +429,9 @@ def test_waits_of_two_kinds_are_two_entries():
         recorder.step_ended(record(number, wait=Wait("7", 0, reason, "")))
     request = replace(request, started_s=5.0)
     timeline = explained(recorder, "mine")
-    found = [
-        (event_of(e).reason, e.start_s, e.end_s) for e in timeline.entries if isinstance(event_of(e), TimelineWait)
-    ]
+    entries = entries_of(recorder, "mine")
+    waits = [(event_of(e.told), e.start_s, e.end_s) for e in entries if isinstance(event_of(e.told), TimelineWait)]
+    found = [(wait.reason, start_s, end_s) for wait, start_s, end_s in waits]
     assert found == [(ROWS, 1.0, 3.0), (BLOCKS, 3.0, 4.0), (ROWS, 4.0, 5.0)]
     assert timeline.summary == "Waited 3.00 s for one of the running sequences to end. Waited 1.00 s for KV blocks."
 

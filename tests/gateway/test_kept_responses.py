@@ -175,6 +175,16 @@ def test_a_response_in_the_background_answers_at_once_and_is_there_when_it_ended
     until(lambda: scripted.http.get(f"/v1/responses/{made['id']}").json()["status"] == "completed")
 
 
+def test_a_queued_response_names_the_served_model_if_its_request_names_none(scripted):
+    go_on = hold_after_start(scripted)
+    served = model_pb2.ListModelsResponse(models=[model_pb2.Model(name="tiny")])
+    scripted.script.unary = lambda _request, _context: served
+    made = scripted.http.post("/v1/responses", json={"input": "hi", "background": True}).json()
+    assert (made["status"], made["model"]) == ("queued", "tiny")
+    go_on.set()
+    until(lambda: scripted.http.get(f"/v1/responses/{made['id']}").json()["status"] == "completed")
+
+
 def test_a_response_in_the_background_can_be_cancelled(scripted):
     scripted.script.generate = silent
     made = scripted.http.post("/v1/responses", json={"model": "tiny", "input": "hi", "background": True}).json()

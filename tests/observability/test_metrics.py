@@ -56,7 +56,7 @@ class Read:
         return sum(value for found, value in self.points(name) if wanted.items() <= found.items())
 
     def blocks(self):
-        return {found[names.BLOCK_STATE]: count for found, count in self.points("nanoserve.kv.blocks")}
+        return {found["nanoserve.kv.block.state"]: count for found, count in self.points("nanoserve.kv.blocks")}
 
 
 async def test_what_a_good_request_moves():
@@ -74,7 +74,7 @@ async def test_what_a_good_request_moves():
     assert read.value("nanoserve.sequences.finished", nanoserve__finish_reason="length") == 2
     assert read.value("nanoserve.queue.wait") == 2
     assert read.value("nanoserve.step.duration") == 8
-    steps = {p.attributes[names.TOKEN_TYPE]: p.sum for p in read.all()["nanoserve.step.tokens"].data.data_points}
+    steps = {p.attributes["gen_ai.token.type"]: p.sum for p in read.all()["nanoserve.step.tokens"].data.data_points}
     assert steps == {"input": 9 + 1, "output": 3 + 3}
     buckets = read.all()["gen_ai.server.time_to_first_token"].data.data_points[0].explicit_bounds
     assert tuple(buckets) == names.FIRST_TOKEN_BUCKETS

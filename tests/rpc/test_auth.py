@@ -12,8 +12,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from nanoserve_client.v1 import admin_pb2, generation_pb2_grpc, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 
-from nanoserve.config import ServerConfig
-from nanoserve.rpc.errors import ServerError
+from nanoserve.config import ConfigError, ServerConfig
+from nanoserve.observer import Observer, Observers
 from nanoserve.rpc.server import Server
 
 OK, UNAUTHENTICATED, DENIED = "OK", "UNAUTHENTICATED", "PERMISSION_DENIED"
@@ -123,6 +123,25 @@ async def test_a_method_that_does_not_exist_needs_a_key_too(serve, key_files):
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
+async def test_a_refused_call_is_told_to_observers_with_a_method_that_there_is(key_files):
+    """Metrics make labels of methods: callers without a key must not invent them."""
+    told = []
+    observer = Observer()
+    observer.call_ended = lambda call: told.append((call.method, call.code))
+    server = Server(ServerConfig(grpc_port=0, **key_files), FakeEngine(), observers=Observers(observer))
+    port = await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for method in ("AdminService/GetStats", "AdminService/Nothing", "Nobody/Knows"):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await channel.unary_unary(f"/nanoserve.v1.{method}")(b"")
+    await server.stop()
+    assert told == [
+        ("nanoserve.v1.AdminService/GetStats", UNAUTHENTICATED),
+        ("_OTHER", UNAUTHENTICATED),
+        ("_OTHER", UNAUTHENTICATED),
+    ]
+
+
 async def test_the_engine_sees_a_digest_of_the_key_alone(key_files):
     engine = FakeEngine()
     server = Server(ServerConfig(grpc_port=0, **key_files), engine)
@@ -147,7 +166,7 @@ async def test_a_bad_key_file_stops_the_start_with_one_line(tmp_path, content, m
     path = tmp_path / "keys"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ServerError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         Server(ServerConfig(grpc_port=0, api_keys=path), FakeEngine())
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -226,6 +245,6 @@ async def test_bad_tls_files_stop_the_start_with_one_line(authority, tmp_path, b
         "foreign key": {"tls_key": authority.issue("other")[1]},
         "encrypted key": {"tls_cert": encrypted[0], "tls_key": encrypted[1]},
     }[broken]
-    with pytest.raises(ServerError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         Server(ServerConfig(grpc_port=0, **files), FakeEngine())
     assert "\n" not in str(caught.value)

@@ -11,9 +11,10 @@ from nanoserve_client.v1 import generation_pb2 as pb
 from nanoserve_client.v1 import model_pb2
 
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
+from nanoserve.observer import Observers
 from nanoserve.request import EngineFailure, FinishReason, SamplingParams, TokenLogprob
 from nanoserve.rpc import messages
-from nanoserve.rpc.call import service_handler
+from nanoserve.rpc.call import Calls
 from nanoserve.rpc.generation import GenerationService
 
 HI = pb.GenerateRequest(text="hi")
@@ -314,7 +315,7 @@ async def test_a_write_to_a_connection_that_is_gone_is_left_to_grpc(served, capl
             raise grpc.aio.InternalError("the connection is gone")
 
     service = pb.DESCRIPTOR.services_by_name["GenerationService"]
-    handler = service_handler(service, GenerationService(lambda: served.engine))
+    handler = Calls(Observers()).handler(service, GenerationService(lambda: served.engine))
     method = handler.service(SimpleNamespace(method=GENERATE, invocation_metadata=()))
     with pytest.raises(grpc.aio.InternalError):
         await method.unary_stream(HI, BrokenContext())

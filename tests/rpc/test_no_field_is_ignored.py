@@ -140,8 +140,17 @@ CONVERT = {
     admin_pb2.WatchEngineRequest: validate.watch,
     admin_pb2.ExplainRequestRequest: validate.request_id,
 }
-# Read by the servicer, not by validate.py; test_model.py shows that each counts.
-ELSEWHERE = {"nanoserve.v1.DetokenizeRequest.keep_special_tokens"}
+# Read by the servicer, not by validate.py; test_model.py and test_generation.py show that each counts.
+ELSEWHERE = {
+    f"nanoserve.v1.{name}"
+    for name in (
+        "DetokenizeRequest.keep_special_tokens",
+        "GenerateRequest.priority",
+        "CacheOptions.salt",
+        "CacheOptions.skip_read",
+        "OutputOptions.min_delta_tokens",
+    )
+}
 
 
 def outcome(request: Message) -> str:

@@ -18,10 +18,9 @@ from nanoserve_client.v1 import generation_pb2 as pb
 from nanoserve_client.v1 import generation_pb2_grpc
 from raw_http2 import ACK, GOAWAY, PING, RawConnection
 
-from nanoserve.config import ServerConfig
+from nanoserve.config import ConfigError, ServerConfig
 from nanoserve.engine.stream import Delta, Finished, Started
 from nanoserve.request import FinishReason
-from nanoserve.rpc.errors import ServerError
 from nanoserve.rpc.server import OPTIONS, Server
 
 HI = pb.GenerateRequest(text="hi")
@@ -157,7 +156,7 @@ async def buf_curl(port: int, request: dict) -> list[dict]:
 
 async def test_a_port_in_use_is_one_clear_line(served):
     second = Server(ServerConfig(grpc_port=served.port), FakeEngine())
-    with pytest.raises(ServerError) as caught:
+    with pytest.raises(ConfigError) as caught:
         await second.start()
     where = f"127.0.0.1:{served.port}"
     assert str(caught.value) == f"cannot listen on {where}: Address already in use; --grpc-port and --host choose where"
@@ -165,7 +164,7 @@ async def test_a_port_in_use_is_one_clear_line(served):
 
 async def test_an_address_of_another_machine_is_one_clear_line():
     server = Server(ServerConfig(host="192.0.2.1", grpc_port=0), FakeEngine())
-    with pytest.raises(ServerError, match=r"cannot listen on 192\.0\.2\.1:0: Cannot assign"):
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0: Cannot assign"):
         await server.start()
 
 
@@ -173,7 +172,7 @@ async def test_a_port_that_is_taken_at_the_last_moment_is_not_shared(served, mon
     """gRPC would share it by default, and each server get every other connection."""
     monkeypatch.setattr("nanoserve.rpc.server._try_to_bind", lambda _host, _port: None)
     second = Server(ServerConfig(grpc_port=served.port), FakeEngine())
-    with pytest.raises(ServerError, match="cannot listen"):
+    with pytest.raises(ConfigError, match="cannot listen"):
         await second.start()
 
 
@@ -302,7 +301,7 @@ async def test_a_request_that_outlasts_the_drain_ends_with_an_error(serve, engin
 CHILD = """
 import asyncio
 from fake_engine import FakeEngine
-from nanoserve.config import ServerConfig
+from nanoserve.config import ConfigError, ServerConfig
 from nanoserve.rpc.server import Server
 
 async def endless(params):

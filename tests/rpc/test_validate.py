@@ -1,7 +1,7 @@
 """Proto to domain: what is refused, and what is taken over."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from fake_engine import EOS, FakeEngine
@@ -16,9 +16,17 @@ from nanoserve.rpc import validate
 MODEL = FakeEngine().model
 
 
-def generation(**fields: Any) -> validate.Generation:
+class Wanted(NamedTuple):
+    """What validate.generation() returns."""
+
+    prompt: Any
+    params: SamplingParams
+    add_special_tokens: bool | None
+
+
+def generation(**fields: Any) -> Wanted:
     fields = fields if {"text", "chat", "token_ids"} & set(fields) else {"text": "hi", **fields}
-    return validate.generation(json_format.ParseDict(fields, pb.GenerateRequest()), MODEL)
+    return Wanted(*validate.generation(json_format.ParseDict(fields, pb.GenerateRequest()), MODEL))
 
 
 def violations(convert, *args) -> dict[str, str]:
@@ -262,11 +270,9 @@ def test_options_reach_the_engines_terms():
             "includeMatch": True,
             "timeLimit": "1.25s",
         },
-        output={"keepSpecialTokens": True, "logprobs": 0, "promptLogprobs": 20, "minDeltaTokens": 6},
+        output={"keepSpecialTokens": True, "logprobs": 0, "promptLogprobs": 20},
         sampling={"logitBias": {"5": -1.5}},
-        cache={"skipRead": True, "salt": "s"},
         n=3,
-        priority=-7,
     )
     assert wanted.params == SamplingParams(
         n=3,
@@ -284,7 +290,6 @@ def test_options_reach_the_engines_terms():
         prompt_logprobs=20,
         skip_special_tokens=False,
     )
-    assert (wanted.priority, wanted.cache_salt, wanted.skip_cache_read, wanted.min_delta_tokens) == (-7, "s", True, 6)
     assert generation(output={"omitText": True}).params.detokenize is False
 
 
@@ -326,7 +331,7 @@ def test_a_time_limit_is_a_valid_duration_above_zero(seconds, nanos, allowed):
     limit = Duration(seconds=seconds, nanos=nanos)
     request = pb.GenerateRequest(text="hi", stopping=pb.Stopping(time_limit=limit))
     if allowed:
-        assert validate.generation(request, MODEL).params.time_limit_s == seconds + nanos / 1e9
+        assert Wanted(*validate.generation(request, MODEL)).params.time_limit_s == seconds + nanos / 1e9
     else:
         assert list(refused_message(request)) == ["stopping.time_limit"]
 
@@ -382,7 +387,7 @@ def test_special_tokens_are_not_added_to_token_ids():
 
 def test_a_message_may_have_parts_instead_of_content():
     parts = {"role": "ROLE_USER", "contentParts": ["What is", "TTFT?"]}
-    prompt = validate.generation(json_format.ParseDict(chat(parts), pb.GenerateRequest()), MODEL).prompt
+    prompt = generation(**chat(parts)).prompt
     assert prompt.messages == [{"role": "user", "content": ["What is", "TTFT?"]}]
     assert list(refused(**chat(parts | {"content": "a"}))) == ["chat.messages[0].content_parts"]
 
@@ -392,12 +397,12 @@ def test_the_beginning_of_an_answer_does_not_go_with_a_continued_one():
     assert refused(**both) == {"chat.add_generation_prompt": "cannot be true with continue_final_message"}
     for wanted in (None, False):
         one = chat(USER, ASSISTANT, continueFinalMessage=True, addGenerationPrompt=wanted)
-        prompt = validate.generation(json_format.ParseDict(one, pb.GenerateRequest()), MODEL).prompt
+        prompt = generation(**one).prompt
         assert prompt.add_generation_prompt is wanted
 
 
 def test_special_tokens_of_a_conversation_are_text_unless_asked_for():
     for wanted in (False, True):
         one = chat(USER, parseSpecialTokens=wanted)
-        prompt = validate.generation(json_format.ParseDict(one, pb.GenerateRequest()), MODEL).prompt
+        prompt = generation(**one).prompt
         assert prompt.parse_special_tokens is wanted

@@ -87,10 +87,10 @@ def render() -> str:
 
 
 def _row(sample: RequestError) -> str:
-    row = errors._TABLE[type(sample)]
-    client = type(from_status(row.code, "", (), None)).__name__
+    code = errors._TABLE[type(sample)]
+    client = type(from_status(code, "", (), None)).__name__
     link = f"[{sample.reason}](#{sample.reason.lower()})"
-    return f"| {link} | {row.code.name} ({row.code.value[0]}) | {_when(sample)} | `{client}` |\n"
+    return f"| {link} | {code.name} ({code.value[0]}) | {_when(sample)} | `{client}` |\n"
 
 
 def _when(sample: RequestError) -> str:

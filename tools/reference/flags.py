@@ -69,9 +69,8 @@ def _default(setting: Setting) -> str:
 
 
 def _sampling_table() -> str:
-    forms = [(f"{each.flag} {each.reading.get('metavar', '')}".strip(), each.help) for each in sampling_flags()]
-    rows = [(f"`{form}`", help) for form, help in forms]
-    return _table(("flag", "what it does"), rows)
+    forms = {f"{flag} {told.get('metavar', '')}".strip(): told["help"] for flag, told in sampling_flags().items()}
+    return _table(("flag", "what it does"), [(f"`{form}`", help) for form, help in forms.items()])
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -21,7 +21,7 @@ from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, start_logging, write
 from nanoserve.config import ENGINE_SECTIONS, Options, SchedulerConfig
-from nanoserve.request import RequestError, Stage
+from nanoserve.request import RequestError, SamplingParams, Stage
 
 if TYPE_CHECKING:
     from nanoserve.engine.engine import Engine
@@ -124,7 +124,6 @@ async def _run_all(engine: "Engine", requests: Sequence[BenchRequest]) -> int:
 async def _run_one(engine: "Engine", request: BenchRequest) -> int:
     """Returns the number of its tokens."""
     from nanoserve.engine.stream import Finished
-    from nanoserve.request import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=request.num_out, ignore_eos=True, detokenize=False)
     async for event in engine.generate(request.prompt, params):

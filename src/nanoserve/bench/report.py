@@ -1,13 +1,11 @@
 """From what was noted to figures, for people and for programs. Pure."""
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from nanoserve.bench.load import Measurement, Record
-
-PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,31 +31,21 @@ class Limits:
         return ", ".join(f"{name} up to {limit:g} ms" for name, limit in named if limit is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class Distribution:
-    """Of latencies, in milliseconds; None if there are none."""
-
-    mean: float | None
-    p50: float | None
-    p90: float | None
-    p99: float | None
-
-    @classmethod
-    def of(cls, seconds: Iterable[float | None]) -> "Distribution":
-        """None among the values is skipped."""
-        ordered = sorted(value * 1000 for value in seconds if value is not None)
-        if not ordered:
-            return cls(None, None, None, None)
-        mean = sum(ordered) / len(ordered)
-        return cls(*(round(value, 3) for value in (mean, *(percentile(ordered, p) for p in PERCENTILES))))
+# Of latencies, in milliseconds: "mean", "p50", "p90", "p99". None if there are no latencies.
+Distribution = dict[str, float | None]
 
 
-def percentile(ordered: list[float], percent: float) -> float:
-    """Of values in order; between two of them, as far along the way as the percentage is."""
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+def distribution_of(seconds: Iterable[float | None]) -> Distribution:
+    """None among the values is skipped."""
+    values = [value * 1000 for value in seconds if value is not None]
+    if not values:
+        return dict.fromkeys(("mean", "p50", "p90", "p99"))
+    # Percentiles 1 to 99; between two values, as far along the way as the percentage is.
+    percentiles = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+    return {
+        "mean": round(statistics.fmean(values), 3),
+        **{f"p{percent}": round(percentiles[percent - 1], 3) for percent in (50, 90, 99)},
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +117,11 @@ class Report:
             tokens_per_delta=round(num_tokens / num_deltas, 3) if num_deltas else None,
             out_tok_s=round(num_tokens / seconds, 1),
             req_s=round(num_completed / seconds, 3),
-            ttft_ms=Distribution.of(r.ttft_s for r in records),
-            itl_ms=Distribution.of(itl_s for r in records for itl_s in r.itls_s),
-            e2e_ms=Distribution.of(r.e2e_s for r in records),
+            ttft_ms=distribution_of(r.ttft_s for r in records),
+            itl_ms=distribution_of(itl_s for r in records for itl_s in r.itls_s),
+            e2e_ms=distribution_of(r.e2e_s for r in records),
             goodput=goodput,
         )
-
-    def as_json(self) -> dict[str, Any]:
-        """For json.dumps."""
-        return asdict(self)
 
     def as_text(self) -> str:
         """For people; ends with a newline."""
@@ -165,5 +149,5 @@ class Report:
 
 
 def _row(name: str, values: Distribution) -> str:
-    cells = ("-" if value is None else f"{value:.1f}" for value in asdict(values).values())
+    cells = ("-" if value is None else f"{value:.1f}" for value in values.values())
     return f"  {name:12} " + " ".join(f"{cell:>10}" for cell in cells)

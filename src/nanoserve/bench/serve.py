@@ -6,6 +6,7 @@ The client is part of what is measured: on the same machine it takes its share o
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -97,7 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
     with _open_json(arguments.json) as json_file:
 
         def tell(text: str, measurement: Measurement) -> None:
-            _tell(Report.of(text, arguments.rate, measurement, limits), json_file)
+            report = Report.of(text, arguments.rate, measurement, limits)
+            line = json.dumps(dataclasses.asdict(report)) + "\n"
+            write(line if json_file is sys.stdout else report.as_text())
+            if json_file is not None and json_file is not sys.stdout:
+                json_file.write(line)
+                json_file.flush()
 
         measured = asyncio.run(_measure_all(client, arguments, tell))
     if arguments.plot is not None and measured:
@@ -120,14 +126,6 @@ def _open_json(name: str | None) -> Iterator[TextIO | None]:
         raise ConfigError(f"--json is {name!r}; it cannot be written: {error.strerror}") from None
 
 
-def _tell(report: Report, json_file: TextIO | None) -> None:
-    line = json.dumps(report.as_json()) + "\n"
-    write(line if json_file is sys.stdout else report.as_text())
-    if json_file is not None and json_file is not sys.stdout:
-        json_file.write(line)
-        json_file.flush()
-
-
 async def _measure_all(
     options: ClientOptions, arguments: argparse.Namespace, tell: Callable[[str, Measurement], None]
 ) -> list[tuple[str, Measurement]]:
@@ -148,16 +146,16 @@ async def _measure_all(
             send = await stack.enter_async_context(opened)
         # All before any is run, so that one which cannot run is told of at once.
         prepared = [(w.text, w.requests(model.vocab_size, model.max_context_tokens)) for w in arguments.workload]
-        warm_up = await measure(send, WARM_UP.requests(model.vocab_size, model.max_context_tokens), rate=None)
         measured: list[tuple[str, Measurement]] = []
-        is_interrupted = warm_up.is_interrupted
+        warm_up = await measure(send, WARM_UP.requests(model.vocab_size, model.max_context_tokens), rate=None)
+        if warm_up.is_interrupted:
+            return measured
         for text, requests in prepared:
-            if is_interrupted:
-                break
             # None = a bar on a terminal only.
             with tqdm(total=len(requests), desc=text, unit="request", leave=False, disable=None) as bar:
                 measurement = await measure(send, requests, arguments.rate, bar.update)
             measured.append((text, measurement))
             tell(text, measurement)
-            is_interrupted = measurement.is_interrupted
+            if measurement.is_interrupted:
+                break
         return measured

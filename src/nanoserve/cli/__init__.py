@@ -41,19 +41,19 @@ Examples:
   nanoserve chat Qwen/Qwen3-0.6B              talk to a model of the Hugging Face Hub, without a server
 
 nanoserve COMMAND --help says more.
-"""
+""".format(commands="\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items()))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help", "help"):
-        write(_overview())
+        write(OVERVIEW)
         return 0
     if name == "--version":
         name = "version"
     if name not in COMMANDS:
-        write_error(_unknown(name) if name else _overview())
+        write_error(_unknown(name) if name else OVERVIEW)
         return 2
     try:
         return run_command(name, f"nanoserve.cli.{name}", rest)
@@ -72,12 +72,8 @@ def run_command(name: str, module: str, argv: list[str]) -> int:
     command = importlib.import_module(module)
     parser = Parser(f"nanoserve {name}")
     command.add_arguments(parser)
-    exit_code: int = command.run(parser.parse_args(argv))
+    exit_code: int = command.run(parser.parse(argv))
     return exit_code
-
-
-def _overview() -> str:
-    return OVERVIEW.format(commands="\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items()))
 
 
 def _unknown(name: str) -> str:

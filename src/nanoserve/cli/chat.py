@@ -19,11 +19,12 @@ from pathlib import Path
 
 from nanoserve_client import Cancelled, Client, Delta, GenerateOptions, InvalidRequest, NanoserveError
 
-from nanoserve.cli.connection import add_connection, connected
-from nanoserve.cli.flags import Parser
-from nanoserve.cli.line_editor import LineEditor
+from nanoserve.cli import line_editor
+from nanoserve.cli.connection import connected
+from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.sampling import add_sampling, read_sampling
-from nanoserve.cli.terminal import dim, on_signals, start_logging, write, write_error
+from nanoserve.cli.terminal import has_colour, on_signals, start_logging, write, write_error
+from nanoserve.config import ENGINE_SECTIONS
 
 DESCRIPTION = """
     Talk to a model: MODEL, loaded into this process, or the one that a server has (--target).
@@ -47,25 +48,27 @@ def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("The conversation")
     group.add_argument("--system", metavar="TEXT", help="Instructions for the model.")
     add_sampling(parser, leave_out=("n", "logprobs", "prompt_logprobs"))
-    add_connection(parser, has_positional=True)
+    add_options(parser, ("client", *ENGINE_SECTIONS))
 
 
 def run(arguments: argparse.Namespace) -> int:
     status_line = start_logging(logging.WARNING)
-    with connected(arguments, status_line) as (client, model), LineEditor() as editor:
+    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    with connected(arguments, status_line) as (client, model):
         chat = Chat(client, read_sampling(arguments), arguments.system)
-        if editor.is_interactive:
+        if is_interactive:
             say(f"{model.name}, context of {model.max_context_tokens} tokens. /help lists commands, Ctrl-D leaves.")
-        for line in editor.lines():
-            # Ctrl-C before the first or after the last moment of an answer.
-            with contextlib.suppress(KeyboardInterrupt):
-                chat.take(line)
-    return 1 if chat.has_failed and not editor.is_interactive else 0
+        with line_editor.lines(is_interactive=is_interactive) as lines:
+            for line in lines:
+                # Ctrl-C before the first or after the last moment of an answer.
+                with contextlib.suppress(KeyboardInterrupt):
+                    chat.take(line)
+    return 1 if chat.has_failed and not is_interactive else 0
 
 
 def say(text: str) -> None:
     """What does not come from the model."""
-    write_error(dim(text, sys.stderr) + "\n")
+    write_error(f"\x1b[2m{text}\x1b[0m\n" if has_colour(sys.stderr) else f"{text}\n")
 
 
 @dataclass(slots=True)

@@ -12,19 +12,13 @@ from typing import TypeVar
 
 from nanoserve_client import AsyncClient, Client, Model, NanoserveError, Tls, Unavailable
 
-from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, StatusLine
-from nanoserve.config import ENGINE_SECTIONS, ClientOptions, ConfigError, Options
+from nanoserve.config import ENGINE_SECTIONS, ClientOptions, ConfigError
 from nanoserve.local import LocalServer
 
 _Client = TypeVar("_Client", Client, AsyncClient)
-
-
-def add_connection(parser: Parser, *, has_positional: bool) -> None:
-    """Flags for both ways. has_positional: as in add_options."""
-    add_options(parser, ("client", *ENGINE_SECTIONS), has_positional=has_positional)
 
 
 @contextlib.contextmanager
@@ -43,23 +37,18 @@ def connected(arguments: argparse.Namespace, status_line: StatusLine | None) -> 
         return
     if useless := choices.flags("client"):
         raise CommandError(f"{', '.join(useless)} would change nothing without --target: the model is in this process")
-    with choices.origins_in_errors():
-        server = _start_server(choices.options(), status_line)
+    options = choices.options()
+    try:
+        with choices.origins_in_errors(), Loading(status_line) as loading:
+            server = LocalServer(options, loading.report)
+    except KeyboardInterrupt:
+        # Nothing can stop a thread that loads a model.
+        os._exit(128 + signal.SIGINT)
     try:
         with server.client() as client:
             yield client, served_by(client, server.address)
     finally:
         server.stop()
-
-
-def _start_server(options: Options, status_line: StatusLine | None) -> LocalServer:
-    """Raises ConfigError. Ctrl-C ends the process."""
-    try:
-        with Loading(status_line) as loading:
-            return LocalServer(options, loading.report)
-    except KeyboardInterrupt:
-        # Nothing can stop a thread that loads a model.
-        os._exit(128 + signal.SIGINT)
 
 
 def needed_server(arguments: argparse.Namespace) -> tuple[str, ClientOptions]:

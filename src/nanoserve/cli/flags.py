@@ -31,6 +31,12 @@ class Parser(argparse.ArgumentParser):
         self.description = inspect.cleandoc(description)
         self.epilog = "Examples:\n" + "\n".join(f"  {line}" for line in inspect.cleandoc(examples).splitlines())
 
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """As parse_args does, but what has no flag may stand before, between and behind flags."""
+        # argparse cannot do that beside `--`, and where the rest of the line is for another parser.
+        has_rest = any(action.nargs == argparse.REMAINDER for action in self._get_positional_actions())
+        return self.parse_args(argv) if has_rest or "--" in argv else self.parse_intermixed_args(argv)
+
     def error(self, message: str) -> NoReturn:
         wrong = message.rpartition(" ")[2].partition("=")[0]
         known = [flag for flag, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
@@ -67,24 +73,18 @@ def add_options(
     for name in sections:
         group = parser.add_argument_group(SECTIONS[name].__doc__.splitlines()[0].removesuffix("."))
         for setting in settings(name):
+            place, help = destination(setting), escape(setting.full_help)
             if setting.is_positional and has_positional:
-                help = escape(setting.full_help)
-                group.add_argument(destination(setting), nargs="?", metavar=setting.metavar, help=help)
+                group.add_argument(place, nargs="?", metavar=setting.metavar, help=help)
+            elif setting.kind is bool:
+                group.add_argument(setting.flag, dest=place, action="store_const", const=True, help=help)
+                # For a switch that a file or variable turned.
+                hidden = argparse.SUPPRESS
+                group.add_argument(setting.opposite, dest=place, action="store_const", const=False, help=hidden)
             else:
-                _add_flag(group, setting)
+                group.add_argument(setting.flag, dest=place, metavar=setting.metavar, help=help)
     group = parser.add_argument_group("Configuration", CONFIGURATION)
     group.add_argument("--config", metavar="FILE", help="TOML file of options.")
-
-
-def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
-    help = escape(setting.full_help)
-    place = destination(setting)
-    if setting.kind is not bool:
-        group.add_argument(setting.flag, dest=place, metavar=setting.metavar, help=help)
-        return
-    group.add_argument(setting.flag, dest=place, action="store_const", const=True, help=help)
-    # For a switch that a file or variable turned.
-    group.add_argument(setting.opposite, dest=place, action="store_const", const=False, help=argparse.SUPPRESS)
 
 
 def number(low: float, high: float, wanted: str) -> Callable[[str], float]:

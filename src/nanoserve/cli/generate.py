@@ -19,10 +19,11 @@ from pathlib import Path
 
 from nanoserve_client import Client, GenerateOptions, GenerateStream, NanoserveError
 
-from nanoserve.cli.connection import add_connection, connected
-from nanoserve.cli.flags import Parser
+from nanoserve.cli.connection import connected
+from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.sampling import add_sampling, read_sampling
 from nanoserve.cli.terminal import CommandError, start_logging, write, write_error
+from nanoserve.config import ENGINE_SECTIONS
 
 IN_FLIGHT = 64
 HEADING_CHARS = 60
@@ -52,7 +53,7 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument("--json", action="store_true", help="Write a line of JSON for each prompt.")
     add_sampling(parser)
-    add_connection(parser, has_positional=False)
+    add_options(parser, ("client", *ENGINE_SECTIONS), has_positional=False)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import argparse
 import types
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from nanoserve_client import GenerateOptions
@@ -21,44 +21,33 @@ from nanoserve.request import CALLERS_NAMES, SamplingParams
 WITHOUT_FLAG = "omit_text"
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingFlag:
-    """One sampling parameter."""
-
-    # The key of GenerateOptions.
-    name: str
-    help: str
-    # How argparse reads it.
-    reading: Mapping[str, Any]
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-
-def sampling_flags() -> list[SamplingFlag]:
-    """In the order of SamplingParams."""
+def sampling_flags() -> dict[str, dict[str, Any]]:
+    """By flag, in the order of SamplingParams, what argparse is told of it. `dest` is the key of GenerateOptions."""
     hints = typing.get_type_hints(GenerateOptions)
     helps = explanations(GenerateOptions)
     names = [CALLERS_NAMES.get(each.name, each.name) for each in fields(SamplingParams)]
-    return [SamplingFlag(name, helps.get(name, ""), _reading(hints[name])) for name in names if name != WITHOUT_FLAG]
+    return {
+        "--" + name.replace("_", "-"): {"dest": name, "help": helps.get(name, ""), **_reading(hints[name])}
+        for name in names
+        if name != WITHOUT_FLAG
+    }
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
     """A group of flags; one that is not given takes the model's own value."""
     group = parser.add_argument_group("How tokens are drawn, by default in the model's own way, and when they end")
-    for each in sampling_flags():
-        if each.name not in leave_out:
-            repeats = " May be given several times." if each.reading.get("action") == "append" else ""
-            group.add_argument(each.flag, dest=each.name, help=escape(each.help) + repeats, **each.reading)
+    for flag, told in sampling_flags().items():
+        if told["dest"] not in leave_out:
+            repeats = " May be given several times." if told.get("action") == "append" else ""
+            group.add_argument(flag, **{**told, "help": escape(told["help"]) + repeats})
 
 
 def read_sampling(arguments: argparse.Namespace) -> GenerateOptions:
     """What was given, for the client."""
     options: dict[str, Any] = {}
-    for each in sampling_flags():
-        if (value := getattr(arguments, each.name, None)) is not None:
-            options[each.name] = dict(value) if each.reading.get("type") is _pair else value
+    for told in sampling_flags().values():
+        if (value := getattr(arguments, told["dest"], None)) is not None:
+            options[told["dest"]] = dict(value) if told.get("type") is _pair else value
     return typing.cast(GenerateOptions, options)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nanoserve.cli.flags import Parser, add_options
@@ -79,11 +80,8 @@ async def serve(options: Options, loading: Loading) -> int:
         )
         http_facts = await leaving.enter_async_context(openai_api(options.server, server, telemetry))
 
-        def build() -> "Engine":
-            loading.report(Stage("importing torch and transformers"))
-            return start_engine(process, options, loading.report, observers)
-
-        return await _serve(options, loading, server, observers, build, http_facts)
+        load = partial(start_engine, process, options, loading.report, observers)
+        return await _serve(options, loading, server, observers, load, http_facts)
 
 
 async def _serve(
@@ -91,17 +89,24 @@ async def _serve(
     loading: Loading,
     server: "Server",
     observers: Observers,
-    build: Callable[[], "Engine"],
+    load: Callable[[], "Engine"],
     http_facts: list[Fact],
 ) -> int:
     started_s = time.monotonic()
     try:
-        address = _address(options.server, await server.start())
+        address = server.address(await server.start())
         serving = asyncio.create_task(server.run_until_signal())
         await asyncio.sleep(0)  # lets it take over the signals
         name = BUILTIN_MODEL_NAME if options.model.path == str(BUILTIN_MODEL) else options.model.path
         logger.info("listening on %s, not ready yet: loading %s", address, name)
-        engine = await _load(build, loading, server, serving)
+        loading.report(Stage("importing torch and transformers"))
+        with loading:
+            loaded = asyncio.create_task(asyncio.to_thread(load))
+            await asyncio.wait([serving, loaded], return_when=asyncio.FIRST_COMPLETED)
+        if not loaded.done():
+            # A signal came. Nothing can stop a thread that loads a model; the engine's process ends with this one.
+            server.end_process(0)
+        engine = loaded.result()
     except Exception:
         await server.stop()
         raise
@@ -123,24 +128,6 @@ async def _serve(
     await engine.close()
     logger.info("stopped")
     return 0
-
-
-async def _load(
-    build: Callable[[], "Engine"], loading: Loading, server: "Server", serving: "asyncio.Task[None]"
-) -> "Engine":
-    """Build the engine on another thread; a signal in the meantime ends the process."""
-
-    with loading:
-        building = asyncio.create_task(asyncio.to_thread(build))
-        await asyncio.wait([serving, building], return_when=asyncio.FIRST_COMPLETED)
-    if not building.done():
-        # Nothing can stop a thread that loads a model; the engine's process ends with this one.
-        server.end_process(0)
-    return building.result()
-
-
-def _address(config: ServerConfig, port: int) -> str:
-    return f"[{config.host}]:{port}" if ":" in config.host else f"{config.host}:{port}"
 
 
 def _protection(config: ServerConfig) -> str:

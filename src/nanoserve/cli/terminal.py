@@ -50,10 +50,6 @@ def has_colour(stream: TextIO) -> bool:
     return is_screen(stream) and not environment().get("NO_COLOR")
 
 
-def dim(text: str, stream: TextIO) -> str:
-    return f"\x1b[2m{text}\x1b[0m" if has_colour(stream) else text
-
-
 @contextlib.contextmanager
 def on_signals(action: Callable[[], object], *numbers: int) -> Iterator[None]:
     """In the block these signals do this, instead of ending the program."""

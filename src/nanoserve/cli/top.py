@@ -6,6 +6,8 @@ client.watch_engine ──▶ Screen: figures, KV map, queue, a line a sequence 
 
 import argparse
 import contextlib
+import itertools
+import re
 import shutil
 import signal
 import sys
@@ -13,7 +15,7 @@ import termios
 import threading
 import tty
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from nanoserve_client import (
     Cancelled,
@@ -48,8 +50,10 @@ PHASE_COLOURS = {
     SequencePhase.PREFILL: "prompt",
     SequencePhase.DECODE: "token",
     SequencePhase.PREEMPTED: "preempted",
-    SequencePhase.WAITING: "soft",
 }
+_COLOUR_CODE = re.compile(r"\x1b\[\d+m")
+# Of the KV map.
+MARK_COLOURS = {"#": "token", "+": "cached", "o": "prompt", ".": "soft"}
 TO_SCREEN = "\x1b[?1049h\x1b[?25l"
 FROM_SCREEN = "\x1b[?25h\x1b[?1049l"
 
@@ -133,33 +137,26 @@ def figures(snapshot: EngineSnapshot) -> str:
 
 def screen(snapshot: EngineSnapshot, title: str, width: int, height: int, *, is_coloured: bool) -> list[str]:
     """At most `height` lines of `width` characters, and colours."""
-    paint = _Paint(is_coloured)
     uptime_s = int(snapshot.stats.uptime_s)
     up = f"up {uptime_s // 3600}:{uptime_s // 60 % 60:02}:{uptime_s % 60:02}"
     head = f"nanoserve: {title}"[: max(0, width - len(up) - 2)]
-    lines = [paint("bold", head) + up.rjust(width - len(head))[:width], figures(snapshot)[:width], ""]
-    lines += kv_map(snapshot, width, paint)
+    lines = [_paint("bold", head) + up.rjust(width - len(head))[:width], figures(snapshot)[:width], ""]
+    lines += kv_map(snapshot, width)
     lines += [_queue(snapshot)[:width], ""]
     live = [each for each in snapshot.sequences if each.phase is not SequencePhase.ENDED]
-    lines.append(paint("bold", _HEADING[:width]))
+    lines.append(_paint("bold", _HEADING[:width]))
     room = max(0, height - len(lines) - 1)
-    lines += [_line(sequence, width, paint) for sequence in live[:room]]
+    lines += [_line(sequence, width) for sequence in live[:room]]
     if len(live) > room:
         lines.append(f"... and {len(live) - room} more"[:width])
-    return lines[:height]
+    return lines[:height] if is_coloured else [_COLOUR_CODE.sub("", line) for line in lines[:height]]
 
 
-class _Paint:
-    """Colours a text, if colours are wanted."""
-
-    def __init__(self, is_coloured: bool) -> None:
-        self._is_coloured = is_coloured
-
-    def __call__(self, colour: str, text: str) -> str:
-        return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if self._is_coloured and text else text
+def _paint(colour: str, text: str) -> str:
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if text else text
 
 
-def kv_map(snapshot: EngineSnapshot, width: int, paint: _Paint) -> list[str]:
+def kv_map(snapshot: EngineSnapshot, width: int) -> list[str]:
     """Who owns the KV blocks: a character for one block, or for several that lie together."""
     total = snapshot.stats.kv_blocks_total
     owners = Counter(block_id for sequence in snapshot.sequences for block_id in sequence.block_ids)
@@ -169,11 +166,9 @@ def kv_map(snapshot: EngineSnapshot, width: int, paint: _Paint) -> list[str]:
     cells = [_cell(range(i, min(total, i + per_cell)), owners, cached) for i in range(0, total, per_cell)]
     each = "each a block" if per_cell == 1 else f"each {per_cell} blocks"
     legend = f"KV blocks, {each}: # owned, + shared by sequences ({num_shared}), o cached, . free"
-    rows = [cells[i : i + width] for i in range(0, len(cells), width)]
-    return [legend[:width], *("".join(_painted(row, paint)) for row in rows), ""]
-
-
-_MARKS = {"#": "token", "+": "cached", "o": "prompt", ".": "soft"}
+    rows = [itertools.groupby(cells[i : i + width]) for i in range(0, len(cells), width)]
+    painted = ["".join(_paint(MARK_COLOURS[mark], "".join(run)) for mark, run in row) for row in rows]
+    return [legend[:width], *painted, ""]
 
 
 def _cell(block_ids: range, owners: Counter[int], cached: set[int]) -> str:
@@ -182,15 +177,6 @@ def _cell(block_ids: range, owners: Counter[int], cached: set[int]) -> str:
     if any(owners[block_id] for block_id in block_ids):
         return "#"
     return "o" if any(block_id in cached for block_id in block_ids) else "."
-
-
-def _painted(cells: Sequence[str], paint: _Paint) -> Iterator[str]:
-    """Runs of one mark, each painted once."""
-    start = 0
-    for i in range(1, len(cells) + 1):
-        if i == len(cells) or cells[i] != cells[start]:
-            yield paint(_MARKS[cells[start]], cells[start] * (i - start))
-            start = i
 
 
 def _queue(snapshot: EngineSnapshot) -> str:
@@ -203,20 +189,19 @@ def _queue(snapshot: EngineSnapshot) -> str:
 _HEADING = f"{'REQUEST':{LABEL_WIDTH}}  {'PHASE':9}  {'PROGRESS':{BAR_WIDTH}}  PROMPT  CACHED  TOKENS  BLOCKS     AGE"
 
 
-def _line(sequence: SequenceSnapshot, width: int, paint: _Paint) -> str:
+def _line(sequence: SequenceSnapshot, width: int) -> str:
     label = f"{sequence.request_id}#{sequence.index}" if sequence.index else sequence.request_id
     if len(label) > LABEL_WIDTH:
         label = f"{label[: LABEL_WIDTH - 3]}..."
-    phase = f"{sequence.phase.value:9}"
     counts = (
         f"{sequence.prompt_tokens:6}  {sequence.cached_tokens:6}  {sequence.completion_tokens:6}  "
         f"{len(sequence.block_ids):6}  {sequence.age_s:6.1f}s"
     )
-    plain = f"{label:{LABEL_WIDTH}}  {phase}  {_bar(sequence)}  {counts}"[:width]
+    plain = f"{label:{LABEL_WIDTH}}  {sequence.phase.value:9}  {_bar(sequence)}  {counts}"[:width]
     # The phase alone has a colour, at a place that every width but the smallest has.
     start = LABEL_WIDTH + 2
     colour = PHASE_COLOURS.get(sequence.phase, "soft")
-    return plain[:start] + paint(colour, plain[start : start + 9]) + plain[start + 9 :]
+    return plain[:start] + _paint(colour, plain[start : start + 9]) + plain[start + 9 :]
 
 
 def _bar(sequence: SequenceSnapshot) -> str:

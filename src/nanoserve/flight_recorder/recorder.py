@@ -21,7 +21,6 @@ from nanoserve.flight_recorder.timeline import (
     Absence,
     Memory,
     QueueSpan,
-    Timeline,
     timeline_of,
     timeline_of_refusal,
 )
@@ -78,7 +77,9 @@ class FlightRecorder(Observer):
 
     def request_ended(self, request: RequestRecord) -> None:
         self._live.pop(request.number, None)
-        self._ended[request.number] = (_trimmed(request), "")
+        # Without what was asked and answered, and what may be large: it may be kept for long.
+        params = SamplingParams(n=request.params.n, max_tokens=request.params.max_tokens)
+        self._ended[request.number] = (replace(request, params=params, prompt=None, texts=None), "")
         if len(self._ended) > MAX_REQUESTS:
             del self._ended[next(iter(self._ended))]
         for key in [key for key in self._absent if key[0] == request.id]:
@@ -99,7 +100,7 @@ class FlightRecorder(Observer):
         if step.wait is not None:
             self._note_wait(step, step.wait)
         for preemption in step.preemptions:
-            absence = Absence(preemption.request_id, preemption.index, preemption.for_request_id, step.start_s)
+            absence = Absence(preemption, step.start_s)
             self._absences.append(absence)
             self._absent[preemption.request_id, preemption.index] = absence
         if self._absent:
@@ -117,8 +118,7 @@ class FlightRecorder(Observer):
     # ------------------------------------------------------------------------------------------- snapshots
 
     def snapshot(self, position: int | None) -> tuple[admin_pb2.WatchEngineResponse, int]:
-        """The engine as of the last step, and the steps since the snapshot that came with this position; None = there
-        was none before. Also the position for the next one."""
+        """As rpc/admin.py::Recorder says. The engine is told as of the last step."""
         first = max(0, self._num_steps - NUM_FIRST_STEPS) if position is None else position
         steps = self._last_steps(min(self._num_steps - first, MAX_STEPS_A_SNAPSHOT))
         self._read_parts()
@@ -155,16 +155,16 @@ class FlightRecorder(Observer):
     def _phase(self, request: RequestRecord, index: int) -> admin_pb2.SequencePhase.ValueType:
         """UNSPECIFIED = it is over, or has not begun: the others of a request wait for the first one's prompt."""
         key = (request.id, index)
-        has_ended = index in request.finish_reasons
-        if key in self._kv.tables:
+        has_blocks = key in self._kv.tables
+        if index in request.finish_reasons:
+            return admin_pb2.SEQUENCE_PHASE_ENDED if has_blocks else admin_pb2.SEQUENCE_PHASE_UNSPECIFIED
+        if has_blocks:
             part = self._last_parts.get(key)
-            if has_ended:
-                return admin_pb2.SEQUENCE_PHASE_ENDED
             generates = part is not None and part.samples
             return admin_pb2.SEQUENCE_PHASE_DECODE if generates else admin_pb2.SEQUENCE_PHASE_PREFILL
-        if key in self._absent and not has_ended:
+        if key in self._absent:
             return admin_pb2.SEQUENCE_PHASE_PREEMPTED
-        waits = not has_ended and (index == 0 or request.first_token_s is not None)
+        waits = index == 0 or request.first_token_s is not None
         return admin_pb2.SEQUENCE_PHASE_WAITING if waits else admin_pb2.SEQUENCE_PHASE_UNSPECIFIED
 
     def _ended_sequences(self, steps: list[StepRecord]) -> Iterator[admin_pb2.SequenceSnapshot]:
@@ -199,24 +199,19 @@ class FlightRecorder(Observer):
             preemptions=sum(preemption.index == index for _, preemption in request.preemptions),
         )
 
-    # ------------------------------------------------------------------------------------------- timelines
-
     def explain(self, request_id: str) -> list[admin_pb2.RequestTimeline]:
         """The timelines of all requests with this label, newest first; empty = none is known."""
-        return [timeline.message() for timeline in self.timelines(request_id)]
-
-    def timelines(self, label: str) -> list[Timeline]:
-        """The same, to be looked into."""
         now_s = time.monotonic()
         known = [*self._ended.values(), *((now(), "") for now in self._live.values())]
         labels = {request.id: request.label for request, _ in known}
         memory = Memory(list(self._queue_spans), list(self._absences), labels)
         # A caller may give all its requests one label: no more of them are looked into than are told.
-        asked = sorted((each for each in known if each[0].label == label), key=lambda each: each[0].arrival_s)
-        refused = [call for call in self._refused if call.request_id == label]
-        timelines = [timeline_of(request, code, memory, now_s) for request, code in asked[-MAX_TIMELINES:]]
-        timelines += map(timeline_of_refusal, refused[-MAX_TIMELINES:])
-        return sorted(timelines, key=lambda timeline: timeline.request.arrival_s, reverse=True)[:MAX_TIMELINES]
+        asked = sorted((each for each in known if each[0].label == request_id), key=lambda each: each[0].arrival_s)
+        refused = [call for call in self._refused if call.request_id == request_id]
+        found = [(each[0].arrival_s, timeline_of(*each, memory, now_s)) for each in asked[-MAX_TIMELINES:]]
+        found += [(call.start_s, timeline_of_refusal(call)) for call in refused[-MAX_TIMELINES:]]
+        newest_first = sorted(found, key=lambda each: each[0], reverse=True)
+        return [timeline for _, timeline in newest_first[:MAX_TIMELINES]]
 
 
 class KvMap:
@@ -256,12 +251,6 @@ class KvMap:
             for block_id in table:
                 is_cached[block_id] = 0
         return list(itertools.compress(range(len(is_cached)), is_cached))
-
-
-def _trimmed(request: RequestRecord) -> RequestRecord:
-    """A copy that may be kept for long: without what was asked and answered, and what may be large."""
-    params = SamplingParams(n=request.params.n, max_tokens=request.params.max_tokens)
-    return replace(request, params=params, prompt=None, texts=None)
 
 
 def _step(step: StepRecord, labels: Mapping[int, str]) -> admin_pb2.StepSnapshot:

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from nanoserve_client.v1.generation_pb2 import FINISH_REASON_UNSPECIFIED
 from nanoserve.observer import CallRecord, Chunk, RequestRecord
 from nanoserve.request import Overloaded
 from nanoserve.rpc.messages import FINISH_REASONS, duration, timestamp
-from nanoserve.step_record import Wait, WaitReason
+from nanoserve.step_record import Preemption, Wait, WaitReason
 
 # Shorter waits are those for the step that was running.
 MIN_WAIT_S = 0.0005
@@ -42,9 +43,7 @@ class QueueSpan:
 class Absence:
     """A preempted sequence, until it ran again."""
 
-    request_id: str
-    index: int
-    for_request_id: str
+    preemption: Preemption
     start_s: float
     # None = it has not, or never did.
     end_s: float | None = None
@@ -61,9 +60,6 @@ class Memory:
     labels: dict[str, str]
 
 
-# --------------------------------------------------------------------------------------------------- the answer
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One thing that happened."""
@@ -76,102 +72,81 @@ class Entry:
     # Of a wait: seconds that went by each reason, most first. Empty = it was not for the scheduler.
     shares: Mapping[WaitReason, float] = field(default_factory=dict)
 
-    @property
-    def text(self) -> str:
-        return self.told.text
-
-    @property
-    def length_s(self) -> float:
-        return self.end_s - self.start_s
-
     def message(self, arrival_s: float) -> admin_pb2.TimelineEntry:
         """With times from the arrival on; a call's own arrival is a moment before that of its request."""
-        start, took = duration(max(0.0, self.start_s - arrival_s)), duration(max(0.0, self.length_s))
+        start, took = duration(max(0.0, self.start_s - arrival_s)), duration(max(0.0, self.end_s - self.start_s))
         message = admin_pb2.TimelineEntry(start=start, duration=took)
         message.MergeFrom(self.told)
         return message
 
 
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """All that is known of a request."""
-
-    request: RequestRecord
-    # Its end, or now.
-    end_s: float
-    # By their begin.
-    entries: list[Entry]
-
-    @property
-    def summary(self) -> str:
-        """All of it in a few sentences."""
-        sentences = [*self._waits(), *self._work(), *(entry.text for entry in self._of("end"))]
-        return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
-
-    def _of(self, event: str) -> list[Entry]:
-        return [entry for entry in self.entries if entry.told.WhichOneof("event") == event]
-
-    def _waits(self) -> Iterator[str]:
-        shares: dict[WaitReason, float] = {}
-        # The longest wait for each reason says whom it was behind.
-        behind: dict[WaitReason, str] = {}
-        for entry in sorted(self._of("wait"), key=lambda entry: -entry.length_s):
-            for reason, share_s in entry.shares.items():
-                shares[reason] = shares.get(reason, 0.0) + share_s
-            for reason in itertools.islice(entry.shares, 1):
-                behind.setdefault(reason, entry.told.wait.behind_request_id)
-        for reason, share_s in sorted(shares.items(), key=lambda share: -share[1]):
-            whom = f" behind request {behind[reason]}" if behind.get(reason) else ""
-            yield f"waited {_time(share_s)} for {WANTED[reason]}{whom}"
-        if not shares:
-            yield from (entry.text for entry in self._of("wait"))
-
-    def _work(self) -> Iterator[str]:
-        yield from (entry.text for entry in self._of("cache_hit"))
-        for first in self._of("prefill")[:1]:
-            yield f"prefilled in {_count(first.told.prefill.chunks, 'chunk')}"
-        if preemptions := self._of("preemption"):
-            times = "once" if len(preemptions) == 1 else f"{len(preemptions)} times"
-            labels = list(filter(None, dict.fromkeys(entry.told.preemption.for_request_id for entry in preemptions)))
-            yield f"preempted {times}" + (f", for {_list(labels)}" if labels else "")
-        yield from (entry.text for entry in self._of("decode"))
-
-    def message(self) -> admin_pb2.RequestTimeline:
-        """For ExplainRequest."""
-        request = self.request
-        return admin_pb2.RequestTimeline(
-            request_id=request.label,
-            request_number=int(request.id or 0),
-            create_time=timestamp(time.time() - time.monotonic() + request.arrival_s),
-            duration=duration(self.end_s - request.arrival_s),
-            ended=request.end_s is not None,
-            prompt_tokens=request.num_prompt_tokens,
-            cached_tokens=request.num_cached_tokens,
-            completion_tokens=request.num_completion_tokens,
-            entries=[entry.message(request.arrival_s) for entry in self.entries],
-            summary=self.summary,
-        )
-
-
-def timeline_of(request: RequestRecord, code: str, memory: Memory, now_s: float) -> Timeline:
+def timeline_of(request: RequestRecord, code: str, memory: Memory, now_s: float) -> admin_pb2.RequestTimeline:
     """The timeline of a request that runs or has ended. code: the status of its RPC; empty = not known, or no RPC."""
     end_s = now_s if request.end_s is None else request.end_s
-    absences = [each for each in memory.absences if each.request_id == request.id]
+    absences = [each for each in memory.absences if each.preemption.request_id == request.id]
     entries = [*_queue(request, memory, end_s), *_cache_hit(request), *_prefills(request, absences)]
     entries += _absences(request, absences, memory, end_s)
     entries += _siblings_waits(request, memory, end_s)
     entries += _decode(request)
     entries.sort(key=lambda entry: entry.start_s)
-    return Timeline(request, end_s, [*entries, *_end(request, code)])
+    return _timeline(request, end_s, [*entries, *_end(request, code)])
 
 
-def timeline_of_refusal(call: CallRecord) -> Timeline:
+def timeline_of_refusal(call: CallRecord) -> admin_pb2.RequestTimeline:
     """The timeline of a call that was refused before the engine heard of it."""
     why = f"it was refused: {call.code}" + (f" ({call.reason})" if call.reason else "")
     end = admin_pb2.TimelineEnd(reason=call.reason, abandoned=not call.reason)
     record = RequestRecord(call.request_id, call.start_s, end_s=call.end_s)
     told = admin_pb2.TimelineEntry(text=why, end=end)
-    return Timeline(record, call.end_s, [Entry(call.start_s, call.end_s, told)])
+    return _timeline(record, call.end_s, [Entry(call.start_s, call.end_s, told)])
+
+
+def _timeline(request: RequestRecord, end_s: float, entries: list[Entry]) -> admin_pb2.RequestTimeline:
+    """end_s: its end, or now. entries: by their begin."""
+    return admin_pb2.RequestTimeline(
+        request_id=request.label,
+        request_number=int(request.id or 0),
+        create_time=timestamp(time.time() - time.monotonic() + request.arrival_s),
+        duration=duration(end_s - request.arrival_s),
+        ended=request.end_s is not None,
+        prompt_tokens=request.num_prompt_tokens,
+        cached_tokens=request.num_cached_tokens,
+        completion_tokens=request.num_completion_tokens,
+        entries=[entry.message(request.arrival_s) for entry in entries],
+        summary=_summary(entries),
+    )
+
+
+def _summary(entries: list[Entry]) -> str:
+    """All of it in a few sentences."""
+    by_event: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_event[str(entry.told.WhichOneof("event"))].append(entry)
+    sentences = [*_waited(by_event["wait"]), *(entry.told.text for entry in by_event["cache_hit"])]
+    if by_event["prefill"]:
+        sentences.append(f"prefilled in {_count(by_event['prefill'][0].told.prefill.chunks, 'chunk')}")
+    if preemptions := by_event["preemption"]:
+        times = "once" if len(preemptions) == 1 else f"{len(preemptions)} times"
+        labels = list(filter(None, dict.fromkeys(entry.told.preemption.for_request_id for entry in preemptions)))
+        sentences.append(f"preempted {times}" + (f", for {_list(labels)}" if labels else ""))
+    sentences += [entry.told.text for entry in by_event["decode"] + by_event["end"]]
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+
+
+def _waited(waits: list[Entry]) -> Iterator[str]:
+    shares: dict[WaitReason, float] = defaultdict(float)
+    # The longest wait for each reason says whom it was behind.
+    behind: dict[WaitReason, str] = {}
+    for entry in sorted(waits, key=lambda entry: entry.start_s - entry.end_s):
+        for reason, share_s in entry.shares.items():
+            shares[reason] += share_s
+        for reason in itertools.islice(entry.shares, 1):
+            behind.setdefault(reason, entry.told.wait.behind_request_id)
+    for reason, share_s in sorted(shares.items(), key=lambda share: -share[1]):
+        whom = f" behind request {behind[reason]}" if behind.get(reason) else ""
+        yield f"waited {_time(share_s)} for {WANTED[reason]}{whom}"
+    if not shares:
+        yield from (entry.told.text for entry in waits)
 
 
 # ------------------------------------------------------------------------------------------------- the queue
@@ -183,17 +158,14 @@ def _queue(request: RequestRecord, memory: Memory, end_s: float) -> Iterator[Ent
     waits = list(_waits(request, 0, start_s, until_s, memory)) if request.id else []
     unexplained_s = (waits[0].start_s if waits else until_s) - start_s
     if unexplained_s > MIN_WAIT_S and not (request.end_s is not None and request.started_s is None and not waits):
-        text = _first_wait_text(request, unexplained_s, memory)
+        took, spans = _time(unexplained_s), memory.queue_spans
+        if request.id and spans and spans[0].start_s > start_s and unexplained_s > 1:
+            text = f"waited {took}; what for is no longer known"
+        else:
+            text = f"waited {took} for its prompt to be encoded, and for the step that was running"
         told = admin_pb2.TimelineEntry(text=text, wait=admin_pb2.TimelineWait())
         yield Entry(start_s, start_s + unexplained_s, told)
     yield from waits
-
-
-def _first_wait_text(request: RequestRecord, waited_s: float, memory: Memory) -> str:
-    spans = memory.queue_spans
-    if request.id and spans and spans[0].start_s > request.arrival_s and waited_s > 1:
-        return f"waited {_time(waited_s)}; what for is no longer known"
-    return f"waited {_time(waited_s)} for its prompt to be encoded, and for the step that was running"
 
 
 def _waits(request: RequestRecord, index: int, start_s: float, end_s: float, memory: Memory) -> Iterator[Entry]:
@@ -213,11 +185,10 @@ def _wait_entry(
     group: list[QueueSpan], request: RequestRecord, index: int, start_s: float, end_s: float, memory: Memory
 ) -> Entry:
     begin_s, until_s = max(start_s, group[0].start_s), min(end_s, group[-1].end_s)
-    shares: dict[WaitReason, float] = {}
+    spent: dict[WaitReason, float] = defaultdict(float)
     for span in group:
-        took_s = min(end_s, span.end_s) - max(start_s, span.start_s)
-        shares[span.wait.reason] = shares.get(span.wait.reason, 0.0) + took_s
-    shares = dict(sorted(shares.items(), key=lambda share: -share[1]))
+        spent[span.wait.reason] += min(end_s, span.end_s) - max(start_s, span.start_s)
+    shares = dict(sorted(spent.items(), key=lambda share: -share[1]))
     last = {span.wait.reason: span.wait for span in group}
     main = last[next(iter(shares))]
     is_head = _kind(group[0], request, index) is not None
@@ -231,16 +202,14 @@ def _wait_entry(
     what = []
     for reason, share_s in shares.items():
         took = f"{_time(share_s)} " if len(shares) > 1 else ""
-        what.append(f"{took}for {WANTED[reason]}{_behind(last[reason], request, memory)}")
+        behind_id = last[reason].behind_request_id
+        behind = f" behind {_name(behind_id, request, memory)}" if behind_id else ""
+        what.append(f"{took}for {WANTED[reason]}{behind}")
     who = f"sequence {index} " if index else ""
     whom = _name(before[0], request, memory) if len(before) == 1 else f"{len(before)} requests"
     after = f"after {whom}, which waited " if before else ""
     text = f"{who}waited {_time(until_s - begin_s)} {after}{' and '.join(what)}"
     return Entry(begin_s, until_s, admin_pb2.TimelineEntry(text=text, wait=wait), shares)
-
-
-def _behind(wait: Wait, request: RequestRecord, memory: Memory) -> str:
-    return f" behind {_name(wait.behind_request_id, request, memory)}" if wait.behind_request_id else ""
 
 
 def _name(id: str, request: RequestRecord, memory: Memory) -> str:
@@ -264,7 +233,7 @@ def _prefills(request: RequestRecord, absences: list[Absence]) -> Iterator[Entry
     """For each sequence, the chunks between two preemptions together."""
     runs: dict[tuple[int, int], list[Chunk]] = {}
     for chunk in request.chunks:
-        num_before = sum(a.index == chunk.index and a.start_s <= chunk.start_s for a in absences)
+        num_before = sum(a.preemption.index == chunk.index and a.start_s <= chunk.start_s for a in absences)
         runs.setdefault((chunk.index, num_before), []).append(chunk)
     for (index, num_preemptions), chunks in runs.items():
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
@@ -281,29 +250,28 @@ def _prefills(request: RequestRecord, absences: list[Absence]) -> Iterator[Entry
 
 def _absences(request: RequestRecord, absences: list[Absence], memory: Memory, end_s: float) -> Iterator[Entry]:
     for absence in absences:
+        index, for_id = absence.preemption.index, absence.preemption.for_request_id
         back_s = end_s if absence.end_s is None else absence.end_s
-        who = f"sequence {absence.index} was" if absence.index else "was"
-        if absence.for_request_id == request.id:
+        who = f"sequence {index} was" if index else "was"
+        if for_id == request.id:
             why = "because no KV block was left, and no other sequence to take one from"
         else:
-            why = f"for {_name(absence.for_request_id, request, memory)}"
+            why = f"for {_name(for_id, request, memory)}"
         ended = "ran again after" if absence.end_s is not None else "has not run again for"
         text = f"{who} preempted {why}; {ended} {_time(back_s - absence.start_s)}"
-        for_label = memory.labels.get(absence.for_request_id, "")
-        preemption = admin_pb2.TimelinePreemption(index=absence.index, for_request_id=for_label)
+        preemption = admin_pb2.TimelinePreemption(index=index, for_request_id=memory.labels.get(for_id, ""))
         yield Entry(absence.start_s, back_s, admin_pb2.TimelineEntry(text=text, preemption=preemption))
-        yield from _waits(request, absence.index, absence.start_s, back_s, memory)
+        yield from _waits(request, index, absence.start_s, back_s, memory)
 
 
 def _siblings_waits(request: RequestRecord, memory: Memory, end_s: float) -> Iterator[Entry]:
     """Sequences but the first come into the queue with the first one's first token."""
     if request.first_token_s is None:
         return
-    first_chunks: dict[int, float] = {}
-    for chunk in request.chunks:
-        first_chunks.setdefault(chunk.index, chunk.start_s)
+    # By sequence, the begin of its first chunk.
+    begins_s = {chunk.index: chunk.start_s for chunk in reversed(request.chunks)}
     for index in range(1, request.params.n):
-        until_s = first_chunks.get(index, end_s)
+        until_s = begins_s.get(index, end_s)
         waits = _waits(request, index, request.first_token_s, until_s, memory)
         yield from (entry for entry in waits if not entry.told.wait.requests_before)
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from nanoserve.observer import CallRecord, Observer, RequestRecord
+from nanoserve.observer import CallRecord, Observer
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +24,8 @@ def _fields(call: CallRecord) -> Iterator[tuple[str, Any]]:
     yield "seconds", round(call.end_s - call.start_s, 6)
     if call.reason:
         yield "reason", call.reason
-    if call.request is not None:
-        yield from _request_fields(call, call.request)
-
-
-def _request_fields(call: CallRecord, request: RequestRecord) -> Iterator[tuple[str, Any]]:
+    if (request := call.request) is None:
+        return
     yield "phase", "waiting" if request.started_s is None else "running"
     yield "prompt_tokens", request.num_prompt_tokens
     yield "cached_tokens", request.num_cached_tokens

@@ -1,6 +1,7 @@
 """OpenTelemetry's names for what we report (semantic conventions: RPC 1.45, GenAI 1.42), and our own beside them.
 
-Written out here, because the GenAI names of the Python package are marked as moved away.
+Here stand those that several files use. They are written out, because the GenAI names of the Python package are marked
+as moved away.
 """
 
 # RPC: https://opentelemetry.io/docs/specs/semconv/rpc/
@@ -15,24 +16,6 @@ SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INT
 OPERATION = "gen_ai.operation.name"
 PROVIDER = "gen_ai.provider.name"
 REQUEST_MODEL = "gen_ai.request.model"
-RESPONSE_MODEL = "gen_ai.response.model"
-RESPONSE_ID = "gen_ai.response.id"
-FINISH_REASONS = "gen_ai.response.finish_reasons"
-INPUT_TOKENS = "gen_ai.usage.input_tokens"
-CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
-OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
-CHOICES = "gen_ai.request.choice.count"
-MAX_TOKENS = "gen_ai.request.max_tokens"
-SEED = "gen_ai.request.seed"
-TEMPERATURE = "gen_ai.request.temperature"
-TOP_P = "gen_ai.request.top_p"
-TOP_K = "gen_ai.request.top_k"
-FREQUENCY_PENALTY = "gen_ai.request.frequency_penalty"
-PRESENCE_PENALTY = "gen_ai.request.presence_penalty"
-TOKEN_TYPE = "gen_ai.token.type"
-# Opt-in: they hold what callers wrote and read.
-INPUT_MESSAGES = "gen_ai.input.messages"
-OUTPUT_MESSAGES = "gen_ai.output.messages"
 
 # Seconds, as the conventions advise.
 REQUEST_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
@@ -43,21 +26,12 @@ RPC_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 
 # Ours.
 GENERATE = "nanoserve.v1.GenerationService/Generate"
 NANOSERVE = "nanoserve"
-REQUEST_ID = "nanoserve.request.id"
-PRIORITY = "nanoserve.request.priority"
 # ErrorInfo.reason of a status.
 ERROR_REASON = "nanoserve.error.reason"
 # "waiting" or "running".
 PHASE = "nanoserve.phase"
-STEP = "nanoserve.step"
-SEQUENCE = "nanoserve.sequence"
-NUM_TOKENS = "nanoserve.tokens"
-# The request that a preempted sequence made place for.
-PREEMPTED_FOR = "nanoserve.preempted_for"
-BLOCK_STATE = "nanoserve.kv.block.state"
-FINISH_REASON = "nanoserve.finish_reason"
 
 
-def operation(*, is_chat: bool) -> str:
-    """gen_ai.operation.name of a request."""
-    return "chat" if is_chat else "text_completion"
+def of_generation(model: str, *, is_chat: bool) -> dict[str, str]:
+    """What traces and metrics of a request both tell."""
+    return {OPERATION: "chat" if is_chat else "text_completion", PROVIDER: NANOSERVE, REQUEST_MODEL: model}

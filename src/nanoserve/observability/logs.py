@@ -8,16 +8,13 @@ from typing import Any
 from nanoserve.observer import current_call
 
 
-class IdFilter(logging.Filter):
-    """Gives a record what the formatters want of the call that its task serves. It drops nothing."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        call = current_call.get()
-        named = {"request_id": call.request_id, "trace_id": call.trace_id} if call is not None else {}
-        ids = {name: value for name, value in named.items() if value}
-        record.ids = ids
-        record.suffix = "".join(f" {name}={value}" for name, value in ids.items())
-        return True
+def _add_ids(record: logging.LogRecord) -> bool:
+    """A filter that drops nothing: it gives a record what the formatters want of the call that its task serves."""
+    call = current_call.get()
+    named = {"request_id": call.request_id, "trace_id": call.trace_id} if call is not None else {}
+    record.ids = ids = {name: value for name, value in named.items() if value}
+    record.suffix = "".join(f" {name}={value}" for name, value in ids.items())
+    return True
 
 
 class JsonFormatter(logging.Formatter):
@@ -39,5 +36,5 @@ class JsonFormatter(logging.Formatter):
 
 def dress(handler: logging.Handler, log_format: str, people: str) -> None:
     """Set how a handler's lines look: log_format "json", or "human" in the style `people`."""
-    handler.addFilter(IdFilter())
+    handler.addFilter(_add_ids)
     handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(people + "%(suffix)s"))

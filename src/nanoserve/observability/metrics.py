@@ -93,7 +93,7 @@ class Metrics(Observer):
             case "nanoserve.kv.blocks" if step is not None:
                 counts = (step.num_free_blocks, step.num_cached_blocks, step.num_owned_blocks)
                 states = zip(("free", "cached", "owned"), counts, strict=True)
-                return [Observation(count, {names.BLOCK_STATE: state}) for state, count in states]
+                return [Observation(count, {"nanoserve.kv.block.state": state}) for state, count in states]
         return []
 
     # ---------------------------------------------------------------------------------------- what happens
@@ -106,8 +106,9 @@ class Metrics(Observer):
         self._num_threads = step.num_threads or self._num_threads
         if step.parts:
             self._histograms["nanoserve.step.duration"].record(step.end_s - step.start_s)
-            self._histograms["nanoserve.step.tokens"].record(step.num_prompt_tokens, {names.TOKEN_TYPE: "input"})
-            self._histograms["nanoserve.step.tokens"].record(step.num_completion_tokens, {names.TOKEN_TYPE: "output"})
+            tokens = self._histograms["nanoserve.step.tokens"]
+            tokens.record(step.num_prompt_tokens, {"gen_ai.token.type": "input"})
+            tokens.record(step.num_completion_tokens, {"gen_ai.token.type": "output"})
         if step.preemptions:
             self._counters["nanoserve.preemptions"].add(len(step.preemptions))
 
@@ -118,7 +119,7 @@ class Metrics(Observer):
             self._counters["nanoserve.prompt.cached_tokens"].add(request.num_cached_tokens)
             self._counters["nanoserve.completion.tokens"].add(request.num_completion_tokens)
         for reason in request.finish_reasons.values():
-            self._counters["nanoserve.sequences.finished"].add(1, {names.FINISH_REASON: reason.value})
+            self._counters["nanoserve.sequences.finished"].add(1, {"nanoserve.finish_reason": reason.value})
 
     def call_ended(self, call: CallRecord) -> None:
         attributes = {names.RPC_SYSTEM: "grpc", names.RPC_METHOD: call.method, names.RPC_STATUS: call.code}
@@ -140,11 +141,7 @@ class Metrics(Observer):
             self._counters["nanoserve.requests.cancelled"].add(1, {names.RPC_STATUS: call.code})
         if request is None:
             return
-        attributes = {
-            names.OPERATION: names.operation(is_chat=request.is_chat),
-            names.PROVIDER: names.NANOSERVE,
-            names.REQUEST_MODEL: self._model,
-        }
+        attributes = names.of_generation(self._model, is_chat=request.is_chat)
         if call.code != "OK":
             attributes[names.ERROR_TYPE] = call.reason or call.code
         self._histograms["gen_ai.server.request.duration"].record(call.end_s - call.start_s, attributes)

@@ -7,7 +7,8 @@ variables say (headers, certificates, sampling, batching) the SDK reads itself.
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
@@ -43,7 +44,7 @@ class Telemetry:
         variables = environment()
         resource = Resource.create({} if "OTEL_SERVICE_NAME" in variables else {"service.name": "nanoserve"})
         self.observers: list[Observer] = []
-        self._tracer_provider: TracerProvider | None = None
+        self._closers: list[Callable[[], None]] = []
         # The gateway has a counter of its own there. None = there are no metrics.
         self.meter_provider: MeterProvider | None = None
         self._registry = CollectorRegistry()
@@ -51,12 +52,12 @@ class Telemetry:
         self.traces_endpoint = _endpoint("TRACES", variables)
         self.metrics_endpoint = _endpoint("METRICS", variables) if options.metrics else None
         if self.traces_endpoint is not None:
-            self._tracer_provider = TracerProvider(resource=resource)
-            self._span_exporter = OTLPSpanExporter()
-            self._tracer_provider.add_span_processor(BatchSpanProcessor(self._span_exporter))
+            tracer_provider, exporter = TracerProvider(resource=resource), OTLPSpanExporter()
+            tracer_provider.add_span_processor(BatchSpanProcessor(exporter))
             # For the gateway, which is in this process.
-            trace.set_tracer_provider(self._tracer_provider)
-            self.observers.append(Tracing(self._tracer_provider, wants_content=options.trace_content))
+            trace.set_tracer_provider(tracer_provider)
+            self.observers.append(Tracing(tracer_provider, wants_content=options.trace_content))
+            self._closers.append(partial(_close_traces, tracer_provider, exporter))
         elif options.trace_content:
             raise ConfigError(f"--trace-content is for traces, and there are none: set {ENDPOINT}")
         if options.metrics:
@@ -65,6 +66,7 @@ class Telemetry:
                 readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
             self.meter_provider = MeterProvider(readers, resource=resource)
             self.observers.append(Metrics(self.meter_provider))
+            self._closers.append(partial(self.meter_provider.shutdown, FLUSH_TIMEOUT_S * 1000))
         self.observers.append(AccessLog())
 
     async def exposition(self, accept: str) -> tuple[bytes, str]:
@@ -74,19 +76,15 @@ class Telemetry:
 
     async def close(self) -> None:
         """Send what is left, if the collector takes it in time."""
-        await asyncio.gather(asyncio.to_thread(self._close_traces), asyncio.to_thread(self._close_metrics))
+        await asyncio.gather(*map(asyncio.to_thread, self._closers))
 
-    def _close_traces(self) -> None:
-        if self._tracer_provider is not None:
-            # The provider would wait for as long as the exporter tries.
-            patience = threading.Timer(FLUSH_TIMEOUT_S, self._span_exporter.shutdown)
-            patience.start()
-            self._tracer_provider.shutdown()
-            patience.cancel()
 
-    def _close_metrics(self) -> None:
-        if self.meter_provider is not None:
-            self.meter_provider.shutdown(FLUSH_TIMEOUT_S * 1000)
+def _close_traces(provider: TracerProvider, exporter: OTLPSpanExporter) -> None:
+    # The provider would wait for as long as the exporter tries.
+    patience = threading.Timer(FLUSH_TIMEOUT_S, exporter.shutdown)
+    patience.start()
+    provider.shutdown()
+    patience.cancel()
 
 
 def _endpoint(signal: str, variables: Mapping[str, str]) -> str | None:

@@ -13,7 +13,7 @@ was in. They are made when the call is over, from times that were noted anyway, 
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from opentelemetry import trace
@@ -23,12 +23,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from nanoserve.observability import conventions as names
 from nanoserve.observer import CallRecord, Observer, RequestRecord, current_call
 
-
-@dataclass(frozen=True, slots=True)
-class _Phase:
-    name: str
-    start_s: float
-    end_s: float
+# Parameters that OpenTelemetry calls gen_ai.request.NAME, NAME being ours, and the value that is not told: it is off.
+UNTOLD = {"temperature": None, "top_p": None, "top_k": 0, "frequency_penalty": 0, "presence_penalty": 0}
 
 
 class Tracing(Observer):
@@ -73,44 +69,41 @@ class Tracing(Observer):
 
     def _trace_phases(self, parent: Span, unix_offset_ns: int, call: CallRecord, request: RequestRecord) -> None:
         context = trace.set_span_in_context(parent)
-        for phase in _phases(call, request):
-            start_ns = _ns(phase.start_s, unix_offset_ns)
-            span = self._tracer.start_span(phase.name, context=context, start_time=start_ns)
-            for time_s, name, attributes in _events(request):
-                if phase.start_s < time_s <= phase.end_s:
-                    span.add_event(name, attributes, _ns(time_s, unix_offset_ns))
-            span.end(_ns(phase.end_s, unix_offset_ns))
+        for phase, start_s, end_s in _phases(call, request):
+            span = self._tracer.start_span(phase, context=context, start_time=_ns(start_s, unix_offset_ns))
+            for time_s, event, attributes in _events(request):
+                if start_s < time_s <= end_s:
+                    span.add_event(event, attributes, _ns(time_s, unix_offset_ns))
+            span.end(_ns(end_s, unix_offset_ns))
 
 
-def _phases(call: CallRecord, request: RequestRecord) -> Iterator[_Phase]:
+def _phases(call: CallRecord, request: RequestRecord) -> Iterator[tuple[str, float, float]]:
+    """(name, begin, end)"""
     begins = [call.start_s, request.started_s, request.first_token_s]
     reached = [begin_s for begin_s in begins if begin_s is not None]
     # What a step reports after the call was cut off is later than the call's end.
     ends = [min(end_s, call.end_s) for end_s in [*reached[1:], call.end_s]]
     for name, begin_s, end_s in zip(("queue", "prefill", "decode"), reached, ends, strict=False):
-        yield _Phase(name, min(begin_s, call.end_s), end_s)
+        yield name, min(begin_s, call.end_s), end_s
 
 
 def _events(request: RequestRecord) -> Iterator[tuple[float, str, dict[str, Any]]]:
     """(time, name, attributes)"""
     for chunk in request.chunks:
-        attributes: dict[str, Any] = {
-            names.STEP: chunk.step,
-            names.SEQUENCE: chunk.index,
-            names.NUM_TOKENS: chunk.num_tokens,
-        }
-        yield chunk.end_s, "chunk", attributes
+        told = {"nanoserve.step": chunk.step, "nanoserve.sequence": chunk.index, "nanoserve.tokens": chunk.num_tokens}
+        yield chunk.end_s, "chunk", told
     for time_s, preemption in request.preemptions:
-        attributes = {names.SEQUENCE: preemption.index, names.PREEMPTED_FOR: preemption.for_request_id}
-        yield time_s, "preemption", attributes
+        # The request that it made place for.
+        for_whom = preemption.for_request_id
+        yield time_s, "preemption", {"nanoserve.sequence": preemption.index, "nanoserve.preempted_for": for_whom}
     if request.last_token_s is not None:
         # What follows is delivery.
-        yield request.last_token_s, "last token", {names.NUM_TOKENS: request.num_completion_tokens}
+        yield request.last_token_s, "last token", {"nanoserve.tokens": request.num_completion_tokens}
 
 
 def _call_attributes(call: CallRecord) -> Iterator[tuple[str, str]]:
     yield names.RPC_STATUS, call.code
-    yield names.REQUEST_ID, call.request_id
+    yield "nanoserve.request.id", call.request_id
     if call.code != "OK":
         yield names.ERROR_TYPE, call.code
     if call.reason:
@@ -119,39 +112,32 @@ def _call_attributes(call: CallRecord) -> Iterator[tuple[str, str]]:
 
 def _request_attributes(request: RequestRecord, model: str) -> Iterator[tuple[str, Any]]:
     params = request.params
-    yield names.OPERATION, names.operation(is_chat=request.is_chat)
-    yield names.PROVIDER, names.NANOSERVE
-    yield names.REQUEST_MODEL, model
-    yield names.RESPONSE_MODEL, model
-    yield names.TEMPERATURE, params.temperature
-    yield names.TOP_P, params.top_p
-    # What is off needs no word.
-    if params.top_k:
-        yield names.TOP_K, params.top_k
-    if params.frequency_penalty:
-        yield names.FREQUENCY_PENALTY, params.frequency_penalty
-    if params.presence_penalty:
-        yield names.PRESENCE_PENALTY, params.presence_penalty
+    yield from names.of_generation(model, is_chat=request.is_chat).items()
+    yield "gen_ai.response.model", model
+    for name, untold in UNTOLD.items():
+        if (value := getattr(params, name)) != untold:
+            yield f"gen_ai.request.{name}", value
     if request.priority:
-        yield names.PRIORITY, request.priority
+        yield "nanoserve.request.priority", request.priority
     if params.n != 1:
-        yield names.CHOICES, params.n
+        yield "gen_ai.request.choice.count", params.n
     if params.max_tokens is not None:
-        yield names.MAX_TOKENS, params.max_tokens
+        yield "gen_ai.request.max_tokens", params.max_tokens
     if request.id:
-        yield names.RESPONSE_ID, request.id
+        yield "gen_ai.response.id", request.id
         if params.seed is not None and params.seed < 2**63:  # OpenTelemetry has no larger integers
-            yield names.SEED, params.seed
-        yield names.INPUT_TOKENS, request.num_prompt_tokens
-        yield names.CACHED_TOKENS, request.num_cached_tokens
-        yield names.OUTPUT_TOKENS, request.num_completion_tokens
+            yield "gen_ai.request.seed", params.seed
+        yield "gen_ai.usage.input_tokens", request.num_prompt_tokens
+        yield "gen_ai.usage.cache_read.input_tokens", request.num_cached_tokens
+        yield "gen_ai.usage.output_tokens", request.num_completion_tokens
         yield names.PHASE, "waiting" if request.started_s is None else "running"
     if request.finish_reasons:
-        yield names.FINISH_REASONS, [reason.value for _, reason in sorted(request.finish_reasons.items())]
+        yield "gen_ai.response.finish_reasons", [reason.value for _, reason in sorted(request.finish_reasons.items())]
+    # Opt-in: they hold what callers wrote and read.
     if request.prompt is not None:
-        yield names.INPUT_MESSAGES, json.dumps(_input_messages(request.prompt), ensure_ascii=False)
+        yield "gen_ai.input.messages", json.dumps(_input_messages(request.prompt), ensure_ascii=False)
     if request.texts is not None:
-        yield names.OUTPUT_MESSAGES, json.dumps(list(_output_messages(request)), ensure_ascii=False)
+        yield "gen_ai.output.messages", json.dumps(list(_output_messages(request)), ensure_ascii=False)
 
 
 def _input_messages(prompt: str | list[int] | list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,24 +1,22 @@
 """Errors as callers see them: the one table from exception to gRPC status.
 
-Every status carries a google.rpc.Status with ErrorInfo{reason, domain "nanoserve"} and RequestInfo, and what the table
-adds. Whatever the caller sent, the trailers stay under MAX_TRAILER_BYTES: proxies and clients drop larger ones, and the
-status with them. An exception that the table does not know is a fault of ours: it is logged whole, and the caller reads
+Every status carries a google.rpc.Status with ErrorInfo{reason, domain "nanoserve"}, RequestInfo, and for some errors
+more. Whatever the caller sent, the trailers stay under MAX_TRAILER_BYTES: proxies and clients drop larger ones, and the
+status with them. An exception that is no RequestError is a fault of ours: it is logged whole, and the caller reads
 only that the engine failed.
 """
 
 import base64
 import logging
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from nanoserve.config import ConfigError
 from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
@@ -48,99 +46,55 @@ _PLAIN_MESSAGE_BYTES = "".join(chr(c) for c in range(0x20, 0x7F) if chr(c) != "%
 logger = logging.getLogger(__name__)
 
 
-class ServerError(ConfigError):
-    """The server cannot start."""
-
-
 @dataclass(frozen=True, slots=True)
 class ErrorStatus:
     """How an RPC fails."""
 
     code: grpc.StatusCode
+    # ErrorInfo.reason.
+    reason: str
     message: str
     trailers: tuple[tuple[str, str | bytes], ...]
 
 
-# Cuts a text of the caller's to what the trailers have room for.
-_Cut = Callable[[str], str]
-
-
-def _violations(error: InvalidRequest, cut: _Cut) -> Any:
-    violations = [
-        error_details_pb2.BadRequest.FieldViolation(field=cut(v.field), description=cut(v.description))
-        for v in error.violations[:MAX_VIOLATIONS]
-    ]
-    return error_details_pb2.BadRequest(field_violations=violations)
-
-
-def _model(error: ModelNotFound, cut: _Cut) -> Any:
-    return error_details_pb2.ResourceInfo(
-        resource_type="model", resource_name=cut(error.name), description="no such served model"
-    )
-
-
-def _request(error: RequestNotFound, cut: _Cut) -> Any:
-    return error_details_pb2.ResourceInfo(
-        resource_type="request", resource_name=cut(error.request_id), description="no such request is known"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    code: grpc.StatusCode
-    # Makes one more google.rpc message of the error, whose packages have no types.
-    detail: Callable[[Any, _Cut], Any] | None = None
-
-
-_TABLE: dict[type[RequestError], _Row] = {
-    InvalidRequest: _Row(grpc.StatusCode.INVALID_ARGUMENT, _violations),
-    ContextLengthExceeded: _Row(grpc.StatusCode.INVALID_ARGUMENT),
-    ModelNotFound: _Row(grpc.StatusCode.NOT_FOUND, _model),
-    Overloaded: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED),
-    NotReady: _Row(grpc.StatusCode.UNAVAILABLE),
-    DeadlineExceeded: _Row(grpc.StatusCode.DEADLINE_EXCEEDED),
-    CancelledByOperator: _Row(grpc.StatusCode.ABORTED),
-    EngineFailure: _Row(grpc.StatusCode.INTERNAL),
-    Unauthenticated: _Row(grpc.StatusCode.UNAUTHENTICATED),
-    PermissionDenied: _Row(grpc.StatusCode.PERMISSION_DENIED),
-    RequestNotFound: _Row(grpc.StatusCode.NOT_FOUND, _request),
-    NotRecorded: _Row(grpc.StatusCode.UNIMPLEMENTED),
+_TABLE: dict[type[RequestError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    ContextLengthExceeded: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    NotReady: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    CancelledByOperator: grpc.StatusCode.ABORTED,
+    EngineFailure: grpc.StatusCode.INTERNAL,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    RequestNotFound: grpc.StatusCode.NOT_FOUND,
+    NotRecorded: grpc.StatusCode.UNIMPLEMENTED,
 }
 
 
 def status_of(error: Exception, request_id: str) -> ErrorStatus:
-    """The status for an exception; for one that the table does not know, that of EngineFailure."""
-    known = error if isinstance(error, RequestError) and type(error) in _TABLE else EngineFailure()
+    """The status for an exception. For one that is no RequestError it is that of EngineFailure."""
+    if not isinstance(error, RequestError):
+        logger.error("request %s: unexpected error", request_id, exc_info=error)
+        error = EngineFailure()
     for limit in _TEXT_LIMITS:
-        status = _build(known, request_id, limit)
+        status = _build(error, request_id, limit)
         if _wire_size(status) <= MAX_TRAILER_BYTES:
             break
     return status
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, request_id: str) -> NoReturn:
-    """End the RPC with the status for the error. Raises AbortError, as gRPC wants it."""
-    status = status_of(error, request_id)
-    if type(error) not in _TABLE:
-        logger.error("request %s: unexpected error", request_id, exc_info=error)
-    await context.abort(status.code, status.message, status.trailers)
-    raise AssertionError("abort() returned")
-
-
 def _build(error: RequestError, request_id: str, limit: int) -> ErrorStatus:
-    def cut(text: str) -> str:
-        return _cut_text(text, limit)
-
-    row = _TABLE[type(error)]
-    status = status_pb2.Status(code=row.code.value[0], message=cut(str(error)))
+    code = _TABLE[type(error)]
+    status = status_pb2.Status(code=code.value[0], message=_cut(str(error), limit))
     details: list[Message] = [
         error_details_pb2.ErrorInfo(
             reason=error.reason, domain=DOMAIN, metadata={name: str(fact) for name, fact in error.facts.items()}
         ),
-        error_details_pb2.RequestInfo(request_id=cut(request_id)),
+        error_details_pb2.RequestInfo(request_id=_cut(request_id, limit)),
+        *_details(error, limit),
     ]
-    if row.detail is not None:
-        details.append(row.detail(error, cut))
     trailers: list[tuple[str, str | bytes]] = []
     if error.retry_after_s is not None:
         delay = Duration()
@@ -150,10 +104,31 @@ def _build(error: RequestError, request_id: str, limit: int) -> ErrorStatus:
     for detail in details:
         status.details.add().Pack(detail)
     trailers.append(("grpc-status-details-bin", status.SerializeToString()))
-    return ErrorStatus(row.code, status.message, tuple(trailers))
+    return ErrorStatus(code, error.reason, status.message, tuple(trailers))
 
 
-def _cut_text(text: str, limit: int) -> str:
+def _details(error: RequestError, limit: int) -> Iterator[Message]:
+    """What only this kind of error has."""
+    match error:
+        case InvalidRequest():
+            violations = [
+                {"field": _cut(each.field, limit), "description": _cut(each.description, limit)}
+                for each in error.violations[:MAX_VIOLATIONS]
+            ]
+            yield error_details_pb2.BadRequest(field_violations=violations)
+        case ModelNotFound():
+            yield error_details_pb2.ResourceInfo(
+                resource_type="model", resource_name=_cut(error.name, limit), description="no such served model"
+            )
+        case RequestNotFound():
+            name = _cut(error.request_id, limit)
+            yield error_details_pb2.ResourceInfo(
+                resource_type="request", resource_name=name, description="no such request is known"
+            )
+
+
+def _cut(text: str, limit: int) -> str:
+    """At most so many bytes of UTF-8."""
     encoded = text.encode("utf-8", "replace")
     if len(encoded) <= limit:
         return encoded.decode()

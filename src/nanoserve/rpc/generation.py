@@ -27,17 +27,17 @@ class GenerationService:
     async def Generate(self, request: generation_pb2.GenerateRequest, call: Call) -> None:
         arrival_s = time.time()
         engine = self._engine()
-        wanted = await off_loop(validate.generation, request, engine.model)
+        prompt, params, add_special_tokens = await off_loop(validate.generation, request, engine.model)
         events = engine.generate(
-            wanted.prompt,
-            wanted.params,
+            prompt,
+            params,
             label=call.request_id,
-            priority=wanted.priority,
+            priority=request.priority,
             timeout_s=call.context.time_remaining(),
-            cache_salt=_cache_salt(call.principal, wanted.cache_salt),
-            skip_cache_read=wanted.skip_cache_read,
-            add_special_tokens=wanted.add_special_tokens,
-            min_delta_tokens=wanted.min_delta_tokens,
+            cache_salt=_cache_salt(call.principal, request.cache.salt),
+            skip_cache_read=request.cache.skip_read,
+            add_special_tokens=add_special_tokens,
+            min_delta_tokens=request.output.min_delta_tokens,
         )
         async with contextlib.aclosing(events):
             async for event in events:

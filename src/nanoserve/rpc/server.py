@@ -24,17 +24,15 @@ from grpc_reflection.v1alpha import reflection
 from nanoserve_client.transport import MAX_REQUEST_BYTES
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
-from nanoserve.config import ServerConfig
+from nanoserve.config import ConfigError, ServerConfig
 from nanoserve.engine.engine import Engine
 from nanoserve.observer import Observers
 from nanoserve.request import NotReady
 from nanoserve.rpc.admin import AdminService, Recorder
 from nanoserve.rpc.auth import ApiKeyInterceptor, ApiKeys, read_api_keys, read_tls_credentials
-from nanoserve.rpc.call import service_handler
-from nanoserve.rpc.errors import ServerError
+from nanoserve.rpc.call import Calls
 from nanoserve.rpc.generation import GenerationService
 from nanoserve.rpc.model import ModelService
-from nanoserve.rpc.observe import ObserverInterceptor
 
 OPTIONS: tuple[tuple[str, Any], ...] = (
     # A second server on the port fails, instead of taking every other connection.
@@ -65,11 +63,7 @@ logger = logging.getLogger(__name__)
 
 
 class Server:
-    """One listening port and what is served on it. Event loop thread.
-
-    Exit codes of a process that waits in run_until_signal(): 0 after an orderly stop; 128 + the signal's number when
-    a second signal cut it short.
-    """
+    """One listening port and what is served on it. Event loop thread."""
 
     def __init__(
         self,
@@ -80,7 +74,7 @@ class Server:
         observers: Observers | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """Raises ServerError if a key or certificate file cannot be used. Inside a running event loop.
+        """Raises ConfigError if a key or certificate file cannot be used. Inside a running event loop.
 
         keys: None = those of the config's files. observers: of the calls; None = nobody watches. recorder: for
         AdminService; None = it has no records.
@@ -89,25 +83,25 @@ class Server:
         self._engine = engine
         self._is_draining = False
         self._credentials = read_tls_credentials(config)
-        interceptors: list[grpc.aio.ServerInterceptor] = [ApiKeyInterceptor(keys or read_api_keys(config))]
-        if observers is not None and not observers.is_empty:
-            interceptors.insert(0, ObserverInterceptor(observers))
-        self._grpc = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
+        calls = Calls(observers or Observers())
+        asks_for_keys = ApiKeyInterceptor(keys or read_api_keys(config), calls)
+        self._grpc = grpc.aio.server(interceptors=[asks_for_keys], options=OPTIONS)
         servicers = (
             GenerationService(self._ready_engine),
             ModelService(self._ready_engine),
             AdminService(self._ready_engine, recorder),
         )
-        self._grpc.add_generic_rpc_handlers(list(map(service_handler, SERVICES, servicers)))
+        self._grpc.add_generic_rpc_handlers(list(map(calls.handler, SERVICES, servicers)))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = [s.full_name for s in SERVICES]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc)
         self._health_poll: asyncio.Task[None] | None = None
-        self._socket_folder: tempfile.TemporaryDirectory[str] | None = None
+        # Takes the socket's folder away.
+        self._leaving = contextlib.ExitStack()
 
     async def start(self) -> int:
-        """Listen; returns the port. Raises ServerError if it cannot."""
+        """Listen; returns the port. Raises ConfigError if it cannot."""
         port = self._listen()
         await self._refresh_health()
         await self._grpc.start()
@@ -117,8 +111,8 @@ class Server:
     def listen_on_socket(self) -> str:
         """Besides the port, and without TLS, on a socket of the file system that this user alone can reach. Returns its
         address. Before start()."""
-        self._socket_folder = tempfile.TemporaryDirectory(prefix="nanoserve-")
-        address = f"unix:{self._socket_folder.name}/grpc"
+        folder = self._leaving.enter_context(tempfile.TemporaryDirectory(prefix="nanoserve-"))
+        address = f"unix:{folder}/grpc"
         self._grpc.add_insecure_port(address)
         return address
 
@@ -133,7 +127,7 @@ class Server:
         if self._engine is not None:
             await self._engine.drain(self._config.drain_timeout_s)
         await self._grpc.stop(STOP_GRACE_S)
-        self._remove_socket()
+        self._leaving.close()
         if self._health_poll is not None:
             self._health_poll.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -141,12 +135,12 @@ class Server:
 
     def end_process(self, code: int) -> NoReturn:
         """End the process now, whatever runs, with this exit code."""
-        self._remove_socket()
+        self._leaving.close()
         logging.shutdown()
         os._exit(code)
 
     async def run_until_signal(self) -> None:
-        """Serve until SIGTERM or SIGINT, then stop(). A second signal ends the process at once."""
+        """Serve until SIGTERM or SIGINT, then stop(). A second one ends the process at once, with 128 + its number."""
         loop = asyncio.get_running_loop()
         first = asyncio.Event()
 
@@ -173,9 +167,14 @@ class Server:
             raise NotReady("draining" if self._is_draining else "loading")
         return self._engine
 
+    def address(self, port: int) -> str:
+        """As clients take it."""
+        host = self._config.host
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
     def _listen(self) -> int:
         host, port = self._config.host, self._config.grpc_port
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = self.address(port)
         try:
             _try_to_bind(host, port)
             if self._credentials is None:
@@ -183,11 +182,7 @@ class Server:
             return self._grpc.add_secure_port(address, self._credentials)
         except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            raise ServerError(f"cannot listen on {address}: {why}; --grpc-port and --host choose where") from None
-
-    def _remove_socket(self) -> None:
-        if self._socket_folder is not None:
-            self._socket_folder.cleanup()
+            raise ConfigError(f"cannot listen on {address}: {why}; --grpc-port and --host choose where") from None
 
     async def _poll_health(self) -> None:
         while True:

@@ -35,26 +35,8 @@ ALTERNATIVES_RANGE = Range(0, 20)
 INTERVAL_RANGE_S = Range(0.05, 60)
 DEFAULT_INTERVAL_S = 1.0
 
-# As chat templates know them.
-ROLES = {
-    value: name.removeprefix("ROLE_").lower()
-    for name, value in generation_pb2.Role.items()
-    if value != generation_pb2.ROLE_UNSPECIFIED
-}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Generation:
-    """A GenerateRequest in the engine's terms."""
-
-    prompt: str | list[int] | Chat
-    params: SamplingParams
-    priority: int
-    cache_salt: str
-    skip_cache_read: bool
-    # None = as is usual for the prompt's kind.
-    add_special_tokens: bool | None
-    min_delta_tokens: int
+# As chat templates know them. 0 is ROLE_UNSPECIFIED.
+ROLES = {value: name.removeprefix("ROLE_").lower() for name, value in generation_pb2.Role.items() if value != 0}
 
 
 class Violations:
@@ -122,8 +104,13 @@ class Violations:
 # ---------------------------------------------------------------------------------------- one for each RPC
 
 
-def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> Generation:
-    """Raises ModelNotFound, else InvalidRequest with every violation."""
+def generation(
+    request: generation_pb2.GenerateRequest, model: ServedModel
+) -> tuple[str | list[int] | Chat, SamplingParams, bool | None]:
+    """The prompt, the parameters, and add_special_tokens: None = as is usual for the prompt's kind.
+
+    The rest holds as the message has it. Raises ModelNotFound, else InvalidRequest with every violation.
+    """
     check_model(request.model, model)
     violations = Violations(request)
     prompt = _prompt(request, model, violations)
@@ -144,19 +131,11 @@ def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> G
         **_output(request.output, violations),
     }
     violations.raise_if_any()
-    return Generation(
-        prompt=prompt,
-        params=dataclasses.replace(model.default_params, **changes),
-        priority=request.priority,
-        cache_salt=request.cache.salt,
-        skip_cache_read=request.cache.skip_read,
-        add_special_tokens=add_special_tokens,
-        min_delta_tokens=request.output.min_delta_tokens,
-    )
+    return prompt, dataclasses.replace(model.default_params, **changes), add_special_tokens
 
 
 def tokenization(request: model_pb2.TokenizeRequest, model: ServedModel) -> tuple[str | Chat, bool | None]:
-    """What is to be tokenized, and Generation.add_special_tokens. Raises as generation() does."""
+    """What is to be tokenized, and add_special_tokens. Raises as generation() does."""
     check_model(request.model, model)
     violations = Violations(request)
     prompt: str | Chat = request.text
@@ -188,11 +167,10 @@ def request_id(request: admin_pb2.CancelRequest | admin_pb2.ExplainRequestReques
 def watch(request: admin_pb2.WatchEngineRequest) -> float:
     """The interval in seconds. Raises InvalidRequest."""
     violations = Violations(request)
-    interval_s: float | None = DEFAULT_INTERVAL_S
-    if request.HasField("interval"):
-        interval_s = violations.seconds("interval", request.interval)
-        if interval_s is not None:
-            violations.number("interval", interval_s, INTERVAL_RANGE_S)
+    given = _if_set(request, "interval")
+    interval_s = DEFAULT_INTERVAL_S if given is None else violations.seconds("interval", given)
+    if interval_s is not None:
+        violations.number("interval", interval_s, INTERVAL_RANGE_S)
     violations.raise_if_any()
     assert interval_s is not None
     return interval_s
@@ -243,11 +221,10 @@ def _chat(chat: generation_pb2.Chat, violations: Violations) -> Chat:
             )
         if chat.add_generation_prompt:
             violations.add("chat.add_generation_prompt", "cannot be true with continue_final_message")
-    kwargs_json = chat.template_kwargs_json
     return Chat(
         messages=messages,
         tools=[_tool(f"chat.tools[{i}]", tool, violations) for i, tool in enumerate(chat.tools)],
-        template_kwargs=(violations.json_object("chat.template_kwargs_json", kwargs_json) if kwargs_json else {}),
+        template_kwargs=violations.json_object("chat.template_kwargs_json", chat.template_kwargs_json or "{}"),
         continue_final_message=chat.continue_final_message,
         add_generation_prompt=_if_set(chat, "add_generation_prompt"),
         parse_special_tokens=chat.parse_special_tokens,
@@ -370,11 +347,8 @@ def _unknown_fields(message: Message, path: str) -> Iterator[tuple[str, str]]:
     for unknown in unknown_fields:
         number = unknown.field_number
         known = message.DESCRIPTOR.fields_by_number.get(number)
-        if known is None:
-            what = f"field number {number} of {message.DESCRIPTOR.full_name} is not known"
-        else:
-            what = f"field number {number} of {message.DESCRIPTOR.full_name} is not encoded as one"
-        yield f"{prefix}{number if known is None else known.name}", what
+        name, wrong = (number, "is not known") if known is None else (known.name, "is not encoded as one")
+        yield f"{prefix}{name}", f"field number {number} of {message.DESCRIPTOR.full_name} {wrong}"
     for field, value in message.ListFields():
         for child_path, child in _children(field, value, f"{prefix}{field.name}"):
             yield from _unknown_fields(child, child_path)

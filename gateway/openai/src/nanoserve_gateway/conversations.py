@@ -60,6 +60,9 @@ class Conversations:
         fields = await self._incoming.fields(request, RESPONSES)
         owner = owner_of(request)
         fields["input"] = self._resolved(owner, fields["input"])
+        if fields.get("background") and not fields.get("model"):
+            # The answer is there before the service has named the model.
+            fields["model"] = (await self._client().list_models(**self._incoming.call_options(request)))[0].name
         answer = ResponseAnswer(fields, self._previous(owner, fields), self._keep(owner, fields))
         if answer.is_background:
             return await self._begin_in_background(request, answer)
