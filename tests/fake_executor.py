@@ -9,7 +9,15 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from nanoserve.request import Admission, ScheduledSequence, SequenceResult, StepPlan, StepResult, TokenLogprob
+from nanoserve.request import (
+    Admission,
+    DraftSource,
+    ScheduledSequence,
+    SequenceResult,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+)
 
 
 def num_tokens(plan: StepPlan) -> int:
@@ -150,4 +158,11 @@ class FakeExecutor:
         self.num_accepted_drafts += len(token_ids) - 1
         logprobs = [TokenLogprob(t, -0.5, 1) for t in token_ids] if admission.params.logprobs is not None else []
         num_drafts_next = len(self._guess(row, [*context, token_ids[-1]]))
-        return SequenceResult(token_ids, logprobs, prompt_logprobs, num_drafts_next=num_drafts_next)
+        return SequenceResult(
+            token_ids,
+            logprobs,
+            prompt_logprobs,
+            num_drafted=s.num_drafts,
+            draft_source=DraftSource.NGRAM if s.num_drafts else None,
+            num_drafts_next=num_drafts_next,
+        )

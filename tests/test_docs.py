@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,13 @@ class Runner:
         assert self._python.stdout is not None
         self._python.stdin.write(json.dumps({"code": code, "page": str(self._page), "line": block.line}) + "\n")
         self._python.stdin.flush()
-        answer = json.loads(self._python.stdout.readline())
+        # A block that never ends must not hold up the tests.
+        watchdog = threading.Timer(BLOCK_S, self._python.kill)
+        watchdog.start()
+        line = self._python.stdout.readline()
+        watchdog.cancel()
+        assert line, f"{self._at(block)}: ended the process, or took more than {BLOCK_S} s"
+        answer = json.loads(line)
         assert answer["error"] is None, f"{self._at(block)}\n{answer['error']}"
         return str(answer["printed"])
 

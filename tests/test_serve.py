@@ -52,6 +52,29 @@ def test_the_built_in_model_answers(client):
     assert answer.finish_reason.name == "EOS"
 
 
+def test_guesses_come_with_their_counts_and_change_no_text(tiny):
+    question = "What is paged attention?"
+    with Client(tiny.address) as client:
+
+        def ask(**options):
+            return client.chat(question, temperature=0, max_tokens=60, **options).result()
+
+        plain = ask(max_draft_tokens=0)
+        expected = plain.completions[0]
+        assert plain.usage.drafts == {}
+        # Whether guesses pay is for the server's clock to say, which needs a few answers.
+        answers = [ask(prediction=expected.text) for _ in range(3)]
+        while not (usage := answers[-1].usage).accepted_draft_tokens:
+            assert len(answers) < 30, "no guess was tried, or none was right"
+            answers.append(ask(prediction=expected.token_ids))
+        assert {answer.completions[0].text for answer in answers} == {expected.text}
+        assert usage.accepted_draft_tokens <= min(usage.draft_tokens, usage.completion_tokens)
+        with pytest.raises(NanoserveError, match="max_draft_tokens"):
+            ask(max_draft_tokens=65)
+        with pytest.raises(NanoserveError, match="predicted_token_ids"):
+            ask(prediction=[10**6])
+
+
 def test_the_readmes_python_runs_as_it_stands(served):
     block, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = block.replace("127.0.0.1:50051", served.address)

@@ -99,7 +99,7 @@ class SamplingParams:
     # Most tokens that may be guessed in a step. 0 = none. None = as many as the server does.
     max_draft_tokens: int | None = None
     # What the completion is expected to be, as a text, or its tokens once it is encoded. Empty = nothing is expected.
-    prediction: str | tuple[int, ...] = field(default="", repr=False)
+    prediction: str | tuple[int, ...] = ""
 
 
 # Of numbers in SamplingParams, whoever chooses them: a caller, or a checkpoint's generation_config.json.
@@ -147,6 +147,16 @@ class DraftSource(enum.Enum):
     SUFFIX = "suffix"
     # What the caller expects.
     PREDICTION = "prediction"
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """What became of one guess."""
+
+    source: DraftSource
+    # Tokens that were computed, and those of them that became the sequence's.
+    num_drafted: int
+    num_accepted: int
 
 
 # ---------------------------------------------------------------------------------------- what to compute
@@ -332,6 +342,8 @@ class SequenceOutput:
     stop_token_id: int | None = None
     # Of the sequence so far; set with finish_reason.
     num_preemptions: int = 0
+    # None = nothing was guessed.
+    draft: DraftCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)

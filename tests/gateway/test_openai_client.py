@@ -97,10 +97,26 @@ def test_an_answer_goes_on_from_its_beginning(client):
     assert answer.choices[0].message.content.startswith(" time to first token")
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_prediction_is_taken_and_counted(client, in_parts):
+    plain = chat(client, extra_body={"max_draft_tokens": 0})
+    text = plain.choices[0].message.content
+    content = [{"type": "text", "text": part} for part in (text[:9], text[9:])] if in_parts else text
+    answer = chat(client, prediction={"type": "content", "content": content})
+    assert answer.choices[0].message.content == text
+    details = answer.usage.completion_tokens_details
+    assert 0 <= details.accepted_prediction_tokens <= answer.usage.completion_tokens
+    assert details.rejected_prediction_tokens >= 0
+    with pytest.raises(openai.BadRequestError, match="prediction"):
+        chat(client, prediction={"type": "content", "content": 5})
+
+
 def test_usage_so_far_ends_at_the_usage(client):
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, last = chat(client, stream=True, stream_options=options, n=2, seed=1)
-    assert chunks[-1].usage == last.usage
+    # What became of guesses is known at the end.
+    assert last.usage.completion_tokens_details.accepted_prediction_tokens == 0
+    assert chunks[-1].usage == last.usage.model_copy(update={"completion_tokens_details": None})
     assert chunks[0].usage.completion_tokens == 0
 
 

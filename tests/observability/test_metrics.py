@@ -9,7 +9,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from engine_bench import PROMPT
+from engine_bench import PROMPT, VOCAB
+from fake_executor import right_drafts
 from nanoserve_client import Client, NanoserveError
 from nanoserve_gateway.errors import bad_request
 from nanoserve_gateway.refusals import Refusals
@@ -158,7 +159,9 @@ async def test_the_page_tells_of_every_metric():
     read.metrics.server_ready("model", 1.0)
     read.refusals.note({"method": "GET", "raw_path": b"/", "state": {"request_id": "x"}}, bad_request(None, "no"))
     async with watched(read.metrics, max_waiting=2, num_blocks=32) as (bench, client):
-        # One of everything: two that preempt each other, one that is refused, one that is late, one that leaves.
+        # One of everything: two that preempt each other, one that is refused, one that is late, one that leaves. And
+        # guesses.
+        bench.executor._draft = lambda token_ids, seed: right_drafts(token_ids, seed, 2, VOCAB)
         bench.executor.gate.clear()
         streams = [client.generate([i] * 40, max_tokens=50, ignore_eos=True) for i in (1, 2)]
         await until(lambda: len(bench.engine._streams) == 2)
@@ -175,7 +178,7 @@ async def test_the_page_tells_of_every_metric():
         await until(lambda: bench.engine._streams)
         left.cancel()
         bench.executor.gate.set()
-        await until(lambda: len(read.all()) == 21)
+        await until(lambda: len(read.all()) == 23)
         kept = {
             metric.name: (metric.unit, {label for p in metric.data.data_points for label in p.attributes})
             for metric in read.all().values()

@@ -73,6 +73,7 @@ ASSISTANT = {"role": "ROLE_ASSISTANT", "content": "ho"}
         ("output.min_delta_tokens", 0, 2**32 - 1, None, None),
         ("n", 1, 128, 0, 129),
         ("priority", -100, 100, -101, 101),
+        ("max_draft_tokens", 0, 64, None, 65),
     ],
 )
 def test_numbers_are_taken_within_their_range_and_refused_outside(path, lowest, highest, too_low, too_high):
@@ -291,6 +292,9 @@ def test_options_reach_the_engines_terms():
         skip_special_tokens=False,
     )
     assert generation(output={"omitText": True}).params.detokenize is False
+    assert generation(maxDraftTokens=3).params.max_draft_tokens == 3
+    assert generation(predictedText="as it was").params.prediction == "as it was"
+    assert generation(predictedTokenIds={"ids": [3, 4]}).params.prediction == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +305,7 @@ def test_options_reach_the_engines_terms():
         ({"stopping": {"strings": ["x"]}, "output": {"omitText": True}}, "stopping.strings"),
         ({"stopping": {"tokenIds": [1] * 1025}}, "stopping.token_ids"),
         ({"stopping": {"tokenIds": [1, 257]}}, "stopping.token_ids[1]"),
+        ({"predictedTokenIds": {"ids": [1, 257]}}, "predicted_token_ids.ids[1]"),
         ({"stopping": {"minTokens": 5, "maxTokens": 4}}, "stopping.min_tokens"),
         ({"sampling": {"logitBias": {"257": 1}}}, "sampling.logit_bias[257]"),
         ({"sampling": {"logitBias": {str(i): 1 for i in range(1025)}}}, "sampling.logit_bias"),

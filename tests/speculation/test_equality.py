@@ -1,4 +1,4 @@
-"""Drafts change nothing but the number of steps: every request ends with the same tokens, log-probabilities and reasons.
+"""Drafts change nothing but the number of steps: requests end with the same tokens, log-probabilities and reasons.
 
 A small random model in float32 behind the real scheduler, cache, runner and sampler. Requests are random, and drafters
 are the real ones and some that no sensible person would write.
@@ -138,10 +138,10 @@ class Scripted:
     def num_proposed(self, row):
         return len(self._next(row))
 
-    def choose(self, places, num_tokens):
+    def choose(self, places, num_tokens):  # noqa: ARG002
         return {row: self._next(row)[:room] for row, room in places.items() if room}
 
-    def learn(self, row, num_tried, num_right):
+    def learn(self, row, num_tried, num_right):  # noqa: ARG002
         return DraftSource.NGRAM
 
     def add_step(self, num_tokens, seconds):

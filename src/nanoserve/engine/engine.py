@@ -297,9 +297,10 @@ class Engine:
         """Encode the prompt. Raises a RequestError if the request cannot run, or not any more."""
         self._arrivals[arrival.number] = arrival
         try:
-            is_short = _num_chars(arrival.prompt) < LONG_PROMPT_CHARS
+            is_short = _num_chars(arrival.prompt) + len(arrival.params.prediction) < LONG_PROMPT_CHARS
             threads = self._text_threads if is_short else self._long_text_thread
             token_ids, _ = await self.tokenize(arrival.prompt, add_special_tokens=add_special_tokens, threads=threads)
+            arrival.params = await self._with_prediction(arrival.params, threads)
             request = self._make_request(arrival, token_ids)
             names = self.model.block_names
             num_full = len(token_ids) // names.block_size
@@ -315,6 +316,16 @@ class Engine:
             return request
         finally:
             del self._arrivals[arrival.number]
+
+    async def _with_prediction(self, params: SamplingParams, threads: ThreadPoolExecutor) -> SamplingParams:
+        """The same, with the prediction's tokens, of which there are no more than a completion can have."""
+        if not (prediction := params.prediction):
+            return params
+        if isinstance(prediction, str):
+            encode = functools.partial(self.codec.encode_prompt, prediction, add_special_tokens=False)
+            token_ids, _ = await asyncio.get_running_loop().run_in_executor(threads, encode)
+            prediction = tuple(token_ids)
+        return dataclasses.replace(params, prediction=prediction[: self.model.max_context_tokens])
 
     def _check_ready(self) -> None:
         # A stalled step may yet end, so requests may queue behind it; a dead thread and a drain are final.

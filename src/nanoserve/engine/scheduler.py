@@ -24,6 +24,7 @@ from nanoserve.engine.step_notes import StepNotes
 from nanoserve.kv_cache.block_pool import BlockNames, BlockPool
 from nanoserve.request import (
     Admission,
+    DraftCounts,
     Event,
     Failure,
     FinishReason,
@@ -457,6 +458,10 @@ class Scheduler:
         prompt_logprobs = outcome.prompt_logprobs[num_known:]
         sequence.num_prompt_logprobs += len(prompt_logprobs)
         ended_by_token = reason in (FinishReason.EOS, FinishReason.STOP)
+        draft = None
+        if outcome.draft_source is not None:
+            num_accepted = min(kept, len(outcome.token_ids) - 1)
+            draft = DraftCounts(outcome.draft_source, outcome.num_drafted, num_accepted)
         return SequenceOutput(
             request_id=sequence.request.id,
             index=sequence.index,
@@ -467,6 +472,7 @@ class Scheduler:
             finish_reason=reason,
             stop_token_id=sequence.token_ids[-1] if ended_by_token else None,
             num_preemptions=sequence.num_preemptions,
+            draft=draft,
         )
 
     # ------------------------------------------------------------------------------------------ parts

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from nanoserve.engine.text import TextCodec, TextStream
 from nanoserve.request import (
+    DraftCounts,
+    DraftSource,
     FinishReason,
     Request,
     RequestError,
@@ -69,6 +71,9 @@ class Finished:
     prefill_s: float
     decode_s: float
     preemptions: int
+    # By source: tokens that were guessed, and those that were right.
+    num_drafted: dict[DraftSource, int] = field(default_factory=dict)
+    num_accepted: dict[DraftSource, int] = field(default_factory=dict)
 
 
 StreamEvent = Started | PromptLogprobs | Delta | Finished
@@ -85,6 +90,14 @@ class Progress:
     num_completion_tokens: int = 0
     finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
     num_preemptions: int = 0
+    num_drafted: dict[DraftSource, int] = field(default_factory=dict)
+    num_accepted: dict[DraftSource, int] = field(default_factory=dict)
+
+    def add_draft(self, draft: DraftCounts, num_tokens: int) -> None:
+        """num_tokens: of those that came with it, how many the caller gets."""
+        num_accepted = min(draft.num_accepted, num_tokens)
+        for counts, num in ((self.num_drafted, draft.num_drafted), (self.num_accepted, num_accepted)):
+            counts[draft.source] = counts.get(draft.source, 0) + num
 
 
 class RequestStream:
@@ -168,6 +181,8 @@ class RequestStream:
         delta.token_ids += token_ids
         delta.logprobs += output.logprobs[: len(token_ids)]
         delta.finish_reason, delta.stop_token_id = finish_reason, stop_token_id
+        if output.draft is not None:
+            progress.add_draft(output.draft, len(token_ids))
         if token_ids:
             progress.num_completion_tokens += len(token_ids)
             progress.first_token_s = progress.first_token_s or output.time_s
@@ -198,6 +213,8 @@ class RequestStream:
             prefill_s=first_token_s - progress.started_s,
             decode_s=(progress.last_token_s or first_token_s) - first_token_s,
             preemptions=progress.num_preemptions,
+            num_drafted=progress.num_drafted,
+            num_accepted=progress.num_accepted,
         )
 
     # ------------------------------------------------------------------------------------ the caller's side

@@ -46,6 +46,8 @@ COUNTERS = (
     ("nanoserve.prompt.tokens", "{token}", "Prompt tokens of requests that began to run."),
     ("nanoserve.prompt.cached_tokens", "{token}", "Those of them that the prefix cache had."),
     ("nanoserve.completion.tokens", "{token}", "Tokens that were generated for callers."),
+    ("nanoserve.spec_decode.draft_tokens", "{token}", "Tokens that were guessed and checked, by the guess's source."),
+    ("nanoserve.spec_decode.accepted_tokens", "{token}", "Those of them that were right."),
     ("nanoserve.preemptions", "{preemption}", "Times that a sequence lost its blocks to another."),
     ("nanoserve.calls.rejected", "{call}", "RPCs that were turned away, by reason."),
     ("nanoserve.requests.cancelled", "{request}", "Requests that their caller, or an operator, ended."),
@@ -118,6 +120,10 @@ class Metrics(Observer):
             self._counters["nanoserve.prompt.tokens"].add(request.num_prompt_tokens)
             self._counters["nanoserve.prompt.cached_tokens"].add(request.num_cached_tokens)
             self._counters["nanoserve.completion.tokens"].add(request.num_completion_tokens)
+        for source, num_drafted in request.num_drafted.items():
+            attributes = {"nanoserve.draft_source": source.value}
+            self._counters["nanoserve.spec_decode.draft_tokens"].add(num_drafted, attributes)
+            self._counters["nanoserve.spec_decode.accepted_tokens"].add(request.num_accepted[source], attributes)
         for reason in request.finish_reasons.values():
             self._counters["nanoserve.sequences.finished"].add(1, {"nanoserve.finish_reason": reason.value})
 

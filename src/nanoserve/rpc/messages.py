@@ -66,6 +66,16 @@ def finished(event: Finished) -> generation_pb2.GenerateResponse:
                 prompt_tokens=event.prompt_tokens,
                 cached_tokens=event.cached_tokens,
                 completion_tokens=event.completion_tokens,
+                draft_tokens=sum(event.num_drafted.values()),
+                accepted_draft_tokens=sum(event.num_accepted.values()),
+                drafts=[
+                    generation_pb2.DraftUsage(
+                        source=generation_pb2.DraftSource.Value(f"DRAFT_SOURCE_{source.name}"),
+                        tokens=num_drafted,
+                        accepted_tokens=event.num_accepted[source],
+                    )
+                    for source, num_drafted in event.num_drafted.items()
+                ],
             ),
             timing=generation_pb2.Timing(
                 queue=duration(event.queue_s),

@@ -31,6 +31,7 @@ LOGIT_BIAS_RANGE = Range(-100, 100)
 SEQUENCES_RANGE = Range(1, 128)
 PRIORITY_RANGE = Range(-100, 100)
 ALTERNATIVES_RANGE = Range(0, 20)
+DRAFT_TOKENS_RANGE = Range(0, 64)
 # Of WatchEngine's snapshots, in seconds.
 INTERVAL_RANGE_S = Range(0.05, 60)
 DEFAULT_INTERVAL_S = 1.0
@@ -129,6 +130,7 @@ def generation(
         **_sampling(request.sampling, model, violations),
         **_stopping(request.stopping, model, violations),
         **_output(request.output, violations),
+        **_speculation(request, model, violations),
     }
     violations.raise_if_any()
     return prompt, dataclasses.replace(model.default_params, **changes), add_special_tokens
@@ -289,6 +291,17 @@ def _sampling(sampling: generation_pb2.Sampling, model: ServedModel, violations:
             if token_id >= model.vocab_size:
                 violations.add(path, f"is not a token id; allowed: 0 to {model.vocab_size - 1}")
     return changes
+
+
+def _speculation(request: generation_pb2.GenerateRequest, model: ServedModel, violations: Violations) -> dict[str, Any]:
+    max_draft_tokens = _if_set(request, "max_draft_tokens")
+    if max_draft_tokens is not None:
+        violations.number("max_draft_tokens", max_draft_tokens, DRAFT_TOKENS_RANGE)
+    prediction: str | tuple[int, ...] = request.predicted_text
+    if request.HasField("predicted_token_ids"):
+        prediction = tuple(request.predicted_token_ids.ids)
+        violations.token_ids("predicted_token_ids.ids", prediction, model.vocab_size)
+    return {"max_draft_tokens": max_draft_tokens, "prediction": prediction}
 
 
 def _stopping(stopping: generation_pb2.Stopping, model: ServedModel, violations: Violations) -> dict[str, Any]:

@@ -36,6 +36,8 @@ from nanoserve_client.requests import (
 from nanoserve_client.results import (
     Completion,
     Delta,
+    DraftSource,
+    DraftUsage,
     FinishReason,
     Model,
     Result,
@@ -80,6 +82,8 @@ __all__ = [
     "Completion",
     "DeadlineExceeded",
     "Delta",
+    "DraftSource",
+    "DraftUsage",
     "EngineFailure",
     "EngineSnapshot",
     "EngineWatch",

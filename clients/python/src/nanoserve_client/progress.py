@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import grpc
 
 from nanoserve_client.errors import Metadata, NanoserveError, from_status
-from nanoserve_client.results import Completion, Delta, Result, Started, Timing, TokenLogprob, Usage
+from nanoserve_client.results import Completion, Delta, Result, Started, Timing, TokenLogprob, Usage, drafts_of
 from nanoserve_client.tracing import CallSpan
 from nanoserve_client.v1 import generation_pb2 as pb
 
@@ -95,7 +95,7 @@ class Progress:
         return Result(
             started=self.started,
             completions=tuple(c for c in completions if c is not None),
-            usage=Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens),
+            usage=Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, drafts_of(usage)),
             timing=Timing(
                 queue_s=timing.queue.ToTimedelta().total_seconds(),
                 prefill_s=timing.prefill.ToTimedelta().total_seconds(),

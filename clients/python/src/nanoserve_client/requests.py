@@ -125,6 +125,11 @@ class GenerateOptions(CallOptions, total=False):
 
         add_special_tokens: The tokenizer adds its special tokens, such as BOS. Default True for a text, as the
             tokenizer's configuration says, and False for a chat, whose template writes them. Not for token ids.
+
+        max_draft_tokens: Most tokens that the server may guess at once, 0 to 64. 0 = none. Default: as it likes.
+            Guesses change how fast tokens come, and never which.
+        prediction: What the completion is expected to be, as a text or token ids, such as the text that is to be
+            edited. Where it is right, tokens come several at a time. Default: nothing is expected.
     """
 
     model: str | None
@@ -159,6 +164,9 @@ class GenerateOptions(CallOptions, total=False):
     cache_salt: str | None
 
     add_special_tokens: bool | None
+
+    max_draft_tokens: int | None
+    prediction: str | Sequence[int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +235,8 @@ OPTION_NAMES = {
     "stopping.include_match": "include_stop",
     "cache.skip_read": "skip_cache_read",
     "cache.salt": "cache_salt",
+    "predicted_text": "prediction",
+    "predicted_token_ids": "prediction",
 }
 
 
@@ -234,6 +244,7 @@ def _places() -> dict[str, tuple[str, str]]:
     """By option: the section of the request, if it is in one, and the field there."""
     request = pb.GenerateRequest.DESCRIPTOR.fields_by_name
     places = {name: ("", name) for name in GenerateOptions.__annotations__ if name in request}
+    places["prediction"] = ("", "predicted_text")
     for place, section in _SECTIONS.items():
         for field in section.DESCRIPTOR.fields:
             places[OPTION_NAMES.get(f"{place}.{field.name}", field.name)] = (place, field.name)
@@ -275,6 +286,8 @@ def _with_option(name: str, value: Any) -> pb.GenerateRequest:
         value = [value]
     elif name == "time_limit":
         value = timedelta(seconds=value)
+    elif name == "prediction" and not isinstance(value, str):
+        return pb.GenerateRequest(predicted_token_ids=pb.TokenIds(ids=value))
     section, field = _PLACES[name]
     arguments: dict[str, Any] = {section: {field: value}} if section else {field: value}
     return pb.GenerateRequest(**arguments)

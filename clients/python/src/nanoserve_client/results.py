@@ -2,8 +2,8 @@
 
 import enum
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
@@ -152,6 +152,39 @@ class Completion:
     stop_token_id: int | None
 
 
+class DraftSource(enum.Enum):
+    """Where a guess of the next tokens comes from."""
+
+    # Earlier in the text.
+    NGRAM = "ngram"
+    # What the model has said before to callers of the same API key and cache salt.
+    SUFFIX = "suffix"
+    # The option `prediction`.
+    PREDICTION = "prediction"
+    # A source of a newer server, which this client does not know.
+    UNKNOWN = "unknown"
+
+
+_DRAFT_SOURCES = by_number(DraftSource, pb.DraftSource, "DRAFT_SOURCE_")
+
+
+@dataclass(frozen=True, slots=True)
+class DraftUsage:
+    """What became of the guesses of one source."""
+
+    # Guessed and checked.
+    tokens: int
+    # Those of them that were right.
+    accepted_tokens: int
+
+
+def drafts_of(usage: pb.Usage) -> dict[DraftSource, DraftUsage]:
+    return {
+        _DRAFT_SOURCES.get(each.source, DraftSource.UNKNOWN): DraftUsage(each.tokens, each.accepted_tokens)
+        for each in usage.drafts
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Totals over all n sequences."""
@@ -161,6 +194,18 @@ class Usage:
     # Part of prompt_tokens that was read from the prefix cache.
     cached_tokens: int
     completion_tokens: int
+    # By source.
+    drafts: Mapping[DraftSource, DraftUsage] = field(default_factory=dict)
+
+    @property
+    def draft_tokens(self) -> int:
+        """Tokens that were guessed, and checked."""
+        return sum(draft.tokens for draft in self.drafts.values())
+
+    @property
+    def accepted_draft_tokens(self) -> int:
+        """Those of them that were right: a part of completion_tokens."""
+        return sum(draft.accepted_tokens for draft in self.drafts.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from nanoserve_client import (
     ChatOptions,
     Completion,
     Delta,
+    DraftSource,
     FinishReason,
     GenerateOptions,
     Result,
@@ -27,7 +28,7 @@ from nanoserve_client import (
 from nanoserve_client.requests import Messages
 from nanoserve_client.v1 import generation_pb2 as pb
 from openai.types import CompletionUsage
-from openai.types.completion_usage import PromptTokensDetails
+from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import BaseModel
 
 from nanoserve_gateway.errors import Problem
@@ -253,9 +254,15 @@ def usage_of(results: Sequence[Result]) -> CompletionUsage:
     prompt = sum(result.usage.prompt_tokens for result in results)
     completion = sum(result.usage.completion_tokens for result in results)
     cached = sum(result.usage.cached_tokens for result in results)
+    predictions = [u for result in results if (u := result.usage.drafts.get(DraftSource.PREDICTION)) is not None]
+    accepted = sum(usage.accepted_tokens for usage in predictions)
     return CompletionUsage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        completion_tokens_details=CompletionTokensDetails(
+            accepted_prediction_tokens=accepted,
+            rejected_prediction_tokens=sum(usage.tokens for usage in predictions) - accepted,
+        ),
     )

@@ -46,6 +46,9 @@ class ChatAnswer:
             chosen["max_tokens"] = other
         if fields.get("logprobs"):
             chosen["logprobs"] = fields.get("top_logprobs", 0)
+        if (prediction := fields.get("prediction")) is not None:
+            content = prediction["content"]
+            chosen["prediction"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
         messages, template = messages_of(fields["messages"]), chat_options(fields)
         self.requests = [generate_request(chat_prompt(messages, template), chosen)]
         self._has_token_ids = bool(fields.get("return_token_ids"))
@@ -56,6 +59,7 @@ class ChatAnswer:
             "output.prompt_logprobs": "prompt_logprobs",
             "stopping.max_tokens": "max_tokens" if other is None else "max_completion_tokens",
             "prompt": "messages",
+            "predicted_text": "prediction",
         }
         self._name = naming(fields, text_of)
         self._has_logprobs = bool(fields.get("logprobs"))

@@ -17,6 +17,7 @@ from openai.types.chat import (
     ChatCompletionDeveloperMessageParam,
     ChatCompletionMessageFunctionToolCallParam,
     ChatCompletionMessageParam,
+    ChatCompletionPredictionContentParam,
     ChatCompletionSystemMessageParam,
     ChatCompletionToolMessageParam,
     ChatCompletionUserMessageParam,
@@ -66,7 +67,7 @@ LABEL = "A label; it changes no token."
 _OTHERWISE = CallOptions.__optional_keys__ | {
     *("model", "n", "max_tokens", "stop", "logprobs", "prompt_logprobs", "add_special_tokens"),
     *("keep_special_tokens", "include_stop"),
-    *("time_limit", "omit_text", "min_delta_tokens", "skip_cache_read"),
+    *("time_limit", "omit_text", "min_delta_tokens", "skip_cache_read", "prediction"),
 }
 # Those that are passed on, but of which a caller may say more than the client takes.
 _WIDER = {
@@ -168,7 +169,7 @@ CHAT = Schema(
         refused("function_call", TOOLS, "none"),
         refused("functions", TOOLS, []),
         refused("modalities", MEDIA, ["text"]),
-        refused("prediction", "predicted output is not served"),
+        served("prediction", "What the answer is expected to be. Where it is right, tokens come several at a time."),
         refused("reasoning_effort", "what the model's template knows goes into chat_template_kwargs"),
         refused("response_format", FORMAT, {"type": "text"}),
         refused("store", "chat completions are not stored; responses are", False),
@@ -191,6 +192,7 @@ CHAT = Schema(
         ChatCompletionMessageFunctionToolCallParam: (),
         Function: (),
         ChatCompletionContentPartTextParam: _MESSAGES,
+        ChatCompletionPredictionContentParam: (),
         ChatCompletionStreamOptionsParam: _STREAM_OPTIONS,
     },
 )

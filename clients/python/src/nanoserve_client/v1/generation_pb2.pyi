@@ -93,6 +93,34 @@ FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 5
 """Stopping.time_limit."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _DraftSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DraftSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DraftSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DRAFT_SOURCE_UNSPECIFIED: _DraftSource.ValueType  # 0
+    """Never sent."""
+    DRAFT_SOURCE_NGRAM: _DraftSource.ValueType  # 1
+    """What followed the last tokens earlier in the text."""
+    DRAFT_SOURCE_SUFFIX: _DraftSource.ValueType  # 2
+    """What the model has said before to callers of the same API key and cache salt."""
+    DRAFT_SOURCE_PREDICTION: _DraftSource.ValueType  # 3
+    """GenerateRequest.prediction."""
+
+class DraftSource(_DraftSource, metaclass=_DraftSourceEnumTypeWrapper):
+    """Where a guess of the next tokens comes from."""
+
+DRAFT_SOURCE_UNSPECIFIED: DraftSource.ValueType  # 0
+"""Never sent."""
+DRAFT_SOURCE_NGRAM: DraftSource.ValueType  # 1
+"""What followed the last tokens earlier in the text."""
+DRAFT_SOURCE_SUFFIX: DraftSource.ValueType  # 2
+"""What the model has said before to callers of the same API key and cache salt."""
+DRAFT_SOURCE_PREDICTION: DraftSource.ValueType  # 3
+"""GenerateRequest.prediction."""
+Global___DraftSource: _TypeAlias = DraftSource  # noqa: Y015
+
 @_typing.final
 class GenerateRequest(_message.Message):
     """What the tokens depend on, and the shape in which the caller wants them.
@@ -112,6 +140,9 @@ class GenerateRequest(_message.Message):
     N_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREDICTED_TEXT_FIELD_NUMBER: _builtins.int
+    PREDICTED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a served model, as ListModels gives it. Empty = the server's default model."""
     text: _builtins.str
@@ -127,6 +158,12 @@ class GenerateRequest(_message.Message):
     to a text, as the tokenizer's configuration says; not to a chat, whose template writes them itself. With token_ids it
     cannot be true.
     """
+    max_draft_tokens: _builtins.int
+    """Most tokens of a sequence that the server may guess at once, 0 to 64. 0 = none. Unset = as many as the server's
+    --speculate allows, which is also the most. Guesses change how fast tokens come, and never which.
+    """
+    predicted_text: _builtins.str
+    """Tokenized as a continuation of the prompt."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used verbatim. Not empty."""
@@ -151,6 +188,10 @@ class GenerateRequest(_message.Message):
     def cache(self) -> Global___CacheOptions:
         """Use of the prefix cache."""
 
+    @_builtins.property
+    def predicted_token_ids(self) -> Global___TokenIds:
+        """Token ids, used verbatim."""
+
     def __init__(
         self,
         *,
@@ -165,21 +206,32 @@ class GenerateRequest(_message.Message):
         n: _builtins.int | None = ...,
         priority: _builtins.int = ...,
         add_special_tokens: _builtins.bool | None = ...,
+        max_draft_tokens: _builtins.int | None = ...,
+        predicted_text: _builtins.str = ...,
+        predicted_token_ids: Global___TokenIds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "n", b"n", "output", b"output", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_max_draft_tokens", b"_max_draft_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "max_draft_tokens", b"max_draft_tokens", "n", b"n", "output", b"output", "predicted_text", b"predicted_text", "predicted_token_ids", b"predicted_token_ids", "prediction", b"prediction", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_max_draft_tokens", b"_max_draft_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "max_draft_tokens", b"max_draft_tokens", "model", b"model", "n", b"n", "output", b"output", "predicted_text", b"predicted_text", "predicted_token_ids", b"predicted_token_ids", "prediction", b"prediction", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_draft_tokens: _TypeAlias = _typing.Literal["max_draft_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_draft_tokens: _TypeAlias = _typing.Literal["_max_draft_tokens", b"_max_draft_tokens"]  # noqa: Y015
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType_prediction: _TypeAlias = _typing.Literal["predicted_text", "predicted_token_ids"]  # noqa: Y015
+    _WhichOneofArgType_prediction: _TypeAlias = _typing.Literal["prediction", b"prediction"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_draft_tokens) -> _WhichOneofReturnType__max_draft_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_prediction) -> _WhichOneofReturnType_prediction | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
@@ -886,26 +938,70 @@ class Usage(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Length of the prompt, counted once."""
     cached_tokens: _builtins.int
     """Part of prompt_tokens that was read from the prefix cache."""
     completion_tokens: _builtins.int
     """Sum of the lengths of Delta.token_ids."""
+    draft_tokens: _builtins.int
+    """Tokens that were guessed, and checked."""
+    accepted_draft_tokens: _builtins.int
+    """Those of them that were right: a part of completion_tokens."""
+    @_builtins.property
+    def drafts(self) -> _containers.RepeatedCompositeFieldContainer[Global___DraftUsage]:
+        """The same by source; only sources that guessed."""
+
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        draft_tokens: _builtins.int = ...,
+        accepted_draft_tokens: _builtins.int = ...,
+        drafts: _abc.Iterable[Global___DraftUsage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "draft_tokens", b"draft_tokens", "drafts", b"drafts", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class DraftUsage(_message.Message):
+    """What became of the guesses of one source."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    source: Global___DraftSource.ValueType
+    """Who guessed."""
+    tokens: _builtins.int
+    """Tokens that were guessed, and checked."""
+    accepted_tokens: _builtins.int
+    """Those of them that were right."""
+    def __init__(
+        self,
+        *,
+        source: Global___DraftSource.ValueType = ...,
+        tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "source", b"source", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DraftUsage: _TypeAlias = DraftUsage  # noqa: Y015
 
 @_typing.final
 class Timing(_message.Message):

@@ -1,0 +1,103 @@
+"""Times answers of a real chat model with guesses of the next tokens and without, one caller, the same prompts.
+
+    python benchmarks/speculation.py FOLDER [--tokens N] [--rounds N]
+
+FOLDER: benchmarks/checkpoints/smollm2-135m, of `make benchmarks/checkpoints/smollm2-135m`. One engine serves both in
+turn: with max_draft_tokens 0, and with as many as it likes. Every round has prompts of its own, so that nothing is
+guessed from an answer to the same question. Output tokens/s from the first token on; medians, and their ratio.
+
+    repeat       a text of some 400 tokens, to be repeated with one word changed
+    prediction   the same, and the caller says what is expected
+    wrong        the same, and the caller expects something else from the first token on
+    summary      the text in five sentences
+    chat         a question
+"""
+
+import argparse
+import asyncio
+import statistics
+import time
+from pathlib import Path
+
+from nanoserve import AsyncLLM, SamplingParams
+
+TEXT = (
+    "The lighthouse stood at the edge of the cliff for more than a hundred years. Every evening the keeper climbed the"
+    " spiral stairs, lit the great lamp, and watched the ships pass in the dark. He wrote the name of each ship in a"
+    " brown leather book, together with the hour and the weather. In spring the fishermen brought him bread and salted"
+    " cod, and in return he told them where the shoals of herring had been seen. When the railway came to the village,"
+    " fewer ships passed by, and the company sent a letter that said the lamp would soon be lit by electricity. The"
+    " keeper read the letter twice, put it between the pages of his book, and went up the stairs as he had done every"
+    " evening before. On the last night of the year a storm broke over the coast. The waves reached the windows of the"
+    " lower rooms, and the wind tore the slates from the roof of the chapel. The keeper stayed beside the lamp until"
+    " morning, and when the sun rose he counted nine ships in the bay, all safe at anchor. The captains sent him"
+    " a silver watch, on which their names were written, and he kept it in the drawer with the leather book."
+    " Years later a young {} came to the village to write about the coast, found the book in the museum, read it from the"
+    " first page to the last, and copied the names of the ships by hand."
+)
+# One for each round.
+PEOPLE = ("woman", "teacher", "sailor", "painter", "doctor")
+QUESTIONS = (
+    "Explain to a beginner how a sailing boat can move against the wind.",
+    "Why do leaves change their color in autumn? Answer for a child.",
+    "Give advice to somebody who wants to learn to play the piano at forty.",
+    "What should one know before visiting Japan for the first time?",
+    "Describe how bread is made, from the field to the table.",
+)
+
+
+def prompts(round_number: int) -> dict[str, tuple[str, str]]:
+    """What -> the prompt and the prediction."""
+    person = PEOPLE[round_number]
+    text = TEXT.format(person)
+    repeat = f"Repeat the following text exactly, word for word, but write '{person}' in place of 'keeper'.\n\n{text}"
+    return {
+        "repeat": (repeat, ""),
+        "prediction": (repeat, text.replace("keeper", person)),
+        "wrong": (repeat, " ".join(reversed(text.split()))),
+        "summary": (f"Summarize the following text in five sentences.\n\n{text}", ""),
+        "chat": (QUESTIONS[round_number], ""),
+    }
+
+
+async def tokens_per_s(llm: AsyncLLM, prompt: str, params: SamplingParams) -> float:
+    """From the first token to the last."""
+    first_s, num_first, num = 0.0, 0, 0
+    async with llm.stream_chat(prompt, params) as stream:
+        async for delta in stream:
+            num += len(delta.token_ids)
+            if not first_s:
+                first_s, num_first = time.perf_counter(), num
+    return (num - num_first) / (time.perf_counter() - first_s)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3, choices=range(1, len(PEOPLE) + 1))
+    arguments = parser.parse_args()
+    speeds: dict[str, tuple[list[float], list[float]]] = {}
+    async with AsyncLLM(str(arguments.folder), max_context_tokens=4096, kv_memory="1GiB") as llm:
+        warm = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, max_draft_tokens=0)
+        await tokens_per_s(llm, QUESTIONS[-1], warm)
+        for number in range(arguments.rounds):
+            for what, (prompt, prediction) in prompts(number).items():
+                for place, most in enumerate((0, None)):
+                    params = SamplingParams(
+                        temperature=0,
+                        max_tokens=arguments.tokens,
+                        ignore_eos=True,
+                        max_draft_tokens=most,
+                        prediction=prediction,
+                    )
+                    speed = await tokens_per_s(llm, prompt, params)
+                    speeds.setdefault(what, ([], []))[place].append(speed)
+    print(f"{'':12}{'without':>9}{'with':>9}{'ratio':>7}")
+    for what, (without, guessing) in speeds.items():
+        before, after = statistics.median(without), statistics.median(guessing)
+        print(f"{what:12}{before:9.1f}{after:9.1f}{after / before:7.2f}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
