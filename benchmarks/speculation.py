@@ -32,8 +32,8 @@ TEXT = (
     " lower rooms, and the wind tore the slates from the roof of the chapel. The keeper stayed beside the lamp until"
     " morning, and when the sun rose he counted nine ships in the bay, all safe at anchor. The captains sent him"
     " a silver watch, on which their names were written, and he kept it in the drawer with the leather book."
-    " Years later a young {} came to the village to write about the coast, found the book in the museum, read it from the"
-    " first page to the last, and copied the names of the ships by hand."
+    " Years later a young {} came to the village to write about the coast, found the book in the museum, read it from"
+    " the first page to the last, and copied the names of the ships by hand."
 )
 # One for each round.
 PEOPLE = ("woman", "teacher", "sailor", "painter", "doctor")
