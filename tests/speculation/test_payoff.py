@@ -10,6 +10,7 @@ from nanoserve.speculation.payoff import (
     OwnAcceptance,
     StepTimes,
     choose_counts,
+    may_pay,
 )
 from nanoserve.speculation.speculator import Speculator
 
@@ -47,9 +48,15 @@ def test_prompts_of_the_step_count_as_tokens_that_it_makes():
 
 def test_a_step_without_guesses_is_measured_first():
     times = times_of(flat, [9])
-    assert choose_counts(times, 1, [(0.99, 8)]) == [0]
+    assert not may_pay(times, 1, 8)
     times.add(1, 0.03)
-    assert choose_counts(times, 1, [(0.99, 8)]) == [8]
+    assert may_pay(times, 1, 8)
+
+
+def test_no_guess_is_made_where_none_could_pay():
+    assert not may_pay(times_of(steep, range(1, 400)), 64, 256)
+    assert may_pay(times_of(flat), 64, 256)
+    assert not may_pay(times_of(flat), 64, 0)
 
 
 def test_sizes_that_are_not_known_are_tried():
@@ -114,4 +121,5 @@ def admission(**params):
 def test_who_may_guess_and_how_much(choice, params, num):
     speculator = Speculator.of(choice)
     speculator.admit(0, admission(**params))
-    assert speculator.num_proposed(0) == num
+    speculator.add_step(1, 0.03)
+    assert len(speculator.choose({0: speculator.num_places(0)}, 1).get(0, [])) == num

@@ -277,7 +277,7 @@ class ModelRunner:
             result,
             num_drafted=num_drafted,
             draft_source=source,
-            num_drafts_next=self._speculator.num_proposed(row),
+            num_drafts_next=self._speculator.num_places(row),
         )
 
     def _result(self, part: _Part, drawn: SequenceResult | None, hidden: Tensor) -> SequenceResult:

@@ -130,14 +130,23 @@ class OwnAcceptance:
         self.num_tried *= 1 - FORGIVENESS
 
 
+def may_pay(times: StepTimes, num_tokens: int, most: int) -> bool:
+    """Whether guesses would pay if all of them were right: if not, none need be made. most: how many there can be.
+
+    The step without them is what all others are compared with, so as long as its time is not known none are made.
+    """
+    if not times.knows(num_tokens):
+        return False
+    rate = num_tokens / times.expect(num_tokens)
+    numbers = [num for power in range(MAX_STEP_DRAFTS.bit_length()) if (num := 1 << power) <= most]
+    return any((num_tokens + num) / times.expect(num_tokens + num) > rate for num in numbers)
+
+
 def choose_counts(times: StepTimes, num_tokens: int, chances: Sequence[tuple[float, int]]) -> list[int]:
     """How many tokens of each draft to compute beside the `num_tokens` that a step computes anyway.
 
     chances: of each draft, the probability that a token is right if those before it were, and its length.
     """
-    counts = [0] * len(chances)
-    if not times.knows(num_tokens):  # the step without drafts is what all others are compared with
-        return counts
     gains = sorted(
         ((chance**place, i) for i, (chance, length) in enumerate(chances) for place in range(1, length + 1)),
         key=lambda gain: -gain[0],
@@ -149,6 +158,7 @@ def choose_counts(times: StepTimes, num_tokens: int, chances: Sequence[tuple[flo
         rate = made / times.expect(num_tokens + num)
         if rate > best_rate:
             best_rate, best_num = rate, num
+    counts = [0] * len(chances)
     for _, i in gains[:best_num]:
         counts[i] += 1
     return counts

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from nanoserve.request import Admission, DraftSource
 from nanoserve.speculation.drafter import Draft, Drafter
 from nanoserve.speculation.ngram import NgramDrafter
-from nanoserve.speculation.payoff import Acceptance, OwnAcceptance, StepTimes, choose_counts
+from nanoserve.speculation.payoff import Acceptance, OwnAcceptance, StepTimes, choose_counts, may_pay
 from nanoserve.speculation.prediction import PredictionDrafter
 from nanoserve.speculation.suffix import SuffixCounts, SuffixDrafter
 
@@ -27,7 +27,7 @@ class _Row:
     max_draft_tokens: int
     drafters: list[Drafter]
     acceptance: OwnAcceptance = field(default_factory=OwnAcceptance)
-    # For the next step.
+    # Of the step that runs.
     draft: Draft | None = None
 
 
@@ -54,7 +54,6 @@ class Speculator:
         wanted = admission.params.max_draft_tokens
         limit = self._max_draft_tokens if wanted is None else min(wanted, self._max_draft_tokens)
         self._rows[row] = _Row(limit, self._drafters(admission) if limit else [])
-        self._propose(self._rows[row])
 
     def _drafters(self, admission: Admission) -> list[Drafter]:
         drafters: list[Drafter] = []
@@ -71,15 +70,20 @@ class Speculator:
 
     def extend(self, row: int, token_ids: Sequence[int]) -> None:
         """These tokens were drawn."""
-        state = self._rows[row]
-        for drafter in state.drafters:
+        for drafter in self._rows[row].drafters:
             drafter.extend(token_ids)
-        self._propose(state)
 
-    def _propose(self, row: _Row) -> None:
-        """Of what the drafters say, keep what promises the most tokens."""
-        drafts = [draft for drafter in row.drafters if (draft := drafter.propose(row.max_draft_tokens)) is not None]
-        row.draft = max(drafts, key=lambda draft: self._expected_tokens(row, draft), default=None)
+    def num_places(self, row: int) -> int:
+        """How many tokens may be guessed for the row in the next step."""
+        state = self._rows[row]
+        return state.max_draft_tokens if state.drafters else 0
+
+    def _propose(self, row: int, count: int) -> Draft | None:
+        """Of what the drafters say, what promises the most tokens."""
+        state = self._rows[row]
+        drafts = [draft for drafter in state.drafters if (draft := drafter.propose(count)) is not None]
+        state.draft = max(drafts, key=lambda draft: self._expected_tokens(state, draft), default=None)
+        return state.draft
 
     def _chance(self, row: _Row, draft: Draft) -> float:
         return self._acceptance.expect(draft.source, draft.evidence, row.acceptance)
@@ -88,24 +92,19 @@ class Speculator:
         chance = self._chance(row, draft)
         return sum(chance**place for place in range(1, len(draft.token_ids) + 1))
 
-    def num_proposed(self, row: int) -> int:
-        """Tokens of the row's draft for the next step."""
-        draft = self._rows[row].draft
-        return 0 if draft is None else len(draft.token_ids)
-
     def choose(self, places: Mapping[int, int], num_tokens: int) -> dict[int, list[int]]:
         """What to compute of the rows' drafts: row -> tokens, for rows that have any.
 
         places: row -> how many tokens the step has room for. num_tokens: that it computes anyway.
         """
-        drafts = {row: draft for row, room in places.items() if room and (draft := self._rows[row].draft) is not None}
-        chances = [
-            (self._chance(self._rows[row], draft), min(places[row], len(draft.token_ids)))
-            for row, draft in drafts.items()
-        ]
+        if not may_pay(self._times, num_tokens, most=sum(places.values())):
+            return {}
+        drafts = {
+            row: draft for row, room in places.items() if room and (draft := self._propose(row, room)) is not None
+        }
+        chances = [(self._chance(self._rows[row], draft), len(draft.token_ids)) for row, draft in drafts.items()]
         chosen = {}
-        counts = choose_counts(self._times, num_tokens, chances) if drafts else []
-        for (row, draft), count in zip(drafts.items(), counts, strict=True):
+        for (row, draft), count in zip(drafts.items(), choose_counts(self._times, num_tokens, chances), strict=True):
             if count:
                 chosen[row] = draft.token_ids[:count]
             else:
