@@ -69,7 +69,7 @@ class Engine:
 
     def command(self, folder: str, workloads: Sequence[str]) -> list[str]:
         if self.name in OURS:
-            # Random weights repeat themselves, and guesses of such text would be right more often than those of any other.
+            # Random weights repeat themselves: guesses of such text would be right more often than those of any other.
             own = ("--speculate", "off", *OURS[self.name])
             options = ["--dtype", self.dtype or "auto", "--kv-memory", "4GiB", *own, "--json"]
             return [sys.executable, "-m", "nanoserve", "bench", "offline", folder, *options, "--workload", *workloads]

@@ -54,7 +54,7 @@ def test_a_step_without_guesses_is_measured_first():
 
 
 def test_no_guess_is_made_where_none_could_pay():
-    assert not may_pay(times_of(steep, range(1, 400)), 64, 256)
+    assert not may_pay(times_of(steep, [64, 72, 80, 96, 128, 192, 320]), 64, 256)
     assert may_pay(times_of(flat), 64, 256)
     assert not may_pay(times_of(flat), 64, 0)
 
