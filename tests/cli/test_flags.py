@@ -7,7 +7,7 @@ from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.sources import Choices
 from nanoserve.config import ENGINE_SECTIONS, SERVE_SECTIONS, Options, settings
 
-SAMPLES = {int: "70", "size": "70", float: "2.5"}
+SAMPLES = {int: "70", "size": "70", float: "2.5", "speculate": "ngram:3"}
 
 
 def parse(*argv, **options):
@@ -22,7 +22,7 @@ def test_without_flags_the_options_are_the_defaults():
 
 @pytest.mark.parametrize("setting", settings(*SERVE_SECTIONS), ids=lambda s: s.name)
 def test_every_option_has_a_flag_that_reaches_it(setting):
-    value = setting.choices[-1] if setting.choices else SAMPLES.get(setting.kind, "cpu")
+    value = setting.choices[-1] if setting.choices else SAMPLES.get(setting.name, SAMPLES.get(setting.kind, "cpu"))
     argv = [value] if setting.is_positional else [setting.flag, value]
     if setting.kind is bool:
         argv = [setting.flag]

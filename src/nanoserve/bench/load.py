@@ -30,6 +30,9 @@ class Record:
     # Of a completed request.
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    # Guessed, and right; OpenAI's API does not tell.
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     @property
     def is_completed(self) -> bool:
@@ -126,6 +129,7 @@ async def _run(
             async for item in news:
                 if isinstance(item, Usage):
                     record.num_prompt_tokens, record.num_cached_tokens = item.prompt_tokens, item.cached_tokens
+                    record.num_drafted, record.num_accepted = item.draft_tokens, item.accepted_draft_tokens
                 else:
                     record.arrivals.append((time.perf_counter() - start_s, item))
     except CallFailed as error:

@@ -84,6 +84,9 @@ class Report:
     # All that came.
     output_tokens: int
     tokens_per_delta: float | None
+    # Of completed requests: guessed, and right.
+    draft_tokens: int
+    accepted_draft_tokens: int
     out_tok_s: float
     # Completed.
     req_s: float
@@ -115,6 +118,8 @@ class Report:
             cached_tokens=sum(r.num_cached_tokens for r in records),
             output_tokens=num_tokens,
             tokens_per_delta=round(num_tokens / num_deltas, 3) if num_deltas else None,
+            draft_tokens=sum(r.num_drafted for r in records),
+            accepted_draft_tokens=sum(r.num_accepted for r in records),
             out_tok_s=round(num_tokens / seconds, 1),
             req_s=round(num_completed / seconds, 3),
             ttft_ms=distribution_of(r.ttft_s for r in records),
@@ -130,13 +135,16 @@ class Report:
         unfinished = f", {self.unfinished} unfinished" if self.unfinished else ""
         cached = f"{self.cached_tokens / self.prompt_tokens:.0%} cached" if self.prompt_tokens else "none cached"
         merged = f", {self.tokens_per_delta:.1f} a Delta" if self.tokens_per_delta is not None else ""
+        guessed = ""
+        if self.draft_tokens:
+            guessed = f", {self.accepted_draft_tokens / self.draft_tokens:.0%} of {self.draft_tokens} guesses right"
         lines = [
             f"{self.workload}, {arrivals}",
             f"  requests       {self.completed} of {self.n} completed{failures}{unfinished}",
             f"  time           {self.seconds:.2f} s",
             f"  throughput     {self.out_tok_s:.1f} output tokens/s, {self.req_s:.2f} requests/s",
             f"  prompt tokens  {self.prompt_tokens}, {cached}",
-            f"  output tokens  {self.output_tokens}{merged}",
+            f"  output tokens  {self.output_tokens}{merged}{guessed}",
             f"  {'ms':12} {'mean':>10} {'p50':>10} {'p90':>10} {'p99':>10}",
             _row("TTFT", self.ttft_ms),
             _row("ITL", self.itl_ms),

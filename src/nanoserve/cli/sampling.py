@@ -7,7 +7,7 @@ check; its error names every violation.
 import argparse
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -59,6 +59,8 @@ def _reading(hint: Any) -> dict[str, Any]:
         return {"type": float if float in kinds else int, "metavar": "X" if float in kinds else "N"}
     if any(typing.get_origin(kind) is Mapping for kind in kinds):
         return {"type": _pair, "action": "append", "metavar": "TOKEN=BIAS"}
+    if str in kinds and Sequence[int] in kinds:  # in a terminal, a text
+        return {"metavar": "TEXT"}
     return {"type": str if str in kinds else int, "action": "append", "metavar": "TEXT" if str in kinds else "TOKEN"}
 
 

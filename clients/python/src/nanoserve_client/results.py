@@ -152,8 +152,8 @@ class Completion:
     stop_token_id: int | None
 
 
-class DraftSource(enum.Enum):
-    """Where a guess of the next tokens comes from."""
+class DraftSource(enum.StrEnum):
+    """Where a guess of the next tokens comes from. A text, so that a Usage can be written as JSON."""
 
     # Earlier in the text.
     NGRAM = "ngram"
