@@ -2,24 +2,25 @@
 
     python benchmarks/speculation.py FOLDER [--tokens N] [--rounds N]
 
-FOLDER: benchmarks/checkpoints/smollm2-135m, of `make benchmarks/checkpoints/smollm2-135m`. One engine serves both in
-turn: with max_draft_tokens 0, and with as many as it likes. Every round has prompts of its own, so that nothing is
+FOLDER: benchmarks/checkpoints/smollm2-135m, of `make benchmarks/checkpoints/smollm2-135m`. One server serves both in
+turn: with max_draft_tokens 0, and with as many as it likes. Each answer has a cache salt of its own, so that nothing is
 guessed from an answer to the same question. Output tokens/s from the first token on; medians, and their ratio.
 
     repeat       a text of some 400 tokens, to be repeated with one word changed
     prediction   the same, and the caller says what is expected
-    wrong        the same, and the caller expects something else from the first token on
     summary      the text in five sentences
     chat         a question
+    wrong        the same, and the caller expects something else from the first token on
 """
 
 import argparse
-import asyncio
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
-from nanoserve import AsyncLLM, SamplingParams
+from nanoserve_client import Client
+from served import serving
 
 TEXT = (
     "The lighthouse stood at the edge of the cliff for more than a hundred years. Every evening the keeper climbed the"
@@ -54,50 +55,51 @@ def prompts(round_number: int) -> dict[str, tuple[str, str]]:
     return {
         "repeat": (repeat, ""),
         "prediction": (repeat, text.replace("keeper", person)),
-        "wrong": (repeat, " ".join(reversed(text.split()))),
         "summary": (f"Summarize the following text in five sentences.\n\n{text}", ""),
         "chat": (QUESTIONS[round_number], ""),
+        "wrong": (QUESTIONS[round_number], text),
     }
 
 
-async def tokens_per_s(llm: AsyncLLM, prompt: str, params: SamplingParams) -> float:
+def tokens_per_s(client: Client, prompt: str, **options: Any) -> float:
     """From the first token to the last."""
     first_s, num_first, num = 0.0, 0, 0
-    async with llm.stream_chat(prompt, params) as stream:
-        async for delta in stream:
-            num += len(delta.token_ids)
-            if not first_s:
-                first_s, num_first = time.perf_counter(), num
+    for delta in client.chat(prompt, temperature=0, ignore_eos=True, **options):
+        num += len(delta.token_ids)
+        if not first_s:
+            first_s, num_first = time.perf_counter(), num
     return (num - num_first) / (time.perf_counter() - first_s)
 
 
-async def main() -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=3, choices=range(1, len(PEOPLE) + 1))
+    parser.add_argument("--rounds", type=int, default=3, choices=range(1, len(PEOPLE)))
     arguments = parser.parse_args()
+    options = (str(arguments.folder), "--http-port", "0", "--max-context-tokens", "4096", "--kv-memory", "1GiB")
     speeds: dict[str, tuple[list[float], list[float]]] = {}
-    async with AsyncLLM(str(arguments.folder), max_context_tokens=4096, kv_memory="1GiB") as llm:
-        warm = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, max_draft_tokens=0)
-        await tokens_per_s(llm, QUESTIONS[-1], warm)
+    with serving(options) as (_, address), Client(address) as client:
+        for prompt, prediction in prompts(len(PEOPLE) - 1).values():  # until all is compiled, and steps were measured
+            tokens_per_s(client, prompt, max_tokens=arguments.tokens, prediction=prediction)
         for number in range(arguments.rounds):
             for what, (prompt, prediction) in prompts(number).items():
                 for place, most in enumerate((0, None)):
-                    params = SamplingParams(
-                        temperature=0,
+                    speed = tokens_per_s(
+                        client,
+                        prompt,
                         max_tokens=arguments.tokens,
-                        ignore_eos=True,
                         max_draft_tokens=most,
                         prediction=prediction,
+                        cache_salt=f"{number} {what} {most}",
                     )
-                    speed = await tokens_per_s(llm, prompt, params)
                     speeds.setdefault(what, ([], []))[place].append(speed)
-    print(f"{'':12}{'without':>9}{'with':>9}{'ratio':>7}")
+    print(f"{'':12}{'without':>9}{'with':>9}{'ratio':>7}   of each round")
     for what, (without, guessing) in speeds.items():
         before, after = statistics.median(without), statistics.median(guessing)
-        print(f"{what:12}{before:9.1f}{after:9.1f}{after / before:7.2f}")
+        ratios = ", ".join(f"{b / a:.2f}" for a, b in zip(without, guessing, strict=True))
+        print(f"{what:12}{before:9.1f}{after:9.1f}{after / before:7.2f}   {ratios}")
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()
