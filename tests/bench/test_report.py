@@ -35,12 +35,12 @@ def test_counts_and_rates():
     assert r.tokens_per_delta == pytest.approx(9 / 8)
 
 
-def test_guesses_are_told_if_there_were_any():
-    assert "guesses" not in report().as_text()
+def test_guesses_are_told():
+    assert "guesses        0, 0% right" in report().as_text()
     guessing = Record(0.0, [(0.1, 5)], end_s=0.2, num_prompt_tokens=3, num_drafted=8, num_accepted=4)
     r = report(measurement=Measurement([guessing, guessing], seconds=1.0, is_interrupted=False))
     assert (r.draft_tokens, r.accepted_draft_tokens) == (16, 8)
-    assert "50% of 16 guesses right" in r.as_text()
+    assert "guesses        16, 50% right" in r.as_text()
 
 
 def test_first_and_next_tokens_of_every_request_count_and_the_ends_of_completed_ones():

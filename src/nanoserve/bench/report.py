@@ -135,16 +135,15 @@ class Report:
         unfinished = f", {self.unfinished} unfinished" if self.unfinished else ""
         cached = f"{self.cached_tokens / self.prompt_tokens:.0%} cached" if self.prompt_tokens else "none cached"
         merged = f", {self.tokens_per_delta:.1f} a Delta" if self.tokens_per_delta is not None else ""
-        guessed = ""
-        if self.draft_tokens:
-            guessed = f", {self.accepted_draft_tokens / self.draft_tokens:.0%} of {self.draft_tokens} guesses right"
+        right = self.accepted_draft_tokens / max(self.draft_tokens, 1)
         lines = [
             f"{self.workload}, {arrivals}",
             f"  requests       {self.completed} of {self.n} completed{failures}{unfinished}",
             f"  time           {self.seconds:.2f} s",
             f"  throughput     {self.out_tok_s:.1f} output tokens/s, {self.req_s:.2f} requests/s",
             f"  prompt tokens  {self.prompt_tokens}, {cached}",
-            f"  output tokens  {self.output_tokens}{merged}{guessed}",
+            f"  output tokens  {self.output_tokens}{merged}",
+            f"  guesses        {self.draft_tokens}, {right:.0%} right",
             f"  {'ms':12} {'mean':>10} {'p50':>10} {'p90':>10} {'p99':>10}",
             _row("TTFT", self.ttft_ms),
             _row("ITL", self.itl_ms),
