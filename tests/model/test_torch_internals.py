@@ -133,13 +133,14 @@ def test_what_cannot_be_loaded_is_served_plain(
 
 def test_without_the_compilers_own_names_a_start_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
+    chosen = str(tmp_path / "chosen")  # a whole path: torch makes one of any other
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen)
     for name in ("torch._inductor.cpu_vec_isa", "torch._inductor.runtime.cache_dir_utils"):
         monkeypatch.setitem(sys.modules, name, None)
     cpu.compiled_folder().mkdir(parents=True)
     cpu.keep_compiled()
     cpu.prepare_to_load_compiled()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == chosen
 
 
 def test_without_transformers_hook_a_model_is_loaded_and_no_progress_shown(

@@ -117,6 +117,7 @@ def test_something_can_be_added_behind_every_projection(
     assert largest_error(ours, theirs, monkeypatch) < 1e-5
 
 
+@pytest.mark.filterwarnings("default")  # what loads compiled parts imports what is deprecated
 @pytest.mark.parametrize(
     "kind", ["narrow", pytest.param("packed", marks=pytest.mark.soak), pytest.param("plain", marks=pytest.mark.soak)]
 )
