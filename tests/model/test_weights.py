@@ -7,21 +7,17 @@ from threading import Barrier
 
 import pytest
 import torch
-from addition import addition, forward_with_addition, make_with_addition
-from families import LONGEST, VOCAB_SIZE, save_tiny_model
-from feeder import Feeder
+from addition import error_of_compiled, largest_error, with_addition
+from families import save_tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanoserve.config import ModelOptions
-from nanoserve.model import compiled, cpu, layout, weights
-from nanoserve.model.compiled import watch_calls
+from nanoserve.model import weights
 from nanoserve.model.layout import decide_layout
-from nanoserve.model.loader import LoadedModel, load_model
-from nanoserve.model.weights import Kind, PlainWeight, ServedLinear, apply_layout
+from nanoserve.model.loader import load_model
+from nanoserve.model.weights import Kind, PlainWeight, apply_layout
 
 CPU = torch.device("cpu")
-PROMPT = [3 + 7 * i % (VOCAB_SIZE - 3) for i in range(LONGEST)]
 
 
 class _PlaysPart(PlainWeight):
@@ -80,58 +76,22 @@ def test_what_no_kind_is_for_is_named(family: str, want: tuple[str, ...], tmp_pa
 # ------------------------------------------------------------------------------ something behind every projection
 
 
-def tiny(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[PreTrainedModel, LoadedModel]:
-    """transformers' model, and ours with an addition, whose weights are of one kind."""
-    monkeypatch.setattr(cpu, "MIN_COMPILED", 0)
-    monkeypatch.setattr(layout, "can_narrow", lambda *_: kind == "narrow")
-    if kind == "plain":
-        monkeypatch.setattr(layout, "can_pack", lambda *_: False)
-    stored = save_tiny_model("qwen3", folder, hidden_size=64, intermediate_size=128)
-    stored.to(torch.bfloat16).save_pretrained(folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    for module in theirs.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda _, args, y: y + addition(args[0], y))
-    monkeypatch.setattr(ServedLinear, "forward", forward_with_addition)
-    return theirs, load_model(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
-
-
-def largest_error(ours: LoadedModel, theirs: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> float:
-    feeder = Feeder(ours, LONGEST, monkeypatch)
-    feeder.step([PROMPT], {0: LONGEST - 2})
-    for _ in range(2):
-        feeder.step([PROMPT], {0: 1})
-    with torch.inference_mode():
-        want = theirs(torch.tensor([PROMPT])).logits[0]
-    return float((feeder.all_logits(0, 0, LONGEST) - want).abs().max() / want.abs().max())
-
-
 @pytest.mark.parametrize("kind", ["plain", "packed", "narrow"])
 def test_something_can_be_added_behind_every_projection(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs, ours = tiny(tmp_path, kind, monkeypatch)
+    theirs, ours = with_addition(tmp_path, kind, monkeypatch)
     if kind != "plain" and not any(kind in type(m).__name__.lower() for m in ours.model.modules()):
         pytest.skip("not on this CPU")
     assert not any(isinstance(module, nn.Linear) for module in ours.model.modules())
     assert largest_error(ours, theirs, monkeypatch) < 1e-5
 
 
-# A soak, because tests of missing compilers, which run before it, leave traces in what torch keeps of this process.
-@pytest.mark.soak
-@pytest.mark.filterwarnings("default")  # what loads compiled parts imports what is deprecated
-@pytest.mark.parametrize("kind", ["narrow", "packed", "plain"])
+@pytest.mark.parametrize(
+    "kind", ["narrow", pytest.param("packed", marks=pytest.mark.soak), pytest.param("plain", marks=pytest.mark.soak)]
+)
 def test_what_is_added_is_compiled_without_a_break(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: tests of missing compilers leave traces in what torch keeps of this one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    theirs, ours = tiny(tmp_path, kind, monkeypatch)
-    trials, _ = watch_calls(ours)
-    parts = [(name, part) for trial in trials for name, part in trial.parts.items()]
-    job = compiled.Job(tmp_path, False, ours.dtype, ours.layout, 4, {name: part.call for name, part in parts})
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        process.submit(make_with_addition, tmp_path, job).result()
-    for name, part in parts:
-        function = compiled._load(tmp_path, name)
-        assert function is not None
-        with torch.inference_mode():
-            assert compiled._use_layer([part], function)
-    assert largest_error(ours, theirs, monkeypatch) < 1e-5
+        assert process.submit(error_of_compiled, tmp_path, kind).result() < 1e-5
