@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from nanoserve_client import AsyncClient, Client, NanoserveError
+from nanoserve_client import AsyncClient, Client, DraftSource, NanoserveError
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc
 from serve_process import free_port, serving, starting
 from servers import ADMIN, USERS
@@ -32,7 +32,7 @@ def tiny():
     """A server whose cache is too small for what may run at once, and whose steps are for prompts in chunks."""
     limits = ("--max-num-seqs", "16", "--max-waiting", "40", "--max-num-batched-tokens", "64")
     cache = ("--kv-memory", "2400KB", "--max-context-tokens", "256", "--no-prefix-cache")
-    with serving("--dtype", "float32", *limits, *cache) as server:
+    with serving("--dtype", "float32", "--speculate", "off", *limits, *cache) as server:
         yield server
 
 
@@ -64,11 +64,13 @@ def test_guesses_come_with_their_counts_and_change_no_text(tiny):
         assert plain.usage.drafts == {}
         # Whether guesses pay is for the server's clock to say, which needs a few answers.
         answers = [ask(prediction=expected.text) for _ in range(3)]
-        while not (usage := answers[-1].usage).accepted_draft_tokens:
+        while not (usage := answers[-1].usage).accepted_draft_tokens:  # the server makes no guesses of its own
             assert len(answers) < 30, "no guess was tried, or none was right"
             answers.append(ask(prediction=expected.token_ids))
         assert {answer.completions[0].text for answer in answers} == {expected.text}
         assert usage.accepted_draft_tokens <= min(usage.draft_tokens, usage.completion_tokens)
+        assert set(usage.drafts) == {DraftSource.PREDICTION}
+        assert ask().usage.drafts == {}
         with pytest.raises(NanoserveError, match="max_draft_tokens"):
             ask(max_draft_tokens=65)
         with pytest.raises(NanoserveError, match="predicted_token_ids"):

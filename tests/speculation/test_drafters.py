@@ -2,11 +2,12 @@
 
 import itertools
 import random
+import sys
 
 import pytest
 
 from nanoserve.request import DraftSource
-from nanoserve.speculation.drafter import MAX_EVIDENCE
+from nanoserve.speculation.drafter import INDEXED_AT_ONCE, MAX_EVIDENCE
 from nanoserve.speculation.ngram import NgramDrafter
 from nanoserve.speculation.prediction import PredictionDrafter
 from nanoserve.speculation.suffix import SuffixCounts, SuffixDrafter
@@ -50,31 +51,39 @@ def test_ids_that_do_not_fit_the_key_are_not_mistaken_for_others():
     assert NgramDrafter([1, 2, 3, 5, large + 1, 2, 3]).propose(2) is None
 
 
-def test_a_lookup_at_fifty_thousand_tokens_costs_no_more_than_at_fifty():
-    """By the steps that Python takes, which no busy machine changes."""
+def lines_of(work):
+    """How many lines of Python it runs: a cost that no busy machine changes."""
+    num = 0
+
+    def count(_frame, _event, _argument):
+        nonlocal num
+        num += 1
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return num
+
+
+@pytest.mark.parametrize("kind", [NgramDrafter, PredictionDrafter])
+def test_a_long_text_is_indexed_with_the_next_steps_and_then_costs_nothing(kind):
     chance = random.Random(1)
-
-    def num_lines(length):
-        drafter = NgramDrafter([chance.randrange(50) for _ in range(length)])
-        lines = 0
-
-        def count(_frame, _event, _argument):
-            nonlocal lines
-            lines += 1
-            return count
-
-        import sys
-
-        before = sys.gettrace()
-        sys.settrace(count)
-        try:
-            drafter.extend([1])
-            drafter.propose(8)
-        finally:
-            sys.settrace(before)
-        return lines
-
-    assert num_lines(50_000) < 150
+    text = [chance.randrange(2, 9000) for _ in range(50_000)]
+    drafters = []
+    assert lines_of(lambda: drafters.append(kind(text))) < 5 * INDEXED_AT_ONCE
+    [drafter] = drafters
+    drafter.extend([1])
+    assert lines_of(lambda: drafter.extend([1])) < 5 * INDEXED_AT_ONCE
+    for _ in range(50_000 // INDEXED_AT_ONCE):
+        drafter.extend([1])
+    assert lines_of(lambda: (drafter.extend([1]), drafter.propose(8))) < 100
+    # All of it was read.
+    drafter.extend(text[-9:-3])
+    assert tokens_of(drafter.propose(3)) == text[-3:]
 
 
 def test_a_prediction_is_followed_and_found_again():

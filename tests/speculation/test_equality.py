@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
 from families import VOCAB_SIZE, save_tiny_model
 
 from nanoserve.config import ModelOptions, SchedulerConfig
@@ -144,7 +145,7 @@ class Scripted:
     def learn(self, row, num_tried, num_right):  # noqa: ARG002
         return DraftSource.NGRAM
 
-    def add_step(self, num_tokens, seconds):
+    def add_step(self, num_tokens, num_drafted, seconds):
         pass
 
 
@@ -232,3 +233,26 @@ def test_drafts_change_no_output(model, name, count, num_blocks, monkeypatch):
     assert (num_drafted > 0) == (name != "no such token")
     if name in ("half right", "wrong", "random", "endless"):
         assert num_drafted > num_right
+
+
+def test_a_guess_that_makes_a_nan_is_dropped_and_nothing_else(model, monkeypatch):
+    """Even one that is right: the next step computes it again, as the one known token."""
+    request = Request("0", [5, 6, 7], SamplingParams(temperature=0, max_tokens=12))
+    plain, num_steps, _, _ = serve(model, [request])
+    run_trunk = ModelRunner._run_trunk
+
+    def run_with_nan(self, token_ids):
+        hidden = run_trunk(self, token_ids)
+        hidden[2:] = torch.nan  # behind the known token and the first guess
+        return hidden
+
+    drafter = drafters(plain, [request])["right"]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ModelRunner, "_run_trunk", lambda self, ids: (run_with_nan if len(ids) > 3 else run_trunk)(self, ids)
+        )
+        got, num_steps_drafted, num_drafted, num_right = serve(model, [replace(request, block_hashes=[])], drafter)
+    assert_equal(got, plain)
+    assert num_steps_drafted < num_steps
+    assert 0 < num_right < 11
+    assert num_drafted > 0

@@ -121,5 +121,19 @@ def admission(**params):
 def test_who_may_guess_and_how_much(choice, params, num):
     speculator = Speculator.of(choice)
     speculator.admit(0, admission(**params))
-    speculator.add_step(1, 0.03)
+    speculator.add_step(1, 0, 0.03)
     assert len(speculator.choose({0: speculator.num_places(0)}, 1).get(0, [])) == num
+
+
+def test_a_step_has_places_only_where_guesses_may_pay():
+    """Places take blocks, which may have held somebody's prefix."""
+    speculator = Speculator.of("auto")
+    speculator.admit(0, admission())
+    assert speculator.num_places(0) == 0
+    for size in (1, 2, 3, 4, 5, 8, 9, 16, 17):
+        speculator.add_step(size, size - 1, 0.03)
+    assert speculator.num_places(0) == 16
+    for _ in range(40):
+        for size in (2, 3, 4, 5, 8, 9, 16, 17):
+            speculator.add_step(size, size - 1, 0.03 * 2 * size)
+    assert speculator.num_places(0) == 0

@@ -62,7 +62,8 @@ async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemet
             meter_provider=telemetry.meter_provider,
         )
         serving = asyncio.create_task(gateway.serve([listener]))
-        url = f"http://{config.http_host}:{config.http_port}"
+        host = f"[{config.http_host}]" if ":" in config.http_host else config.http_host
+        url = f"http://{host}:{config.http_port}"
         try:
             yield [Fact("OpenAI", f"{url}/v1"), Fact("live view", f"{url}/"), *_telemetry_facts(telemetry, url)]
         finally:

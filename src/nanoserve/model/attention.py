@@ -77,8 +77,9 @@ CompiledAttention = dict[AttentionForm, Callable[..., tuple[Tensor, Tensor]]]
 class StepFacts:
     """The sequences of a step, packed one behind the other, those with fewer tokens first: set once a step.
 
-    Positions count tokens of a sequence from its beginning. Tensors lie where they always lie, so that what was
-    recorded for their addresses finds the next step there; lists say the same to whoever computes on the host.
+    Positions count tokens of a sequence from its beginning. What there is of each token, and of each row, lies where it
+    always lies, so that what was recorded for its address finds the next step there; lists say the same to whoever
+    computes on the host.
     """
 
     def __init__(self, block_tables: Tensor, block_size: int, max_num_tokens: int) -> None:

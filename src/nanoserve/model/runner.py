@@ -120,7 +120,8 @@ class ModelRunner:
         drawn = self._draw(parts, hidden)
         results = {part.sequence.row: self._result(part, drawn.get(part.sequence.row), hidden) for part in parts}
         if self._speculator is not None:
-            self._speculator.add_step(len(hidden), time.perf_counter() - start_s)
+            num_drafted = len(hidden) - sum(s.num_known for s in sequences)
+            self._speculator.add_step(len(hidden), num_drafted, time.perf_counter() - start_s)
         return StepResult(
             [results[s.row] for s in sequences], num_threads=self._threads.count if self._threads else None
         )

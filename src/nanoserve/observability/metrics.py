@@ -39,7 +39,12 @@ HISTOGRAMS = (
     ),
     ("nanoserve.queue.wait", "s", QUEUE_BUCKETS, "Time from a request's begin to its first step."),
     ("nanoserve.step.duration", "s", STEP_BUCKETS, "Time that a step took."),
-    ("nanoserve.step.tokens", "{token}", STEP_TOKEN_BUCKETS, "Tokens that a step computed, by their kind."),
+    (
+        "nanoserve.step.tokens",
+        "{token}",
+        STEP_TOKEN_BUCKETS,
+        "Tokens that a step computed, by their kind; guesses are not among them.",
+    ),
 )
 # Name, unit, description.
 COUNTERS = (

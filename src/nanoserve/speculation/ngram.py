@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import cycle, islice
 
 from nanoserve.request import DraftSource
-from nanoserve.speculation.drafter import MAX_EVIDENCE, Draft
+from nanoserve.speculation.drafter import INDEXED_AT_ONCE, MAX_EVIDENCE, Draft
 
 # Tokens that must be the same.
 MATCH = 3
@@ -17,29 +17,38 @@ _BITS = 21
 _MASK = (1 << _BITS * MATCH) - 1
 
 
+def _run_of(token_ids: Sequence[int]) -> int:
+    run = 0
+    for token_id in token_ids:
+        run = (run << _BITS | token_id) & _MASK
+    return run
+
+
 class NgramDrafter:
     """The latest place of each run of three tokens; one entry more for each token."""
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._token_ids: list[int] = []
-        # The last MATCH tokens.
-        self._run = 0
-        # Run -> the place behind it.
+        # Run -> the place behind it, for places below num_indexed; and the run before that.
         self._behind: dict[int, int] = {}
+        self._num_indexed = 0
+        self._run = 0
         self.extend(token_ids)
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        run, behind = self._run, self._behind
-        for place, token_id in enumerate(token_ids, start=len(self._token_ids)):
+        """A long text is indexed with the next steps, so that none of them takes long for it."""
+        self._token_ids.extend(token_ids)
+        run, behind, start = self._run, self._behind, self._num_indexed
+        self._num_indexed = min(len(self._token_ids), start + INDEXED_AT_ONCE)
+        for place in range(start, self._num_indexed):
             if place >= MATCH:
                 behind[run] = place
-            run = (run << _BITS | token_id) & _MASK
+            run = (run << _BITS | self._token_ids[place]) & _MASK
         self._run = run
-        self._token_ids.extend(token_ids)
 
     def propose(self, count: int) -> Draft | None:
         """A draft that reaches the end of the text goes on with its own beginning."""
-        if len(self._token_ids) <= MATCH or (place := self._behind.get(self._run)) is None:
+        if (place := self._behind.get(_run_of(self._token_ids[-MATCH:]))) is None:
             return None
         length = self._num_same(place)
         if length < MATCH:

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from nanoserve.request import DraftSource
-from nanoserve.speculation.drafter import MAX_EVIDENCE, Draft
+from nanoserve.speculation.drafter import INDEXED_AT_ONCE, MAX_EVIDENCE, Draft
 
 # Where text and prediction went apart, they are together again after so many equal tokens.
 MATCH = 2
@@ -15,10 +15,9 @@ class PredictionDrafter:
 
     def __init__(self, predicted: Sequence[int]) -> None:
         self._predicted = list(predicted)
-        # Run of MATCH tokens -> the places behind it, in order.
+        # Run of MATCH tokens -> the places behind it, in order, for places below num_indexed.
         self._behind: dict[tuple[int, ...], list[int]] = {}
-        for place in range(MATCH, len(self._predicted)):
-            self._behind.setdefault(tuple(self._predicted[place - MATCH : place]), []).append(place)
+        self._num_indexed = MATCH
         # The next token of the prediction. None = text and prediction are apart.
         self._next: int | None = 0
         # Where they went apart.
@@ -27,6 +26,11 @@ class PredictionDrafter:
         self._last: tuple[int, ...] = ()
 
     def extend(self, token_ids: Sequence[int]) -> None:
+        """A long prediction is indexed with the next steps, so that none of them takes long for it."""
+        start = self._num_indexed
+        self._num_indexed = max(start, min(len(self._predicted), start + INDEXED_AT_ONCE))
+        for place in range(start, self._num_indexed):
+            self._behind.setdefault(tuple(self._predicted[place - MATCH : place]), []).append(place)
         for token_id in token_ids:
             self._last = (*self._last, token_id)[-MATCH:]
             if self._next is not None and self._predicted[self._next : self._next + 1] == [token_id]:

@@ -42,6 +42,8 @@ class Speculator:
         self._suffixes = SuffixCounts()
         self._acceptance = Acceptance()
         self._times = StepTimes()
+        # Guesses could pay in a step like the last.
+        self._may_pay = False
 
     @classmethod
     def of(cls, choice: str) -> "Speculator":
@@ -74,9 +76,10 @@ class Speculator:
             drafter.extend(token_ids)
 
     def num_places(self, row: int) -> int:
-        """How many tokens may be guessed for the row in the next step."""
+        """How many tokens may be guessed for the row in the next step. None where guesses could not pay: places take
+        blocks."""
         state = self._rows[row]
-        return state.max_draft_tokens if state.drafters else 0
+        return state.max_draft_tokens if self._may_pay and state.drafters else 0
 
     def _propose(self, row: int, count: int) -> Draft | None:
         """Of what the drafters say, what promises the most tokens."""
@@ -119,6 +122,7 @@ class Speculator:
         self._acceptance.add(state.draft.source, state.draft.evidence, state.acceptance, num_tried, num_right)
         return state.draft.source
 
-    def add_step(self, num_tokens: int, seconds: float) -> None:
+    def add_step(self, num_tokens: int, num_drafted: int, seconds: float) -> None:
         """A step computed so many tokens, drafts included."""
         self._times.add(num_tokens, seconds)
+        self._may_pay = may_pay(self._times, num_tokens - num_drafted, most=self._max_draft_tokens)
