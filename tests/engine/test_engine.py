@@ -14,6 +14,8 @@ from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
     DeadlineExceeded,
+    DraftCounts,
+    DraftSource,
     EngineFailure,
     FinishReason,
     InvalidRequest,
@@ -145,6 +147,17 @@ def test_what_the_engine_computes_before_it_hears_of_a_stop_string_is_dropped():
     assert stream.texts == ["a", ""]
     assert stream.progress.num_completion_tokens == 2
     assert stream.progress.finish_reasons == {0: FinishReason.STOP}
+
+
+def test_guesses_behind_a_stop_string_were_not_accepted():
+    stream = RequestStream(Request("1", PROMPT, SamplingParams(stop=("b",))), byte_codec())
+    stream.start(RequestStarted("1", 1.0, 0))
+    stream.push(SequenceOutput("1", 0, 1.0, list(b"abcd"), draft=DraftCounts(DraftSource.NGRAM, 5, 3)))
+    assert stream.progress.num_completion_tokens == 2
+    assert (stream.progress.num_drafted, stream.progress.num_accepted) == (
+        {DraftSource.NGRAM: 5},
+        {DraftSource.NGRAM: 2},
+    )
 
 
 async def test_eos_ends_a_sequence_and_is_counted_but_not_shown():

@@ -412,6 +412,29 @@ def test_right_drafts_save_steps_and_wrong_ones_cost_none():
     assert num_steps[wrong_drafts] == num_steps[None] == 21
 
 
+@pytest.mark.parametrize("place", range(6))
+def test_guesses_are_counted_behind_the_cut(place):
+    """Of four right ones and the token behind them, wherever a stop token ends the text."""
+    prompt = prompt_of(7)
+    stop = expected_completion(prompt, 7, 21, 1000)[1 + place]
+    bench = Bench(draft=right_drafts)
+    bench.add("a", prompt, max_tokens=21, stop_token_ids=frozenset({stop}))
+    bench.run()
+    drafts = [(len(e.token_ids), e.draft.num_drafted, e.draft.num_accepted) for e in bench.outputs("a") if e.draft]
+    assert drafts == ([(place + 1, 4, min(place + 1, 4))] if place < 5 else [(5, 4, 4), (1, 4, 1)])
+
+
+def test_guesses_take_no_block_while_somebody_waits():
+    bench = Bench(draft=endless_drafts, num_blocks=6, max_context=24)
+    bench.add("a", prompt_of(7), max_tokens=12)
+    bench.step()
+    bench.add("b", prompt_of(22, 40), max_tokens=1)
+    plan = bench.step()
+    assert bench.scheduler._waiting
+    # As far as the last of its own blocks has room: the eighth token is computed, and none is left of eight.
+    assert [(s.num_drafts, s.new_block_ids) for s in plan.sequences] == [(0, [])]
+
+
 def test_a_block_is_named_when_its_tokens_are_final():
     """Four drafts of which one is right fill a block with tokens that were refused."""
     bench = Bench(draft=lambda token_ids, seed: [*right_drafts(token_ids, seed, 1), 1000, 1001, 1002])
