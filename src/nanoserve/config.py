@@ -35,6 +35,11 @@ def option(default: Any, help: str, *, flag: str | None = None, at_least: float 
     return field(default=default, metadata={"help": help, "flag": flag, "at_least": at_least})
 
 
+def address_of(host: str, port: int) -> str:
+    """As clients take it: an IPv6 host is in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def environment() -> MutableMapping[str, str]:
     """The process's variables; nothing else in the server reads or sets them."""
     return os.environ

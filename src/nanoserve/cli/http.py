@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from nanoserve.config import ConfigError, ServerConfig
+from nanoserve.config import ConfigError, ServerConfig, address_of
 from nanoserve.request import Fact
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ async def openai_api(config: ServerConfig, server: "Server", telemetry: "Telemet
             meter_provider=telemetry.meter_provider,
         )
         serving = asyncio.create_task(gateway.serve([listener]))
-        host = f"[{config.http_host}]" if ":" in config.http_host else config.http_host
-        url = f"http://{host}:{config.http_port}"
+        url = f"http://{address_of(config.http_host, config.http_port)}"
         try:
             yield [Fact("OpenAI", f"{url}/v1"), Fact("live view", f"{url}/"), *_telemetry_facts(telemetry, url)]
         finally:

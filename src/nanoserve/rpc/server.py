@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from nanoserve_client.transport import MAX_REQUEST_BYTES
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
-from nanoserve.config import ConfigError, ServerConfig
+from nanoserve.config import ConfigError, ServerConfig, address_of
 from nanoserve.engine.engine import Engine
 from nanoserve.observer import Observers
 from nanoserve.request import NotReady
@@ -169,8 +169,7 @@ class Server:
 
     def address(self, port: int) -> str:
         """As clients take it."""
-        host = self._config.host
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return address_of(self._config.host, port)
 
     def _listen(self) -> int:
         host, port = self._config.host, self._config.grpc_port
