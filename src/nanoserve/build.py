@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, ConfigError, Options, format_size
+from nanoserve.checkpoint import of_draft_model
+from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, ConfigError, ModelOptions, Options, format_size
 from nanoserve.engine.core import EngineCore
 from nanoserve.engine.engine import Engine, ServedModel
 from nanoserve.engine.scheduler import Scheduler
@@ -74,11 +75,24 @@ def build_core(options: Options, *, wait_until_fast: bool = False, report: Repor
         with watching_bars(say), one_thread():
             model = load_model(options.model)
         codec = TextCodec.load(model.facts.folder, trust_remote_code=options.model.trust_remote_code)
-        return assemble(model, codec, options, wait_until_fast=wait_until_fast, report=report)
+        draft = None
+        if options.model.draft is not None:
+            with of_draft_model(), one_thread():
+                draft = _load_draft(options.model.draft, codec)
+        return assemble(model, codec, options, draft=draft, wait_until_fast=wait_until_fast, report=report)
     except SafetensorError as error:
         raise ConfigError(f"a checkpoint file in {options.model.path} cannot be read: {error}") from error
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"the device has too little memory: {error}; lower --kv-memory, or serve less") from error
+
+
+def _load_draft(options: ModelOptions, codec: TextCodec) -> LoadedModel:
+    """The model that drafts. codec: of the served one. Raises ConfigError if their tokens are not the same."""
+    model = load_model(options)
+    own_codec = TextCodec.load(model.facts.folder, trust_remote_code=options.trust_remote_code)
+    if (difference := own_codec.first_difference(codec)) is not None:
+        raise ConfigError(f"{options.path} has another vocabulary than the model that is served: {difference}")
+    return model
 
 
 def assemble(
@@ -86,11 +100,15 @@ def assemble(
     codec: TextCodec,
     options: Options,
     *,
+    draft: LoadedModel | None = None,
     wait_until_fast: bool = False,
     report: Report = log_facts,
 ) -> Built:
-    """Build what runs the steps of a loaded model. Raises ConfigError if the KV cache does not fit."""
-    runner, plan = build_runner(model, options, wait_until_fast=wait_until_fast, report=report)
+    """Build what runs the steps of a loaded model. Raises ConfigError if the KV cache does not fit.
+
+    draft: the model that drafts for it, if there is one.
+    """
+    runner, plan = build_runner(model, draft, options, wait_until_fast=wait_until_fast, report=report)
     scheduler = build_scheduler(options, model.facts, plan)
     eos_token_ids = _eos_token_ids(model.facts, codec)
     report(Fact("ends with", ", ".join(f"{codec.token(i)!r} ({i})" for i in eos_token_ids) or "nothing: it has no EOS"))
@@ -107,12 +125,13 @@ def assemble(
 
 
 def build_runner(
-    model: LoadedModel, options: Options, *, wait_until_fast: bool, report: Report
+    model: LoadedModel, draft: LoadedModel | None, options: Options, *, wait_until_fast: bool, report: Report
 ) -> tuple[ModelRunner, KVPlan]:
     """The model side: KV cache, sampler and runner, warm. Of the engine it knows nothing."""
-    plan = _plan_cache(model, options, report)
+    models = [model] if draft is None else [model, draft]
+    plan = _plan_cache(models, options, report)
     report(Stage("warming up"))
-    cache = PagedKVCache(plan.specs, plan.num_blocks, plan.block_size, model.device)
+    caches = [PagedKVCache(each.kv_specs, plan.num_blocks, plan.block_size, each.device) for each in models]
     sampler = Sampler(model.facts.vocab_size, model.device)
     threads = None
     if model.device.type == "cpu":
@@ -121,55 +140,66 @@ def build_runner(
         report(Fact("threads", f"at most {num_threads}: {why}"))
     runner = ModelRunner(
         model,
-        cache,
+        caches[0],
         sampler,
         options.scheduler.max_num_seqs,
         options.scheduler.max_num_batched_tokens,
         plan.max_context_tokens,
         threads=threads,
-        speculator=Speculator.of(options.scheduler.speculate),
+        speculator=Speculator.of(options.scheduler.speculate, has_draft_model=draft is not None),
+        draft=None if draft is None else (draft, caches[1]),
     )
     runner.warm_up()
-    if model.is_compiled:
-        compiler = BackgroundCompiler(
-            model,
-            runner.attention.compiled,
-            block_size=plan.block_size,
-            trust_remote_code=options.model.trust_remote_code,
-        )
-        compiler.start()
-        if wait_until_fast:
-            compiler.wait()
+    for loaded, paged in zip(models, runner.models, strict=True):
+        if loaded.is_compiled:
+            compiler = BackgroundCompiler(
+                loaded,
+                paged.attention.compiled,
+                block_size=plan.block_size,
+                trust_remote_code=options.model.trust_remote_code,
+            )
+            compiler.start()
+            if wait_until_fast:
+                compiler.wait()
     if model.device.type == "cpu":
         release_threads()
-        claiming = threading.Thread(target=cache.claim_memory, name="nanoserve-memory", daemon=True)
+        claiming = threading.Thread(target=_claim_memory, args=(caches,), name="nanoserve-memory", daemon=True)
         claiming.start()
         if wait_until_fast:
             claiming.join()
     return runner, plan
 
 
-def _plan_cache(model: LoadedModel, options: Options, report: Report) -> KVPlan:
-    """How large the KV cache is made; says so, and what the model is. Raises ConfigError."""
-    facts = model.facts
+def _claim_memory(caches: list[PagedKVCache]) -> None:
+    for cache in caches:
+        cache.claim_memory()
+
+
+def _plan_cache(models: list[LoadedModel], options: Options, report: Report) -> KVPlan:
+    """How large the KV cache is made; says so, and what the models are. Raises ConfigError.
+
+    models: the one that is served, and the one that drafts, whose keys and values lie in the same blocks.
+    """
+    facts, device = models[0].facts, models[0].device
     plan = plan_kv(
-        model.kv_specs,
+        [spec for model in models for spec in model.kv_specs],
         options.cache.block_size,
         options.cache.kv_memory_bytes,
         options.model.max_context_tokens,
         facts.max_position,
         options.scheduler.max_num_seqs,
-        model.device,
+        device,
     )
     free = available_memory()
-    if model.device.type == "cpu" and plan.num_bytes > free:
+    if device.type == "cpu" and plan.num_bytes > free:
         # Main memory is given out before it is there; without this the system would end the process, later.
         raise ConfigError(
             f"a KV cache of {format_size(plan.num_bytes)} was asked for, and {format_size(free)} of memory are free;"
             " lower --kv-memory"
         )
-    size = f"{facts.num_parameters / 1e6:.1f} M parameters"
-    report(Fact("model", f"{served_name(options)}: {facts.architecture}, {size}, {facts.dtype} on {model.device}"))
+    report(Fact("model", f"{served_name(options)}: {_description(models[0])}"))
+    if len(models) > 1:
+        report(Fact("draft model", f"{options.model.draft_model}: {_description(models[1])}"))
     if facts.left_out:
         report(Fact("plain weights", f"{', '.join(facts.left_out)}: no faster form is known for these"))
     report(Fact("KV cache", plan.describe()))
@@ -182,6 +212,11 @@ def _plan_cache(model: LoadedModel, options: Options, report: Report) -> KVPlan:
     limits = options.scheduler
     report(Fact("step", f"at most {limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens"))
     return plan
+
+
+def _description(model: LoadedModel) -> str:
+    facts = model.facts
+    return f"{facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters, {facts.dtype} on {model.device}"
 
 
 def build_scheduler(options: Options, facts: ModelFacts, plan: KVPlan) -> Scheduler:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,18 @@ def check_path(options: ModelOptions) -> None:
         check_config(folder)
     elif not HUB_ID.fullmatch(options.path):
         raise ModelLoadError(f"there is no folder {options.path!r}, and it is not a Hub id such as 'owner/name'")
+    if options.draft is not None:
+        with of_draft_model():
+            check_path(options.draft)
+
+
+@contextmanager
+def of_draft_model() -> Iterator[None]:
+    """An error from within says which model it speaks of."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ModelLoadError(f"--draft-model: {error}") from error
 
 
 def fetch(options: ModelOptions, patterns: list[str], *, revision: str | None = None) -> Path:

@@ -10,12 +10,15 @@ import re
 import types
 import typing
 from collections.abc import MutableMapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 BUILTIN_MODEL = Path(__file__).parent / "builtin"
 BUILTIN_MODEL_NAME = "nanoserve-builtin"
+# The model that drafts for it, and what it is called.
+BUILTIN_DRAFT = BUILTIN_MODEL / "draft"
+BUILTIN_DRAFT_NAME = "builtin"
 # Of environment variables: NANOSERVE_MAX_NUM_SEQS is --max-num-seqs.
 VARIABLE_PREFIX = "NANOSERVE_"
 SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -61,6 +64,11 @@ class ModelOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "auto = the checkpoint's, but float32 on a CPU that has no fast arithmetic for it."
     )
+    draft_model: str | None = option(
+        None,
+        "A smaller model with the same vocabulary, which guesses the next tokens: a folder or a Hub id, or builtin for"
+        " the one that is made for the built-in model.",
+    )
     device: str = option("auto", "auto = cuda if there is one, else cpu.")
     compile: bool = option(
         True, "Do not compile parts of the model for speed; serve plain PyTorch.", flag="--no-compile"
@@ -71,6 +79,14 @@ class ModelOptions:
         "Tokens of prompt and completion together. Default: the model's own limit, or what the KV cache holds.",
         at_least=2,
     )
+
+    @property
+    def draft(self) -> "ModelOptions | None":
+        """The same of the model that drafts. None = there is none."""
+        if self.draft_model is None:
+            return None
+        path = str(BUILTIN_DRAFT) if self.draft_model == BUILTIN_DRAFT_NAME else self.draft_model
+        return replace(self, path=path, revision=None, served_name=None, draft_model=None, max_context_tokens=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +121,8 @@ class SchedulerConfig:
     speculate: str = option(
         "auto",
         "Guess the next tokens, and check the guesses along with the next token, where it pays: auto = in every way;"
-        " ngram = from the text itself; suffix = from earlier answers to the same caller; off = only what a caller"
-        " predicts. With :K, at most so many tokens at once, 1 to 64; else 16.",
+        " ngram = from the text itself; suffix = from earlier answers to the same caller; draft = by --draft-model;"
+        " off = only what a caller predicts. With :K, at most so many tokens at once, 1 to 64; else 16.",
     )
 
 
@@ -198,11 +214,16 @@ class Options:
             raise ConfigError(f"--grpc-port and --http-port are both {self.server.http_port}; they must differ")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.model.device):
             raise ConfigError(f"--device is {self.model.device!r}; it must be auto, cpu, cuda or cuda:N")
-        if not re.fullmatch(r"(auto|off|ngram|suffix)(:([1-9]|[1-5]\d|6[0-4]))?", self.scheduler.speculate):
+        speculate = self.scheduler.speculate
+        if not re.fullmatch(r"(auto|off|ngram|suffix|draft)(:([1-9]|[1-5]\d|6[0-4]))?", speculate):
             raise ConfigError(
-                f"--speculate is {self.scheduler.speculate!r}; it must be auto, off, ngram or suffix, with or without"
-                " :K for at most K tokens at once, 1 to 64"
+                f"--speculate is {speculate!r}; it must be auto, off, ngram, suffix or draft, with or without :K for at"
+                " most K tokens at once, 1 to 64"
             )
+        if speculate.startswith("draft") and self.model.draft_model is None:
+            raise ConfigError(f"--speculate is {speculate!r}; that needs a --draft-model")
+        if self.model.draft_model is not None and not speculate.startswith(("auto", "draft")):
+            raise ConfigError(f"--draft-model is of no use with --speculate {speculate}; it must be auto or draft")
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens {self.scheduler.max_num_batched_tokens} is below --max-num-seqs "

@@ -147,6 +147,8 @@ class DraftSource(enum.Enum):
     SUFFIX = "suffix"
     # What the caller expects.
     PREDICTION = "prediction"
+    # What a smaller model would say.
+    DRAFT_MODEL = "draft_model"
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,8 @@ def test_a_draft_that_reaches_the_end_goes_on_with_itself():
 
 
 def test_evidence_is_the_length_of_the_match():
-    assert NgramDrafter([9, 1, 2, 3, 4, 8, 1, 2, 3]).propose(1).evidence == 3
-    assert NgramDrafter([*range(40), *range(30)]).propose(1).evidence == MAX_EVIDENCE
+    assert NgramDrafter([9, 1, 2, 3, 4, 8, 1, 2, 3]).propose(1).evidence == [3]
+    assert NgramDrafter([*range(40), *range(30)]).propose(1).evidence == [MAX_EVIDENCE]
 
 
 def test_ids_that_do_not_fit_the_key_are_not_mistaken_for_others():

@@ -5,27 +5,19 @@ are the real ones and some that no sensible person would write.
 """
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from drafting import assert_equal, random_requests, serve
 from families import VOCAB_SIZE, save_tiny_model
 
-from nanoserve.config import ModelOptions, SchedulerConfig
-from nanoserve.engine.scheduler import Scheduler
-from nanoserve.kv_cache.block_pool import BlockPool
-from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
+from nanoserve.config import ModelOptions
 from nanoserve.model.loader import load_model
-from nanoserve.model.runner import ModelRunner
-from nanoserve.model.sampler import Sampler
-from nanoserve.request import DraftSource, Request, SamplingParams, SequenceOutput
+from nanoserve.model.paged_model import PagedModel
+from nanoserve.request import DraftSource, Request, SamplingParams
 from nanoserve.speculation import speculator
 from nanoserve.speculation.speculator import Speculator
-
-BLOCK = 4
-MAX_CONTEXT = 72
-NUM_ROWS = 6
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -35,88 +27,22 @@ def model(tmp_path_factory):
     return load_model(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
 
 
-@dataclass
-class Outcome:
-    """What a caller learns of one sequence."""
+@pytest.fixture(scope="module")
+def draft_models(tmp_path_factory, model):
+    """Models that draft: the same, another of as many tokens, one of fewer, and one whose context ends early."""
 
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list = field(default_factory=list)
-    prompt_logprobs: list = field(default_factory=list)
-    end: tuple | None = None
+    def load(name, family, **changes):
+        folder = tmp_path_factory.mktemp(name)
+        save_tiny_model(family, folder, **changes)
+        return load_model(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
 
-
-def serve(model, requests, speculator=None, *, num_blocks=90, cancelled=()):
-    """Outcomes by (request, index), the number of steps, and the drafts that were computed and that were right.
-
-    cancelled: ids of requests that are aborted when they have made a few tokens.
-    """
-    pool = BlockPool(num_blocks)
-    scheduler = Scheduler(
-        SchedulerConfig(max_num_seqs=NUM_ROWS, max_num_batched_tokens=64),
-        pool,
-        block_size=BLOCK,
-        max_context_tokens=MAX_CONTEXT,
-        cache_identity="model",
-    )
-    cache = PagedKVCache(model.kv_specs, num_blocks, BLOCK, model.device)
-    sampler = Sampler(model.facts.vocab_size, model.device)
-    runner = ModelRunner(model, cache, sampler, NUM_ROWS, 64, MAX_CONTEXT, speculator=speculator)
-    for request in requests:
-        scheduler.add(request)
-    outcomes: dict[tuple[str, int], Outcome] = {}
-    num_steps = num_drafted = num_right = 0
-    while scheduler.has_work:
-        plan = scheduler.schedule(0.0)
-        runner.submit(plan)
-        result = runner.collect()
-        num_steps += 1
-        num_drafted += sum(r.num_drafted for r in result.sequences)
-        num_right += sum(max(0, len(r.token_ids) - 1) for r in result.sequences)
-        for event in scheduler.commit(result, 0.0):
-            if isinstance(event, SequenceOutput):
-                outcome = outcomes.setdefault((event.request_id, event.index), Outcome())
-                outcome.token_ids += event.token_ids
-                outcome.logprobs += event.logprobs
-                outcome.prompt_logprobs += event.prompt_logprobs
-                if event.finish_reason is not None:
-                    outcome.end = event.finish_reason, event.stop_token_id
-                if event.request_id in cancelled and len(outcome.token_ids) > 3:
-                    scheduler.abort(event.request_id)
-        scheduler.check_invariants()
-    assert pool.num_owned == 0
-    return outcomes, num_steps, num_drafted, num_right
-
-
-def random_requests(count, seed):
-    """Prompts that repeat themselves, and parameters of every kind."""
-    chance = random.Random(seed)
-    requests = []
-    for i in range(count):
-        words = [[chance.randrange(3, VOCAB_SIZE) for _ in range(chance.randint(1, 6))] for _ in range(3)]
-        prompt = [t for _ in range(chance.randint(1, 8)) for t in chance.choice(words)][: MAX_CONTEXT - 2]
-        room = MAX_CONTEXT - len(prompt)
-        max_tokens = chance.choice([1, 2, 7, 30, room])
-        params = SamplingParams(
-            n=chance.choice([1, 1, 1, 4]),
-            temperature=chance.choice([0, 0, 0.3, 1.0, 2.0]),
-            top_k=chance.choice([0, 0, 3]),
-            top_p=chance.choice([1.0, 0.8]),
-            min_p=chance.choice([0.0, 0.1]),
-            frequency_penalty=chance.choice([0.0, 0.0, 0.7]),
-            presence_penalty=chance.choice([0.0, 0.0, -0.5]),
-            repetition_penalty=chance.choice([1.0, 1.0, 1.3]),
-            logit_bias=chance.choice([{}, {5: 4.0, 90: -100.0}]),
-            seed=chance.randrange(2**32),
-            max_tokens=max_tokens,
-            min_tokens=chance.choice([0, min(5, max_tokens, room)]),
-            stop_token_ids=frozenset(chance.choice([[], [7, 11], range(3, 40, 5)])),
-            logprobs=chance.choice([None, 0, 3]),
-            prompt_logprobs=chance.choice([None, None, 1]),
-            max_draft_tokens=chance.choice([None, None, 0, 3]),
-        )
-        eos = frozenset(chance.choice([[], [2]]))
-        requests.append(Request(f"{i}", prompt, params, eos_token_ids=eos, priority=chance.choice([0, 0, 1])))
-    return requests
+    return {
+        "itself": model,
+        "another model": load("other", "llama", num_hidden_layers=1),
+        "a narrower model": load("narrow", "llama", vocab_size=VOCAB_SIZE - 10),
+        "a wider model": load("wide", "llama", vocab_size=VOCAB_SIZE + 10),
+        "a short model": load("short", "llama", max_position_embeddings=30),
+    }
 
 
 class Scripted:
@@ -139,7 +65,7 @@ class Scripted:
     def num_places(self, row):
         return len(self._next(row))
 
-    def choose(self, places, num_tokens):  # noqa: ARG002
+    def choose(self, places, num_tokens, model):  # noqa: ARG002
         return {row: self._next(row)[:room] for row, room in places.items() if room}
 
     def learn(self, row, num_tried, num_right):  # noqa: ARG002
@@ -194,31 +120,24 @@ def with_predictions(requests, plain):
     return predicting
 
 
-def assert_equal(got, want):
-    assert got.keys() == want.keys()
-    for key, outcome in want.items():
-        assert got[key].token_ids == outcome.token_ids, key
-        assert got[key].end == outcome.end, key
-        for name in ("logprobs", "prompt_logprobs"):
-            ours, theirs = getattr(got[key], name), getattr(outcome, name)
-            assert len(ours) == len(theirs)
-            for a, b in zip(ours, theirs, strict=True):
-                assert (a.token_id, a.rank) == (b.token_id, b.rank)
-                assert a.logprob == pytest.approx(b.logprob, abs=TOLERANCE)
-                assert [t.token_id for t in a.top] == [t.token_id for t in b.top]
-
-
 NAMES = ("right", "half right", "wrong", "random", "no such token", "endless", "ngram", "suffix", "auto", "prediction")
+MODELS = ("itself", "another model", "a narrower model", "a wider model", "a short model")
+
+
+@pytest.fixture
+def whatever_it_costs(monkeypatch):
+    """With a model of this size no draft pays."""
+    monkeypatch.setattr(speculator, "may_pay", lambda _times, _num, most: most > 0)
+    monkeypatch.setattr(speculator, "choose_counts", lambda _times, _num, chances: list(map(len, chances)))
+    monkeypatch.setattr(speculator, "may_guess_more", lambda *others: any(prospect.room for prospect in others[-1]))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [24, pytest.param(500, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("num_blocks", [90, 40])
-def test_drafts_change_no_output(model, name, count, num_blocks, monkeypatch):
+@pytest.mark.usefixtures("whatever_it_costs")
+def test_drafts_change_no_output(model, name, count, num_blocks):
     """With few blocks sequences are preempted too."""
-    # Whatever it costs: with a model of this size no draft pays.
-    monkeypatch.setattr(speculator, "may_pay", lambda _times, _num, most: most > 0)
-    monkeypatch.setattr(speculator, "choose_counts", lambda _times, _num, chances: [length for _, length in chances])
     requests = random_requests(count, seed=count)
     plain, num_steps, num_drafted, _ = serve(model, requests, num_blocks=num_blocks)
     assert num_drafted == 0
@@ -235,11 +154,30 @@ def test_drafts_change_no_output(model, name, count, num_blocks, monkeypatch):
         assert num_drafted > num_right
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("count", [24, pytest.param(500, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("num_blocks", [90, 40])
+@pytest.mark.usefixtures("whatever_it_costs")
+def test_a_model_that_drafts_changes_no_output(model, draft_models, name, count, num_blocks):
+    """And one that would say the same is right every time, at any temperature: it draws with the same noise."""
+    requests = random_requests(count, seed=count)
+    plain, num_steps, _, _ = serve(model, requests, num_blocks=num_blocks)
+    drafter = Speculator.of("draft:5", has_draft_model=True)
+    got, num_steps_drafted, num_drafted, num_right = serve(
+        model, requests, drafter, draft_model=draft_models[name], num_blocks=num_blocks
+    )
+    assert_equal(got, plain)
+    assert num_drafted > 0
+    if name == "itself":
+        assert num_right > 0.98 * num_drafted
+        assert num_steps_drafted < num_steps
+
+
 def test_a_guess_that_makes_a_nan_is_dropped_and_nothing_else(model, monkeypatch):
     """Even one that is right: the next step computes it again, as the one known token."""
     request = Request("0", [5, 6, 7], SamplingParams(temperature=0, max_tokens=12, seed=1))
     plain, num_steps, _, _ = serve(model, [request])
-    run_trunk = ModelRunner._run_trunk
+    run_trunk = PagedModel._run_trunk
 
     def run_with_nan(self, token_ids):
         hidden = run_trunk(self, token_ids)
@@ -249,7 +187,7 @@ def test_a_guess_that_makes_a_nan_is_dropped_and_nothing_else(model, monkeypatch
     drafter = drafters(plain, [request])["right"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            ModelRunner, "_run_trunk", lambda self, ids: (run_with_nan if len(ids) > 3 else run_trunk)(self, ids)
+            PagedModel, "_run_trunk", lambda self, ids: (run_with_nan if len(ids) > 3 else run_trunk)(self, ids)
         )
         got, num_steps_drafted, num_drafted, num_right = serve(model, [replace(request, block_hashes=[])], drafter)
     assert_equal(got, plain)

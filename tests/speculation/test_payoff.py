@@ -1,15 +1,20 @@
 """How many guesses pay: from the clock and from what came of earlier ones."""
 
+from dataclasses import replace
+
 import pytest
 
 from nanoserve.request import Admission, DraftSource, SamplingParams
+from nanoserve.speculation.drafter import Draft
 from nanoserve.speculation.payoff import (
     FORGOTTEN_AFTER,
     MAX_STEP_DRAFTS,
     Acceptance,
     OwnAcceptance,
+    Prospect,
     StepTimes,
     choose_counts,
+    may_guess_more,
     may_pay,
 )
 from nanoserve.speculation.speculator import Speculator
@@ -22,6 +27,10 @@ def times_of(seconds, sizes=range(1, 100)):
     return times
 
 
+def chances(share, length):
+    return [share**place for place in range(1, length + 1)]
+
+
 def flat(_size):
     return 0.03
 
@@ -31,19 +40,19 @@ def steep(size):
 
 
 def test_guesses_pay_where_a_step_waits_for_memory_and_not_where_it_computes():
-    assert choose_counts(times_of(flat), 1, [(0.9, 5)]) == [5]
-    assert choose_counts(times_of(steep), 1, [(0.9, 5)]) == [0]
+    assert choose_counts(times_of(flat), 1, [chances(0.9, 5)]) == [5]
+    assert choose_counts(times_of(steep), 1, [chances(0.9, 5)]) == [0]
 
 
 def test_the_likelier_guesses_come_first():
     # Four tokens more are free, and all others are not.
     times = times_of(lambda size: 0.03 if size <= 6 else 0.03 * size)
-    assert choose_counts(times, 2, [(0.9, 5), (0.3, 5)]) == [4, 0]
-    assert choose_counts(times, 2, [(0.8, 5), (0.75, 5)]) == [2, 2]
+    assert choose_counts(times, 2, [chances(0.9, 5), chances(0.3, 5)]) == [4, 0]
+    assert choose_counts(times, 2, [chances(0.8, 5), chances(0.75, 5)]) == [2, 2]
 
 
 def test_prompts_of_the_step_count_as_tokens_that_it_makes():
-    assert choose_counts(times_of(steep, range(1, 700)), 512, [(0.9, 8)]) == [0]
+    assert choose_counts(times_of(steep, range(1, 700)), 512, [chances(0.9, 8)]) == [0]
 
 
 def test_a_step_without_guesses_is_measured_first():
@@ -64,7 +73,7 @@ def test_sizes_that_are_not_known_are_tried():
     assert times.expect(50) == times.expect(1)
     times.add(9, 0.1)
     assert times.expect(5) == pytest.approx((0.03 + 0.1) / 2)
-    assert choose_counts(times, 1, [(0.9, 8)]) == [5]
+    assert choose_counts(times, 1, [chances(0.9, 8)]) == [5]
 
 
 def test_a_mean_that_nobody_renews_is_forgotten():
@@ -82,21 +91,34 @@ def test_one_step_that_was_held_up_does_not_count_for_many():
 
 
 def test_a_step_has_only_so_many_guesses():
-    assert sum(choose_counts(times_of(flat), 64, [(0.9, 64)] * 64)) == MAX_STEP_DRAFTS
+    assert sum(choose_counts(times_of(flat), 64, [chances(0.9, 64)] * 64)) == MAX_STEP_DRAFTS
 
 
 def test_what_was_right_is_expected_again_and_what_was_wrong_is_not():
     acceptance, own = Acceptance(), OwnAcceptance()
-    before = acceptance.expect(DraftSource.NGRAM, 3, own)
+    draft = Draft(DraftSource.NGRAM, [5, 6, 7, 8], [3, 3, 3, 3])
+    before = acceptance.chances(draft, own)[0]
     for _ in range(100):
-        acceptance.add(DraftSource.NGRAM, 3, own, num_tried=4, num_right=0)
-    assert acceptance.expect(DraftSource.NGRAM, 3, own) < 0.02
+        acceptance.add(draft, own, num_tried=4, num_right=0)
+    assert acceptance.chances(draft, own)[0] < 0.02
     # Another sequence begins with what is known of all.
-    assert acceptance.expect(DraftSource.NGRAM, 3, OwnAcceptance()) < 0.1
-    assert acceptance.expect(DraftSource.NGRAM, 4, OwnAcceptance()) > before
+    assert acceptance.chances(draft, OwnAcceptance())[0] < 0.1
+    assert acceptance.chances(replace(draft, evidence=[4]), OwnAcceptance())[0] > before
     for _ in range(5000):
-        acceptance.forgive(DraftSource.NGRAM, 3, own)
-    assert acceptance.expect(DraftSource.NGRAM, 3, own) == pytest.approx(before, abs=0.02)
+        acceptance.forgive(draft, own)
+    assert acceptance.chances(draft, own)[0] == pytest.approx(before, abs=0.02)
+
+
+def test_each_token_is_expected_by_its_own_evidence():
+    acceptance, own = Acceptance(), OwnAcceptance()
+    strong, weak = (acceptance.chances(Draft(DraftSource.SUFFIX, [5], [e]), own)[0] for e in (16, 2))
+    draft = Draft(DraftSource.SUFFIX, [5, 6, 7], [16, 2, 16])
+    assert acceptance.chances(draft, own) == pytest.approx([strong, strong * weak, strong * weak * strong])
+    # Of the three, one was right: the third says nothing.
+    acceptance.add(draft, own, num_tried=3, num_right=1)
+    others = OwnAcceptance()
+    assert acceptance.chances(Draft(DraftSource.SUFFIX, [5], [16]), others)[0] > strong
+    assert acceptance.chances(Draft(DraftSource.SUFFIX, [5], [2]), others)[0] < weak
 
 
 def admission(**params):
@@ -137,3 +159,106 @@ def test_a_step_has_places_only_where_guesses_may_pay():
         for size in (2, 3, 4, 5, 8, 9, 16, 17):
             speculator.add_step(size, size - 1, 0.03 * 2 * size)
     assert speculator.num_places(0) == 0
+
+
+# ------------------------------------------------------------------------------------- a model that drafts
+
+
+def test_a_pass_of_a_model_pays_if_what_it_guesses_is_worth_its_time():
+    cheap, dear = times_of(lambda _: 0.002), times_of(lambda _: 0.030)
+    prospects = [Prospect(1.0, 0.8, 5)]
+    assert may_guess_more(times_of(flat), cheap, 1, 1.0, prospects)
+    assert not may_guess_more(times_of(flat), dear, 1, 1.0, prospects)
+    assert not may_guess_more(times_of(flat), cheap, 1, 1.0, [Prospect(0.02, 0.8, 5)])
+    assert not may_guess_more(times_of(flat), cheap, 1, 1.0, [])
+
+
+def test_one_guess_that_does_not_pay_may_be_the_way_to_five_that_do():
+    # Two tokens take as long as six.
+    times = times_of(lambda size: 0.03 if size == 1 else 0.06)
+    passes = times_of(lambda _: 0.001)
+    assert may_guess_more(times, passes, 1, 1.0, [Prospect(1.0, 0.9, 5)])
+    assert not may_guess_more(times, passes, 1, 1.0, [Prospect(1.0, 0.9, 1)])
+
+
+def test_a_model_that_was_never_timed_is_tried():
+    assert may_guess_more(times_of(flat), StepTimes(), 1, 1.0, [Prospect(1.0, 0.5, 1)])
+
+
+class Talker:
+    """Takes a draft model's place: it guesses the numbers from 100 on, and is sure of the first few."""
+
+    def __init__(self, room=9, num_sure=9):
+        self.room_of, self.num_sure, self.num_passes = room, num_sure, 0
+
+    def room(self, _row):
+        return self.room_of
+
+    def guess(self, drafts):
+        self.num_passes += 1
+        guesses = {row: (100 + len(d), 16 if len(d) < self.num_sure else 0) for row, d in drafts.items()}
+        return guesses, len(drafts)
+
+
+def speculator_with_times(choice="draft:6", step=flat, num_rows=1, **params):
+    speculator = Speculator.of(choice, has_draft_model=True)
+    for row in range(num_rows):
+        speculator.admit(row, admission(**params))
+    for size in range(1, 80):
+        speculator.add_step(size, size - 1, step(size))
+    return speculator
+
+
+@pytest.mark.parametrize(("room", "num"), [(9, 6), (2, 2), (0, 0)])
+def test_a_model_guesses_as_far_as_it_may(room, num):
+    talker = Talker(room)
+    chosen = speculator_with_times().choose({0: 6}, 1, talker)
+    assert chosen == ({0: list(range(100, 100 + num))} if num else {})
+    assert talker.num_passes == num
+
+
+def test_a_model_is_not_asked_where_guesses_cannot_pay():
+    talker = Talker()
+    assert speculator_with_times(step=steep).choose({0: 6}, 1, talker) == {}
+    assert talker.num_passes == 0
+
+
+def test_a_model_stops_where_it_is_not_sure():
+    talker = Talker(num_sure=2)
+    speculator = speculator_with_times(step=lambda size: 0.03 + 0.004 * size)
+    for _ in range(60):
+        guess = speculator.choose({0: 6}, 1, talker).get(0, [])
+        speculator.learn(0, len(guess), min(2, len(guess)))
+        speculator.extend(0, [*guess[:2], 5])
+    assert len(guess) == 2
+
+
+def test_what_costs_nothing_is_taken_first():
+    """The prompt says what comes; and where that was wrong, the model is asked."""
+    talker = Talker()
+    speculator = speculator_with_times("auto:6")
+    for _ in range(40):
+        chosen = speculator.choose({0: 6}, 1, talker)
+        assert chosen
+        speculator.learn(0, len(chosen[0]), len(chosen[0]) if chosen[0][0] >= 100 else 0)
+    assert chosen[0][0] == 100
+    talker = Talker()
+    speculator = speculator_with_times("auto:6")
+    for _ in range(40):
+        chosen = speculator.choose({0: 6}, 1, talker)
+        speculator.learn(0, len(chosen[0]), len(chosen[0]))
+    assert chosen[0][0] == 4
+    assert talker.num_passes == 0
+
+
+def test_a_model_that_is_never_right_is_seldom_asked():
+    talker = Talker(num_sure=0)
+    speculator = speculator_with_times(step=lambda size: 0.03 + 0.002 * size)
+    for _ in range(100):
+        guess = speculator.choose({0: 6}, 1, talker).get(0, [])
+        speculator.learn(0, len(guess), 0)
+    talker.num_passes = 0
+    for _ in range(100):
+        guess = speculator.choose({0: 6}, 1, talker).get(0, [])
+        speculator.learn(0, len(guess), 0)
+    assert talker.num_passes <= 10

@@ -9,18 +9,17 @@ runs only for positions whose logits are wanted.
 
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
-from nanoserve.model.attend import attend
-from nanoserve.model.attention import Attention, StepFacts, attending
-from nanoserve.model.loader import LoadedModel, fix_rope
+from nanoserve.model.draft_model import DraftModel
+from nanoserve.model.loader import LoadedModel
+from nanoserve.model.paged_model import PagedModel
+from nanoserve.model.rows import Rows
 from nanoserve.model.sampler import Place, Sampler, token_logprobs
 from nanoserve.model.threads import ComputeThreads
 from nanoserve.request import Failure, Logprobs, ScheduledSequence, SequenceResult, StepPlan, StepResult
@@ -52,10 +51,10 @@ class _Part:
 
 
 class ModelRunner:
-    """One model on one device. Implements Executor. Engine thread only.
+    """One model on one device, and another that drafts for it if there is one. Implements Executor. Engine thread only.
 
-    Owns the K/V tensors, each row's tokens and block table on the device, attention's memory, and through the sampler
-    what sampling remembers of a row. A step that raises leaves rows as they were.
+    Owns each row's tokens and block table on the device, and through the models and the sampler what is kept of a row
+    besides. A step that raises leaves rows as they were.
     """
 
     # A CPU has nothing to do between two steps that could hide a plan.
@@ -72,26 +71,32 @@ class ModelRunner:
         *,
         threads: ComputeThreads | None = None,
         speculator: Speculator | None = None,
+        draft: tuple[LoadedModel, PagedKVCache] | None = None,
     ) -> None:
-        """max_num_tokens: of a step. threads: None where no threads of a CPU compute. speculator: None = no drafts."""
-        self._model = model
-        self._cache = cache
+        """max_num_tokens: of a step. threads: None where no threads of a CPU compute. speculator: None = no drafts.
+
+        draft: the model that drafts, of the same vocabulary, and its cache, of as many blocks.
+        """
+        self._rows = Rows(max_num_seqs, max_context_tokens, cache.block_size, model.device)
+        self.model = PagedModel(
+            model,
+            cache,
+            self._rows,
+            max_num_tokens=max_num_tokens,
+            max_context_tokens=max_context_tokens,
+            threads=threads,
+        )
+        self.draft_model = None
+        if draft is not None:
+            self.draft_model = DraftModel(
+                *draft, self._rows, sampler, model.facts.vocab_size, max_context_tokens, threads=threads
+            )
         self._sampler = sampler
         self._threads = threads
         self._speculator = speculator
         self._plans: deque[StepPlan] = deque()
-        self.attention = Attention(cache, model.attention_layers, attend)
-        max_num_blocks = -(-max_context_tokens // cache.block_size)
-        # Row -> its tokens, as far as they are known, and one behind a full context. Not zeroed: memory is taken when
-        # it is used.
-        self._tokens = torch.empty(max_num_seqs, max_context_tokens + 1, dtype=torch.int32, device=model.device)
-        # Row -> its blocks in order; beyond the row's own number of them the ids mean nothing.
-        self._block_tables = torch.zeros(max_num_seqs, max_num_blocks, dtype=torch.long, device=model.device)
-        self._num_blocks = [0] * max_num_seqs
-        self._facts = StepFacts(self._block_tables, cache.block_size, max_num_tokens)
         # Row -> alternatives to report for prompt tokens.
         self._num_prompt_top = [0] * max_num_seqs
-        fix_rope(model.model, max_context_tokens)
 
     def submit(self, plan: StepPlan) -> None:
         self._plans.append(plan)
@@ -99,21 +104,21 @@ class ModelRunner:
     @torch.inference_mode()
     def collect(self) -> StepResult:
         """Compute the oldest plan's step."""
-        start_s = time.perf_counter()
         sequences = self._plans.popleft().sequences
-        self._write_tables(sequences)
+        self._rows.take(sequences)
+        if self.draft_model is not None:
+            self.draft_model.take(sequences)
         parts = self._parts(sequences)
-        facts = self._facts
-        facts.set(
-            [part.sequence.row for part in parts],
-            [part.sequence.start for part in parts],
-            [part.num_tokens for part in parts],
-        )
+        start_s = time.perf_counter()
         try:
-            hidden = self._run_trunk(self._tokens[facts.rows[facts.sequence_of], facts.positions].long())
+            hidden = self.model.run(
+                [part.sequence.row for part in parts],
+                [part.sequence.start for part in parts],
+                [part.num_tokens for part in parts],
+            )
         except Exception:
             # Some layers have written, perhaps NaN, into blocks that others get next.
-            self._cache.clear(facts.slots)
+            self.model.cache.clear(self.model.facts.slots)
             raise
         self._clear_corrupt(parts, hidden)
         self._commit_rows(sequences)
@@ -127,49 +132,32 @@ class ModelRunner:
         )
 
     def close(self) -> None:
-        self._cache.close()
+        for model in self.models:
+            model.cache.close()
+
+    @property
+    def models(self) -> list[PagedModel]:
+        """The one that is served first."""
+        return [self.model, *([self.draft_model.model] if self.draft_model is not None else [])]
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run a small step, so that the first request does not pay for what is set up on first use.
-
-        Before any request: it writes into block 0, and zeroes it again.
-        """
-        num_tokens = min(4, self._cache.block_size)
-        counts = [1, num_tokens - 1] if num_tokens > 1 and len(self._num_blocks) > 1 else [1]
-        self._facts.set(list(range(len(counts))), [0] * len(counts), counts)
-        hidden = self._run_trunk(torch.zeros(sum(counts), dtype=torch.long, device=self._model.device))
-        self._logits(hidden[:1])
-        self._cache.clear(self._facts.slots)
-
-    # ------------------------------------------------------------------------------------------------- the rows
-
-    def _write_tables(self, sequences: list[ScheduledSequence]) -> None:
-        """A new sequence's tokens, and new block ids behind those that a row has. Its number of them comes later."""
-        rows, columns, blocks = [], [], []
-        for s in sequences:
-            if s.admission is not None:
-                token_ids = torch.tensor(s.admission.token_ids, dtype=torch.int32)
-                self._tokens[s.row, : len(token_ids)] = token_ids.to(self._model.device)
-            first = 0 if s.admission is not None else self._num_blocks[s.row]
-            for column, block in enumerate(s.new_block_ids, start=first):
-                rows.append(s.row)
-                columns.append(column)
-                blocks.append(block)
-        if blocks:
-            index = torch.tensor([rows, columns, blocks], device=self._model.device)  # [3, num_new_blocks]
-            self._block_tables[index[0], index[1]] = index[2]
+        """Before any request."""
+        for model in self.models:
+            model.warm_up()
 
     def _commit_rows(self, sequences: list[ScheduledSequence]) -> None:
         """The trunk has run: rows that changed hands are the new sequence's."""
+        self._rows.commit(sequences)
         for s in sequences:
-            if s.admission is not None:
-                self._num_blocks[s.row] = 0
-                self._num_prompt_top[s.row] = s.admission.params.prompt_logprobs or 0
-                self._sampler.admit(s.row, s.admission)
-                if self._speculator is not None:
-                    self._speculator.admit(s.row, s.admission)
-            self._num_blocks[s.row] += len(s.new_block_ids)
+            if s.admission is None:
+                continue
+            self._num_prompt_top[s.row] = s.admission.params.prompt_logprobs or 0
+            self._sampler.admit(s.row, s.admission)
+            if self._speculator is not None:
+                self._speculator.admit(s.row, s.admission)
+            if self.draft_model is not None:
+                self.draft_model.admit(s.row, len(s.admission.token_ids), num_cached_tokens=s.start)
 
     # ------------------------------------------------------------------------------------------------- the step
 
@@ -178,42 +166,17 @@ class ModelRunner:
         drafts: dict[int, list[int]] = {}
         if self._speculator is not None and any(s.num_drafts for s in sequences):
             places = {s.row: s.num_drafts for s in sequences}
-            drafts = self._speculator.choose(places, num_tokens=sum(s.num_known for s in sequences))
+            drafts = self._speculator.choose(places, sum(s.num_known for s in sequences), self.draft_model)
             # A caller's prediction, or another model's draft, may hold what this model does not know.
-            is_known = range(self._model.facts.vocab_size).__contains__
+            is_known = range(self.model.vocab_size).__contains__
             drafts = {row: list(takewhile(is_known, draft)) for row, draft in drafts.items()}
         parts = sorted((_Part(s, drafts.get(s.row, [])) for s in sequences), key=lambda part: part.num_tokens)
         first = 0
         for part in parts:
             part.first = first
             first += part.num_tokens
-        self._write_tokens([(part.sequence.row, part.end, part.draft) for part in parts])
+        self._rows.write([(part.sequence.row, part.end, part.draft) for part in parts])
         return parts
-
-    def _write_tokens(self, runs: Iterable[tuple[int, int, list[int]]]) -> None:
-        """Rows, and what stands in them from a position on."""
-        cells = [
-            (row, position, token_id)
-            for row, start, token_ids in runs
-            for position, token_id in enumerate(token_ids, start=start)
-        ]
-        if cells:
-            index = torch.tensor(cells, device=self._model.device)  # [n, 3]
-            self._tokens[index[:, 0], index[:, 1]] = index[:, 2].int()
-
-    def _run_trunk(self, token_ids: Tensor) -> Tensor:
-        """token_ids: [num_tokens], of the step that the facts are of. Returns [num_tokens, hidden_size]."""
-        self.attention.prepare(self._facts)
-        positions = self._facts.positions[None]
-        with attending(self._run_layer):
-            out = self._model.trunk(input_ids=token_ids[None], position_ids=positions, use_cache=False)
-        hidden: Tensor = out[0][0]
-        return hidden
-
-    def _run_layer(self, *call: Any) -> Tensor:
-        if self._threads is not None:  # in each layer, because a step that a neighbour holds up takes seconds
-            self._threads.adapt()
-        return self.attention.run(*call)
 
     def _clear_corrupt(self, parts: list[_Part], hidden: Tensor) -> None:
         """Look for NaN and infinity in this step; what they wrote into the cache is zeroed.
@@ -225,7 +188,7 @@ class ModelRunner:
         if not bad.any():
             return
         is_lost = bad.clone()
-        for i in set(self._facts.sequence_of[bad].tolist()):
+        for i in set(self.model.facts.sequence_of[bad].tolist()):
             part = parts[i]
             num_good = int(bad[part.first : part.first + part.num_tokens].int().argmax())
             if num_good < part.sequence.num_known:
@@ -233,14 +196,9 @@ class ModelRunner:
                 is_lost[part.first : part.first + part.num_tokens] = True
             else:
                 part.draft = part.draft[: num_good - part.sequence.num_known]
-        self._cache.clear(self._facts.slots[is_lost])
+        self.model.cache.clear(self.model.facts.slots[is_lost])
 
     # ----------------------------------------------------------------------------------------------- the results
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [n, hidden_size]. Returns [n, vocab_size]."""
-        logits: Tensor = self._model.head(inputs_embeds=hidden[None], use_cache=False).logits
-        return logits[0]
 
     def _draw(self, parts: list[_Part], hidden: Tensor) -> dict[int, SequenceResult]:
         """Draw behind the known tokens of every sequence that samples, and behind each of its drafts: by row.
@@ -257,14 +215,14 @@ class ModelRunner:
             for i in range(len(part.draft) + 1)
         ]
         lines = [part.first + part.sequence.num_known - 1 + i for part in members for i in range(len(part.draft) + 1)]
-        logits = self._logits(hidden[torch.tensor(lines, device=hidden.device)])
+        logits = self.model.logits(hidden[torch.tensor(lines, device=hidden.device)])
         outcomes = iter(self._sampler.sample(places, logits))
         drawn = {}
         for part in members:
             result = _keep_right(part.draft, list(islice(outcomes, len(part.draft) + 1)))
             drawn[part.sequence.row] = self._learn(part, result)
         self._sampler.keep({row: result.token_ids for row, result in drawn.items()})
-        self._write_tokens((part.sequence.row, part.end, drawn[part.sequence.row].token_ids) for part in members)
+        self._rows.write((part.sequence.row, part.end, drawn[part.sequence.row].token_ids) for part in members)
         return drawn
 
     def _learn(self, part: _Part, result: SequenceResult) -> SequenceResult:
@@ -274,6 +232,8 @@ class ModelRunner:
         row, num_drafted = part.sequence.row, len(part.draft)
         source = self._speculator.learn(row, num_drafted, min(num_drafted, len(result.token_ids) - 1))
         self._speculator.extend(row, result.token_ids)
+        if self.draft_model is not None:
+            self.draft_model.extend(row, result.token_ids)
         return replace(
             result,
             num_drafted=num_drafted,
@@ -290,12 +250,12 @@ class ModelRunner:
         if not sequence.num_prompt_logprobs or result.failure is not None:
             return result
         first = sequence.start + 1
-        targets = self._tokens[sequence.row, first : first + sequence.num_prompt_logprobs].tolist()
-        size = max(1, PROMPT_LOGITS_AT_ONCE // self._model.facts.vocab_size)
+        targets = self._rows.tokens[sequence.row, first : first + sequence.num_prompt_logprobs].tolist()
+        size = max(1, PROMPT_LOGITS_AT_ONCE // self.model.vocab_size)
         parts: list[Logprobs] = []
         for i in range(0, len(targets), size):
             some = targets[i : i + size]
-            logits = self._logits(hidden[part.first + i : part.first + i + len(some)])
+            logits = self.model.logits(hidden[part.first + i : part.first + i + len(some)])
             if not logits.isfinite().all():
                 return SequenceResult(failure=Failure.CORRUPT)
             parts.append(token_logprobs(logits, some, self._num_prompt_top[sequence.row]))

@@ -101,6 +101,11 @@ class Sampler:
         Logits that hold NaN or +inf, or nothing but -inf, are corrupt; where edits leave nothing else, there is no
         token.
         """
+        states = [self._rows[place.row] for place in places]
+        return _results(states, logits, self.draw(places, logits))
+
+    def draw(self, places: list[Place], logits: Tensor) -> list[int]:
+        """The tokens alone, as `sample` draws them; where there is none, a number below 0."""
         targets = [(self._rows[place.row], place) for place in places]
         # The maximum shows what is wrong with logits too: NaN, +inf, or -inf if there is nothing else.
         best, tokens = _largest(logits)  # [n], [n]
@@ -112,7 +117,7 @@ class Sampler:
             drawn = drawn.where(is_possible, _NO_TOKEN)
             tokens[index] = drawn.where(tokens[index] >= 0, _CORRUPT)
         token_ids: list[int] = tokens.tolist()  # the step's one wait for the device
-        return _results([state for state, _ in targets], logits, token_ids)
+        return token_ids
 
     def keep(self, drawn: Mapping[int, list[int]]) -> None:
         """Row -> tokens that are its sequence's from now on."""

@@ -3,7 +3,7 @@
 token drawn ─▶ extend ─▶ propose ─▶ the step computes the draft's tokens too ─▶ as many are kept as would be drawn
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +16,9 @@ class Draft:
 
     source: DraftSource
     token_ids: list[int]
-    # How much speaks for it, in steps of the source's own scale, 0 to MAX_EVIDENCE. Drafts of one source with the same
-    # evidence are expected to be right as often.
-    evidence: int
+    # Of each token, how much speaks for it, in steps of the source's own scale, 0 to MAX_EVIDENCE. Tokens of one source
+    # with the same evidence are expected to be right as often, if those before them are.
+    evidence: list[int]
 
 
 MAX_EVIDENCE = 16
@@ -34,3 +34,21 @@ class Drafter(Protocol):
 
     def propose(self, count: int) -> Draft | None:
         """What may follow the text: at most `count` tokens. None = no idea."""
+
+
+class ModelDrafter(Protocol):
+    """Guesses for many rows at once, a token of each in a pass, which takes time: another model.
+
+    A head that guesses from the hidden states of the served model, such as EAGLE's, would be one too. What the last
+    step computed of a row's last token lies in ModelRunner._draw, which would hand it over as it hands over tokens.
+    """
+
+    def room(self, row: int) -> int:
+        """How many tokens it can guess for the row at most."""
+
+    def guess(self, drafts: Mapping[int, Sequence[int]]) -> tuple[dict[int, tuple[int, int]], int]:
+        """A pass: row -> what it has guessed in this step so far. Returns row -> the next token, and its evidence; and
+        how many tokens the pass has computed.
+
+        Rows that it knows nothing more of, or not yet, are left out.
+        """

@@ -54,7 +54,7 @@ class NgramDrafter:
         if length < MATCH:
             return None
         repeated = islice(self._token_ids, place, min(place + count, len(self._token_ids)))
-        return Draft(DraftSource.NGRAM, list(islice(cycle(repeated), count)), length)
+        return Draft(DraftSource.NGRAM, list(islice(cycle(repeated), count)), [length] * count)
 
     def _num_same(self, place: int) -> int:
         """How many tokens before this place are those at the end; at most MAX_EVIDENCE."""

@@ -10,9 +10,11 @@ as long as they raise
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, zip_longest
+from operator import mul
 
 from nanoserve.request import DraftSource
-from nanoserve.speculation.drafter import MAX_EVIDENCE
+from nanoserve.speculation.drafter import MAX_EVIDENCE, Draft
 
 # Drafts of a step, all together: each needs logits as wide as the vocabulary.
 MAX_STEP_DRAFTS = 256
@@ -56,8 +58,10 @@ class StepTimes:
     def expect(self, num_tokens: int) -> float:
         """Between two sizes that are known, what lies between; beyond them, the nearest: nothing is ruled out untried.
 
-        At least one size must be known.
+        0 if none is known.
         """
+        if not self._sizes:
+            return 0.0
         size = _rounded(num_tokens)
         place = bisect_left(self._sizes, size)
         above = self._sizes[min(place, len(self._sizes) - 1)]
@@ -96,21 +100,34 @@ class Acceptance:
             for evidence in range(MAX_EVIDENCE + 1)
             for prior in [0.9 if source is DraftSource.PREDICTION else 0.4 + 0.03 * evidence]
         }
+        # Whatever the evidence.
+        self._shares_of_source = {source: _Share(prior=0.7, mean=0.7) for source in DraftSource}
 
-    def expect(self, source: DraftSource, evidence: int, own: "OwnAcceptance") -> float:
-        share = self._shares[source, evidence].mean
-        return (own.num_right + TRUSTED_AFTER * share) / (own.num_tried + TRUSTED_AFTER)
+    def chances(self, draft: Draft, own: "OwnAcceptance") -> list[float]:
+        """Of each token of the draft, how likely it is that it and all before it are right."""
+        shares = (self._shares[draft.source, evidence].mean for evidence in draft.evidence)
+        return list(accumulate((own.adapt(share) for share in shares), mul))
 
-    def add(self, source: DraftSource, evidence: int, own: "OwnAcceptance", num_tried: int, num_right: int) -> None:
-        """Of a draft of which so many tokens were tried. Those behind the first wrong one say nothing."""
-        share = self._shares[source, evidence]
-        for was_right in [True] * num_right + [False] * (num_right < num_tried):
-            share.add(was_right)
+    def expect_next(self, source: DraftSource, own: "OwnAcceptance") -> float:
+        """How likely the next token is right, if those before it are, when it is not known yet."""
+        return own.adapt(self._shares_of_source[source].mean)
+
+    def add(self, draft: Draft, own: "OwnAcceptance", num_tried: int, num_right: int) -> None:
+        """So many tokens of the draft were tried. Those behind the first wrong one say nothing."""
+        outcomes = [True] * num_right + [False] * (num_right < num_tried)
+        for evidence, was_right in zip(draft.evidence, outcomes, strict=False):
+            self._shares[draft.source, evidence].add(was_right)
+            self._shares_of_source[draft.source].add(was_right)
             own.add(was_right)
 
-    def forgive(self, source: DraftSource, evidence: int, own: "OwnAcceptance") -> None:
-        """A draft of the kind was left out."""
-        self._shares[source, evidence].forgive()
+    def forgive(self, draft: Draft, own: "OwnAcceptance") -> None:
+        """The draft was left out."""
+        self._shares[draft.source, draft.evidence[0]].forgive()
+        own.forgive()
+
+    def forgive_source(self, source: DraftSource, own: "OwnAcceptance") -> None:
+        """It was not asked for a draft."""
+        self._shares_of_source[source].forgive()
         own.forgive()
 
 
@@ -120,6 +137,10 @@ class OwnAcceptance:
 
     num_right: float = 0.0
     num_tried: float = 0.0
+
+    def adapt(self, share: float) -> float:
+        """What is expected of this sequence where `share` is expected of all."""
+        return (self.num_right + TRUSTED_AFTER * share) / (self.num_tried + TRUSTED_AFTER)
 
     def add(self, was_right: bool) -> None:
         self.num_right = self.num_right * (1 - NEWEST_DRAFT) + was_right
@@ -142,15 +163,12 @@ def may_pay(times: StepTimes, num_tokens: int, most: int) -> bool:
     return any((num_tokens + num) / times.expect(num_tokens + num) > rate for num in numbers)
 
 
-def choose_counts(times: StepTimes, num_tokens: int, chances: Sequence[tuple[float, int]]) -> list[int]:
+def choose_counts(times: StepTimes, num_tokens: int, chances: Sequence[Sequence[float]]) -> list[int]:
     """How many tokens of each draft to compute beside the `num_tokens` that a step computes anyway.
 
-    chances: of each draft, the probability that a token is right if those before it were, and its length.
+    chances: of each draft, those that Acceptance gives.
     """
-    gains = sorted(
-        ((chance**place, i) for i, (chance, length) in enumerate(chances) for place in range(1, length + 1)),
-        key=lambda gain: -gain[0],
-    )
+    gains = sorted(((chance, i) for i, draft in enumerate(chances) for chance in draft), key=lambda gain: -gain[0])
     del gains[MAX_STEP_DRAFTS:]
     best_rate, best_num, made = num_tokens / times.expect(num_tokens), 0, float(num_tokens)
     for num, (gain, _) in enumerate(gains, start=1):
@@ -162,3 +180,37 @@ def choose_counts(times: StepTimes, num_tokens: int, chances: Sequence[tuple[flo
     for _, i in gains[:best_num]:
         counts[i] += 1
     return counts
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What more guesses of a model may bring for a row."""
+
+    # That all guesses so far are right, and that each further one is, if those before it are.
+    chance: float
+    next_chance: float
+    # How many more there may be.
+    room: int
+
+    @property
+    def gains(self) -> list[float]:
+        """What each of them is expected to add to the tokens that the step makes."""
+        return [self.chance * self.next_chance**place for place in range(1, self.room + 1)]
+
+
+def may_guess_more(
+    times: StepTimes, pass_times: StepTimes, num_tokens: int, made: float, prospects: Sequence[Prospect]
+) -> bool:
+    """Whether one more pass of a model that guesses pays, or several: each of them takes time too.
+
+    num_tokens: that the step computes as it stands, and made: those that it is expected to make.
+    """
+    best_rate, seconds = made / times.expect(num_tokens), 0.0
+    for gains in zip_longest(*(prospect.gains for prospect in prospects), fillvalue=None):
+        of_pass = [gain for gain in gains if gain is not None]
+        made += sum(of_pass)
+        num_tokens += len(of_pass)
+        seconds += pass_times.expect(len(of_pass))
+        if made / (times.expect(num_tokens) + seconds) > best_rate:
+            return True
+    return False

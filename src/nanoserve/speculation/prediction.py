@@ -47,4 +47,4 @@ class PredictionDrafter:
     def propose(self, count: int) -> Draft | None:
         if self._next is None or not (token_ids := self._predicted[self._next : self._next + count]):
             return None
-        return Draft(DraftSource.PREDICTION, token_ids, min(self._num_same, MAX_EVIDENCE))
+        return Draft(DraftSource.PREDICTION, token_ids, [min(self._num_same, MAX_EVIDENCE)] * len(token_ids))

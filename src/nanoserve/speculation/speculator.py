@@ -1,21 +1,32 @@
 """The drafts of all rows: who makes them, how many of them a step computes, and what came of them."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nanoserve.request import Admission, DraftSource
-from nanoserve.speculation.drafter import Draft, Drafter
+from nanoserve.speculation.drafter import Draft, Drafter, ModelDrafter
 from nanoserve.speculation.ngram import NgramDrafter
-from nanoserve.speculation.payoff import Acceptance, OwnAcceptance, StepTimes, choose_counts, may_pay
+from nanoserve.speculation.payoff import (
+    MAX_STEP_DRAFTS,
+    Acceptance,
+    OwnAcceptance,
+    Prospect,
+    StepTimes,
+    choose_counts,
+    may_guess_more,
+    may_pay,
+)
 from nanoserve.speculation.prediction import PredictionDrafter
 from nanoserve.speculation.suffix import SuffixCounts, SuffixDrafter
 
 DEFAULT_MAX_DRAFT_TOKENS = 16
 # By the choice of --speculate: what the server itself does. A caller's own prediction is used in any case.
 SOURCES: dict[str, tuple[DraftSource, ...]] = {
-    "auto": (DraftSource.NGRAM, DraftSource.SUFFIX),
+    "auto": (DraftSource.NGRAM, DraftSource.SUFFIX, DraftSource.DRAFT_MODEL),
     "ngram": (DraftSource.NGRAM,),
     "suffix": (DraftSource.SUFFIX,),
+    "draft": (DraftSource.DRAFT_MODEL,),
     "off": (),
 }
 
@@ -42,14 +53,17 @@ class Speculator:
         self._suffixes = SuffixCounts()
         self._acceptance = Acceptance()
         self._times = StepTimes()
+        # Of passes of the model that drafts.
+        self._pass_times = StepTimes()
         # Guesses could pay in a step like the last.
         self._may_pay = False
 
     @classmethod
-    def of(cls, choice: str) -> "Speculator":
+    def of(cls, choice: str, *, has_draft_model: bool = False) -> "Speculator":
         """choice: that of --speculate, WAYS or WAYS:K."""
         ways, _, limit = choice.partition(":")
-        return cls(SOURCES[ways], int(limit or DEFAULT_MAX_DRAFT_TOKENS))
+        sources = (source for source in SOURCES[ways] if has_draft_model or source is not DraftSource.DRAFT_MODEL)
+        return cls(sources, int(limit or DEFAULT_MAX_DRAFT_TOKENS))
 
     def admit(self, row: int, admission: Admission) -> None:
         """A sequence takes the row."""
@@ -79,48 +93,97 @@ class Speculator:
         """How many tokens may be guessed for the row in the next step. None where guesses could not pay: places take
         blocks."""
         state = self._rows[row]
-        return state.max_draft_tokens if self._may_pay and state.drafters else 0
+        can_guess = state.drafters or DraftSource.DRAFT_MODEL in self._sources
+        return state.max_draft_tokens if self._may_pay and can_guess else 0
 
-    def _propose(self, row: int, count: int) -> Draft | None:
-        """Of what the drafters say, what promises the most tokens."""
-        state = self._rows[row]
-        drafts = [draft for drafter in state.drafters if (draft := drafter.propose(count)) is not None]
-        state.draft = max(drafts, key=lambda draft: self._expected_tokens(state, draft), default=None)
-        return state.draft
-
-    def _chance(self, row: _Row, draft: Draft) -> float:
-        return self._acceptance.expect(draft.source, draft.evidence, row.acceptance)
-
-    def _expected_tokens(self, row: _Row, draft: Draft) -> float:
-        chance = self._chance(row, draft)
-        return sum(chance**place for place in range(1, len(draft.token_ids) + 1))
-
-    def choose(self, places: Mapping[int, int], num_tokens: int) -> dict[int, list[int]]:
+    def choose(
+        self, places: Mapping[int, int], num_tokens: int, model: ModelDrafter | None = None
+    ) -> dict[int, list[int]]:
         """What to compute of the rows' drafts: row -> tokens, for rows that have any.
 
-        places: row -> how many tokens the step has room for. num_tokens: that it computes anyway.
+        places: row -> how many tokens the step has room for. num_tokens: that it computes anyway. model: the one that
+        drafts, if there is one.
         """
         if not may_pay(self._times, num_tokens, most=sum(places.values())):
             return {}
         drafts = {
             row: draft for row, room in places.items() if room and (draft := self._propose(row, room)) is not None
         }
-        chances = [(self._chance(self._rows[row], draft), len(draft.token_ids)) for row, draft in drafts.items()]
+        if model is not None:
+            drafts |= self._guess_by_model(model, places, num_tokens, drafts)
+        chances = [self._chances(row, draft) for row, draft in drafts.items()]
         chosen = {}
         for (row, draft), count in zip(drafts.items(), choose_counts(self._times, num_tokens, chances), strict=True):
+            state = self._rows[row]
             if count:
+                state.draft = draft
                 chosen[row] = draft.token_ids[:count]
             else:
-                self._acceptance.forgive(draft.source, draft.evidence, self._rows[row].acceptance)
+                self._acceptance.forgive(draft, state.acceptance)
         return chosen
+
+    def _propose(self, row: int, count: int) -> Draft | None:
+        """Of what the drafters say, what promises the most tokens."""
+        drafts = [draft for drafter in self._rows[row].drafters if (draft := drafter.propose(count)) is not None]
+        return max(drafts, key=lambda draft: sum(self._chances(row, draft)), default=None)
+
+    def _chances(self, row: int, draft: Draft) -> list[float]:
+        return self._acceptance.chances(draft, self._rows[row].acceptance)
+
+    def _guess_by_model(
+        self, model: ModelDrafter, places: Mapping[int, int], num_tokens: int, others: Mapping[int, Draft]
+    ) -> dict[int, Draft]:
+        """Drafts of the model for rows of which it promises more than other drafters do, pass by pass while that pays.
+
+        others: their drafts, which cost nothing.
+        """
+        most = MAX_STEP_DRAFTS // len(places)
+        rooms = {row: min(room, model.room(row), most) for row, room in places.items()}
+        empty = Draft(DraftSource.DRAFT_MODEL, [], [])
+        promised = {row: sum(self._chances(row, draft)) for row, draft in others.items()}
+        drafts = {
+            row: replace(empty, token_ids=[], evidence=[])
+            for row, room in rooms.items()
+            if sum(self._prospect(row, empty, room).gains) > promised.get(row, 0)
+        }
+        made = num_tokens + sum(promise for row, promise in promised.items() if row not in drafts)
+        num_tokens += sum(len(draft.token_ids) for row, draft in others.items() if row not in drafts)
+        open_rows = list(drafts)
+        while open_rows:
+            prospects = [self._prospect(row, drafts[row], rooms[row]) for row in open_rows]
+            if not may_guess_more(self._times, self._pass_times, num_tokens, made, prospects):
+                break
+            guesses = self._pass(model, {row: drafts[row].token_ids for row in open_rows})
+            for row, (token_id, evidence) in guesses.items():
+                drafts[row].token_ids.append(token_id)
+                drafts[row].evidence.append(evidence)
+                made += self._chances(row, drafts[row])[-1]
+            num_tokens += len(guesses)
+            open_rows = [row for row in guesses if len(drafts[row].token_ids) < rooms[row]]
+        for row, draft in drafts.items():
+            if not draft.token_ids:
+                self._acceptance.forgive_source(draft.source, self._rows[row].acceptance)
+        return {row: d for row, d in drafts.items() if sum(self._chances(row, d)) > promised.get(row, 0)}
+
+    def _prospect(self, row: int, draft: Draft, room: int) -> Prospect:
+        chance = self._chances(row, draft)[-1] if draft.token_ids else 1.0
+        next_chance = self._acceptance.expect_next(draft.source, self._rows[row].acceptance)
+        return Prospect(chance, next_chance, room - len(draft.token_ids))
+
+    def _pass(self, model: ModelDrafter, drafts: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, int]]:
+        start_s = time.perf_counter()
+        guesses, num_computed = model.guess(drafts)
+        self._pass_times.add(num_computed, time.perf_counter() - start_s)
+        return guesses
 
     def learn(self, row: int, num_tried: int, num_right: int) -> DraftSource | None:
         """Of the row's draft so many tokens were computed, and the first so many were right. Returns its source."""
         state = self._rows[row]
-        if state.draft is None or not num_tried:
+        draft, state.draft = state.draft, None
+        if draft is None or not num_tried:
             return None
-        self._acceptance.add(state.draft.source, state.draft.evidence, state.acceptance, num_tried, num_right)
-        return state.draft.source
+        self._acceptance.add(draft, state.acceptance, num_tried, num_right)
+        return draft.source
 
     def add_step(self, num_tokens: int, num_drafted: int, seconds: float) -> None:
         """A step computed so many tokens, drafts included."""

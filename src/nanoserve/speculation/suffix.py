@@ -61,17 +61,18 @@ class SuffixDrafter:
             self._last = (*self._last, token_id)[-CONTEXTS[0] :]
 
     def propose(self, count: int) -> Draft | None:
-        last, probability, first_share = self._last, 1.0, 0.0
+        last, probability = self._last, 1.0
         token_ids: list[int] = []
+        evidence: list[int] = []
         while len(token_ids) < count and (found := self._best(last)) is not None:
             token_id, share = found
             probability *= share
             if probability < MIN_PROBABILITY:
                 break
-            first_share = first_share or share
             token_ids.append(token_id)
+            evidence.append(round(share * MAX_EVIDENCE))
             last = (*last, token_id)[-CONTEXTS[0] :]
-        return Draft(DraftSource.SUFFIX, token_ids, round(first_share * MAX_EVIDENCE)) if token_ids else None
+        return Draft(DraftSource.SUFFIX, token_ids, evidence) if token_ids else None
 
     def _best(self, last: tuple[int, ...]) -> tuple[int, float] | None:
         known = (self._counts.best(self._owner, last[-length:]) for length in CONTEXTS if len(last) >= length)

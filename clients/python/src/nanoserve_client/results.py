@@ -161,6 +161,8 @@ class DraftSource(enum.StrEnum):
     SUFFIX = "suffix"
     # The option `prediction`.
     PREDICTION = "prediction"
+    # A smaller model.
+    DRAFT_MODEL = "draft_model"
     # A source of a newer server, which this client does not know.
     UNKNOWN = "unknown"
 

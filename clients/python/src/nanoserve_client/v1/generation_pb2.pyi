@@ -107,6 +107,8 @@ class _DraftSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DraftSour
     """What the model has said before to callers of the same API key and cache salt."""
     DRAFT_SOURCE_PREDICTION: _DraftSource.ValueType  # 3
     """GenerateRequest.prediction."""
+    DRAFT_SOURCE_DRAFT_MODEL: _DraftSource.ValueType  # 4
+    """A smaller model, of the server's --draft-model."""
 
 class DraftSource(_DraftSource, metaclass=_DraftSourceEnumTypeWrapper):
     """Where a guess of the next tokens comes from."""
@@ -119,6 +121,8 @@ DRAFT_SOURCE_SUFFIX: DraftSource.ValueType  # 2
 """What the model has said before to callers of the same API key and cache salt."""
 DRAFT_SOURCE_PREDICTION: DraftSource.ValueType  # 3
 """GenerateRequest.prediction."""
+DRAFT_SOURCE_DRAFT_MODEL: DraftSource.ValueType  # 4
+"""A smaller model, of the server's --draft-model."""
 Global___DraftSource: _TypeAlias = DraftSource  # noqa: Y015
 
 @_typing.final

@@ -1,0 +1,167 @@
+"""The model that drafts chases the text of the served one, through prefix hits, preemptions and its own failures."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from drafting import BLOCK, Engine, assert_equal, random_requests
+from families import VOCAB_SIZE, save_tiny_model
+
+from nanoserve.config import ModelOptions
+from nanoserve.model import draft_model as draft_model_module
+from nanoserve.model.loader import load_model
+from nanoserve.model.paged_model import PagedModel
+from nanoserve.request import Request, SamplingParams
+from nanoserve.speculation import speculator
+from nanoserve.speculation.speculator import Speculator
+
+PROMPT = [(7 * i) % VOCAB_SIZE for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3")
+    save_tiny_model("qwen3", folder)
+    return load_model(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
+
+
+@pytest.fixture(autouse=True)
+def whatever_it_costs(monkeypatch):
+    """With a model of this size no draft pays."""
+    monkeypatch.setattr(speculator, "may_pay", lambda _times, _num, most: most > 0)
+    monkeypatch.setattr(speculator, "choose_counts", lambda _times, _num, chances: list(map(len, chances)))
+    monkeypatch.setattr(speculator, "may_guess_more", lambda *others: any(p.room for p in others[-1]))
+
+
+def engine_of(model, num_blocks=90):
+    """The model drafts for itself: it is right, and its keys and values must be those of the served one."""
+    return Engine(model, Speculator.of("draft:3", has_draft_model=True), draft_model=model, num_blocks=num_blocks)
+
+
+def request(name, prompt=PROMPT, **params):
+    return Request(name, list(prompt), SamplingParams(**{"temperature": 0, "max_tokens": 12, "seed": 1} | params))
+
+
+def watch_passes(monkeypatch, engine):
+    """How many tokens each of its passes computes."""
+    passes = []
+    run = PagedModel.run
+
+    def watch(self, rows, starts, counts):
+        if self is engine.runner.draft_model.model:
+            passes.append(sum(counts))
+        return run(self, rows, starts, counts)
+
+    monkeypatch.setattr(PagedModel, "run", watch)
+    return passes
+
+
+@pytest.mark.parametrize("num_blocks", [90, 40])
+def test_blocks_that_it_calls_filled_hold_its_keys_and_values(model, num_blocks):
+    """It is the same model, so they are those of the served one; with few blocks sequences are preempted too."""
+    engine = engine_of(model, num_blocks)
+    engine.serve([r for seed in range(3) for r in renamed(random_requests(20, seed), seed)])
+    draft = engine.runner.draft_model
+    filled = [block for block, is_filled in enumerate(draft._is_filled) if is_filled]
+    assert len(filled) > num_blocks // 3
+    for ours, theirs in zip(draft.model.cache.layers, engine.runner.model.cache.layers, strict=True):
+        torch.testing.assert_close(ours.keys[filled], theirs.keys[filled], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.values[filled], theirs.values[filled], rtol=1e-4, atol=1e-5)
+
+
+def renamed(requests, seed):
+    return [replace(r, id=f"{seed} {r.id}") for r in requests]
+
+
+def test_each_token_is_computed_once(model, monkeypatch):
+    engine = engine_of(model)
+    passes = watch_passes(monkeypatch, engine)
+    engine.serve([request("0")])
+    # Behind the prompt and the first token, three guesses in each step; all of them right, and a fourth token.
+    assert passes == [31, 1, 1, 2, 1, 1, 2, 1]
+    assert engine.num_right == engine.num_drafted
+
+
+def test_what_it_has_of_a_prefix_it_does_not_compute_again(model, monkeypatch):
+    engine = engine_of(model)
+    passes = watch_passes(monkeypatch, engine)
+    engine.serve([request("0")])
+    passes.clear()
+    engine.serve([request("1")])
+    assert passes[0] == len(PROMPT) + 1 - len(PROMPT) // BLOCK * BLOCK
+
+
+def test_what_only_the_served_model_has_of_a_prefix_it_computes(model, monkeypatch):
+    engine = engine_of(model)
+    passes = watch_passes(monkeypatch, engine)
+    engine.serve([request("0", max_draft_tokens=0)])
+    assert passes == []
+    engine.serve([request("1")])
+    assert passes[0] == len(PROMPT) + 1
+    assert engine.num_right == engine.num_drafted > 0
+
+
+def test_blocks_that_others_had_are_not_taken_for_filled(model, monkeypatch):
+    engine = engine_of(model, num_blocks=18)
+    passes = watch_passes(monkeypatch, engine)
+    engine.serve([request(f"{i}", [(i + 5 * k) % VOCAB_SIZE for k in range(30)]) for i in range(5)])
+    assert passes.count(31) == 5
+    assert engine.num_right == engine.num_drafted > 0
+
+
+def test_a_long_text_is_caught_up_with_in_parts(model, monkeypatch):
+    monkeypatch.setattr(draft_model_module, "MAX_PASS_TOKENS", 12)
+    engine = engine_of(model)
+    passes = watch_passes(monkeypatch, engine)
+    engine.serve([request("0")])
+    # The text grows by a token in each of these steps.
+    assert passes[:4] == [12, 12, 9, 1]
+    assert engine.num_right == engine.num_drafted > 0
+
+
+def test_rows_that_need_little_come_first(model, monkeypatch):
+    monkeypatch.setattr(draft_model_module, "MAX_PASS_TOKENS", 12)
+    engine = engine_of(model)
+    passes = watch_passes(monkeypatch, engine)
+    engine.serve([request("0"), request("1", PROMPT[:4])])
+    assert passes[0] == 12
+    assert engine.num_right == engine.num_drafted > 0
+
+
+def test_nan_ends_its_guesses_for_the_row_and_nothing_else(model, monkeypatch):
+    requests = [request("0"), request("1", PROMPT[::-1])]
+    plain = Engine(model).serve(requests)
+    engine = engine_of(model)
+    run = PagedModel.run
+
+    def run_with_nan(self, rows, starts, counts):
+        hidden = run(self, rows, starts, counts)
+        if self is engine.runner.draft_model.model and rows[0] == 0:
+            hidden[0] = torch.nan
+        return hidden
+
+    monkeypatch.setattr(PagedModel, "run", run_with_nan)
+    assert_equal(engine.serve([replace(r, block_hashes=[]) for r in requests]), plain)
+    assert engine.num_right == engine.num_drafted > 0
+    assert engine.runner.draft_model.room(0) == 0
+    for layer in engine.runner.draft_model.model.cache.layers:
+        assert layer.keys.isfinite().all()
+
+
+def test_a_draft_model_that_fails_drafts_no_more_and_serving_goes_on(model, monkeypatch, caplog):
+    plain = Engine(model).serve([request("0")])
+    engine = engine_of(model)
+    run = PagedModel.run
+
+    def fail(self, rows, starts, counts):
+        hidden = run(self, rows, starts, counts)
+        if self is engine.runner.draft_model.model and starts[0] > 32:
+            raise RuntimeError("out of memory")
+        return hidden
+
+    monkeypatch.setattr(PagedModel, "run", fail)
+    assert_equal(engine.serve([request("0")]), plain)
+    assert caplog.text.count("the draft model failed; serving goes on without it") == 1
+    assert engine.num_drafted > 0
+    engine.serve([request("1")])
+    assert caplog.text.count("the draft model failed") == 1
