@@ -12,7 +12,7 @@ from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
-from nanoserve.request import Request, SamplingParams, SequenceOutput
+from nanoserve.request import DraftSource, Request, SamplingParams, SequenceOutput
 
 BLOCK = 4
 MAX_CONTEXT = 72
@@ -28,6 +28,13 @@ class Outcome:
     logprobs: list = field(default_factory=list)
     prompt_logprobs: list = field(default_factory=list)
     end: tuple | None = None
+
+    def add(self, output):
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs
+        if output.finish_reason is not None:
+            self.end = output.finish_reason, output.stop_token_id
 
 
 class Engine:
@@ -51,30 +58,34 @@ class Engine:
         self.num_steps = self.num_drafted = self.num_right = 0
 
     def step(self):
-        """One step's events."""
-        self.runner.submit(self.scheduler.schedule(0.0))
+        """One step's events. A step takes a second of the scheduler's clock."""
+        now = float(self.num_steps)
+        plan = self.scheduler.schedule(now)
+        if not plan.sequences:
+            return self.scheduler.settle(now)
+        self.runner.submit(plan)
         result = self.runner.collect()
         self.num_steps += 1
         self.num_drafted += sum(r.num_drafted for r in result.sequences)
         self.num_right += sum(max(0, len(r.token_ids) - 1) for r in result.sequences)
-        events = self.scheduler.commit(result, 0.0)
+        events = self.scheduler.commit(result, now)
         self.scheduler.check_invariants()
         return events
 
-    def serve(self, requests, cancelled=()):
-        """Outcomes by (request, index). cancelled: ids of requests that are aborted after a few tokens."""
+    def serve(self, requests, cancelled=(), before_step=lambda _: None):
+        """Outcomes by (request, index). cancelled: ids of requests that are aborted after a few tokens.
+
+        before_step: called with the number of steps so far.
+        """
         for request in requests:
             self.scheduler.add(request)
         outcomes: dict[tuple[str, int], Outcome] = {}
         while self.scheduler.has_work:
+            before_step(self.num_steps)
             for event in self.step():
                 if isinstance(event, SequenceOutput):
                     outcome = outcomes.setdefault((event.request_id, event.index), Outcome())
-                    outcome.token_ids += event.token_ids
-                    outcome.logprobs += event.logprobs
-                    outcome.prompt_logprobs += event.prompt_logprobs
-                    if event.finish_reason is not None:
-                        outcome.end = event.finish_reason, event.stop_token_id
+                    outcome.add(event)
                     if event.request_id in cancelled and len(outcome.token_ids) > 3:
                         self.scheduler.abort(event.request_id)
         assert self.pool.num_owned == 0
@@ -132,3 +143,44 @@ def assert_equal(got, want):
                 assert (a.token_id, a.rank) == (b.token_id, b.rank)
                 assert a.logprob == pytest.approx(b.logprob, abs=TOLERANCE)
                 assert [t.token_id for t in a.top] == [t.token_id for t in b.top]
+
+
+class Scripted:
+    """Takes a Speculator's place, and drafts what a function says of row and text; all of it, whatever it costs."""
+
+    def __init__(self, draft):
+        self._draft = draft
+        self._texts = {}
+
+    def admit(self, row, admission):
+        self._texts[row] = admission, list(admission.token_ids)
+
+    def extend(self, row, token_ids):
+        self._texts[row][1].extend(token_ids)
+
+    def _next(self, row):
+        admission, text = self._texts[row]
+        return [] if admission.params.max_draft_tokens == 0 else self._draft(admission, text)
+
+    def num_places(self, row):
+        return len(self._next(row))
+
+    def choose(self, places, num_tokens, model):  # noqa: ARG002
+        return {row: self._next(row)[:room] for row, room in places.items() if room}
+
+    def learn(self, row, num_tried, num_right):  # noqa: ARG002
+        return DraftSource.NGRAM
+
+    def add_step(self, num_tokens, num_drafted, seconds):
+        pass
+
+
+def right_drafts(plain, requests, count=9):
+    """What will come: at most so many tokens."""
+    texts = {
+        (request.params.seed + index) % 2**64: request.prompt_token_ids + plain[request.id, index].token_ids
+        for request in requests
+        for index in range(request.params.n)
+        if (request.id, index) in plain
+    }
+    return lambda admission, text: texts.get(admission.seed, [])[len(text) : len(text) + count]

@@ -38,7 +38,7 @@ ALLOWED = {
     "llm": {"config", "request", "local"},
     "local": {"checkpoint", "config", "request", "rpc", "build"},
     "engine_process": {"checkpoint", "config", "request", "observer", "engine", "build"},
-    "build": {"config", "request", "engine", "model", "kv_cache", "speculation"},
+    "build": {"checkpoint", "config", "request", "engine", "model", "kv_cache", "speculation"},
     "flight_recorder": {"request", "step_record", "observability", "observer", "rpc"},
     "rpc": {"config", "request", "observer", "engine"},
     "engine": {"config", "request", "step_record", "observer", "kv_cache"},

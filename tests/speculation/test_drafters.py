@@ -119,7 +119,7 @@ def test_a_suffix_is_what_most_often_followed():
     for last in (5, 5, 5, 6):
         SuffixDrafter(counts, "me", []).extend([1, 2, 3, last])
     draft = SuffixDrafter(counts, "me", [1, 2, 3]).propose(4)
-    assert (draft.source, draft.token_ids, draft.evidence) == (DraftSource.SUFFIX, [5], 12)
+    assert (draft.source, draft.token_ids, draft.evidence) == (DraftSource.SUFFIX, [5], [12])
 
 
 def test_nothing_of_another_owner_is_seen():

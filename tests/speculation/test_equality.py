@@ -9,83 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drafting import assert_equal, random_requests, serve
-from families import VOCAB_SIZE, save_tiny_model
+from drafting import Scripted, assert_equal, random_requests, right_drafts, serve
+from families import VOCAB_SIZE, tiny_model
 
-from nanoserve.config import ModelOptions
-from nanoserve.model.loader import load_model
 from nanoserve.model.paged_model import PagedModel
-from nanoserve.request import DraftSource, Request, SamplingParams
-from nanoserve.speculation import speculator
+from nanoserve.request import Request, SamplingParams
 from nanoserve.speculation.speculator import Speculator
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen3")
-    save_tiny_model("qwen3", folder)
-    return load_model(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
-
-
-@pytest.fixture(scope="module")
-def draft_models(tmp_path_factory, model):
-    """Models that draft: the same, another of as many tokens, one of fewer, and one whose context ends early."""
-
-    def load(name, family, **changes):
-        folder = tmp_path_factory.mktemp(name)
-        save_tiny_model(family, folder, **changes)
-        return load_model(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
-
-    return {
-        "itself": model,
-        "another model": load("other", "llama", num_hidden_layers=1),
-        "a narrower model": load("narrow", "llama", vocab_size=VOCAB_SIZE - 10),
-        "a wider model": load("wide", "llama", vocab_size=VOCAB_SIZE + 10),
-        "a short model": load("short", "llama", max_position_embeddings=30),
-    }
-
-
-class Scripted:
-    """Takes a Speculator's place, and drafts what a function says of row and text; all of it, whatever it costs."""
-
-    def __init__(self, draft):
-        self._draft = draft
-        self._texts = {}
-
-    def admit(self, row, admission):
-        self._texts[row] = admission, list(admission.token_ids)
-
-    def extend(self, row, token_ids):
-        self._texts[row][1].extend(token_ids)
-
-    def _next(self, row):
-        admission, text = self._texts[row]
-        return [] if admission.params.max_draft_tokens == 0 else self._draft(admission, text)
-
-    def num_places(self, row):
-        return len(self._next(row))
-
-    def choose(self, places, num_tokens, model):  # noqa: ARG002
-        return {row: self._next(row)[:room] for row, room in places.items() if room}
-
-    def learn(self, row, num_tried, num_right):  # noqa: ARG002
-        return DraftSource.NGRAM
-
-    def add_step(self, num_tokens, num_drafted, seconds):
-        pass
 
 
 def drafters(plain, requests):
     """Of every character."""
-    texts = {
-        (request.params.seed + index) % 2**64: request.prompt_token_ids + plain[request.id, index].token_ids
-        for request in requests
-        for index in range(request.params.n)
-        if (request.id, index) in plain
-    }
-
-    def right(admission, text):
-        return texts.get(admission.seed, [])[len(text) : len(text) + 9]
+    right = right_drafts(plain, requests)
 
     def half_right(admission, text):
         tokens = right(admission, text)
@@ -122,14 +56,6 @@ def with_predictions(requests, plain):
 
 NAMES = ("right", "half right", "wrong", "random", "no such token", "endless", "ngram", "suffix", "auto", "prediction")
 MODELS = ("itself", "another model", "a narrower model", "a wider model", "a short model")
-
-
-@pytest.fixture
-def whatever_it_costs(monkeypatch):
-    """With a model of this size no draft pays."""
-    monkeypatch.setattr(speculator, "may_pay", lambda _times, _num, most: most > 0)
-    monkeypatch.setattr(speculator, "choose_counts", lambda _times, _num, chances: list(map(len, chances)))
-    monkeypatch.setattr(speculator, "may_guess_more", lambda *others: any(prospect.room for prospect in others[-1]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,3 +120,41 @@ def test_a_guess_that_makes_a_nan_is_dropped_and_nothing_else(model, monkeypatch
     assert num_steps_drafted < num_steps
     assert 0 < num_right < 11
     assert num_drafted > 0
+
+
+@pytest.mark.usefixtures("whatever_it_costs")
+def test_what_another_model_drafts_at_random_keeps_the_distribution(model, draft_models):
+    """Chi-square over seeds, of the second token, which was drafted, by all ways to get there."""
+    prompt, num_seeds = [9, 30, 5, 61], 1500
+    requests = [
+        Request(f"{seed}", list(prompt), SamplingParams(temperature=1.0, max_tokens=3, seed=seed))
+        for seed in range(num_seeds)
+    ]
+    drafter = Speculator.of("draft:2", has_draft_model=True)
+    got, _, num_drafted, num_right = serve(model, requests, drafter, draft_model=draft_models["another model"])
+    assert 0.02 * num_drafted < num_right < 0.9 * num_drafted
+    counts = torch.zeros(VOCAB_SIZE)
+    for outcome in got.values():
+        counts[outcome.token_ids[1]] += 1
+    assert is_drawn_from(counts, second_token(tiny_model("qwen3"), prompt))
+    assert not is_drawn_from(counts, second_token(tiny_model("llama", num_hidden_layers=1), prompt))
+
+
+def second_token(model, prompt):
+    """Its distribution: [VOCAB_SIZE]."""
+    with torch.inference_mode():
+        first = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        texts = torch.tensor([[*prompt, token_id] for token_id in range(VOCAB_SIZE)])
+        return first @ model(texts).logits[:, -1].softmax(-1)
+
+
+def is_drawn_from(counts, probabilities):
+    """False once in some ten thousand times though it is so. Rare tokens are counted together."""
+    expected = probabilities * counts.sum()
+    is_rare = expected < 5
+    expected = torch.cat([expected[~is_rare], expected[is_rare].sum()[None]])
+    counts = torch.cat([counts[~is_rare], counts[is_rare].sum()[None]])
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    # Wilson and Hilferty: the cube root of chi-square over its degrees of freedom is about normal.
+    spread = 2 / (9 * (len(counts) - 1))
+    return (chi_square / (len(counts) - 1)) ** (1 / 3) < 1 - spread + 3.7 * spread**0.5

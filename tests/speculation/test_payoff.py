@@ -1,5 +1,6 @@
 """How many guesses pay: from the clock and from what came of earlier ones."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -121,8 +122,8 @@ def test_each_token_is_expected_by_its_own_evidence():
     assert acceptance.chances(Draft(DraftSource.SUFFIX, [5], [2]), others)[0] < weak
 
 
-def admission(**params):
-    prompt = [1, 2, 3, 4, 1, 2, 3]
+def admission(prompt=(1, 2, 3, 4, 1, 2, 3), **params):
+    prompt = list(prompt)
     return Admission(SamplingParams(**params), 0, prompt, len(prompt), frozenset())
 
 
@@ -181,6 +182,14 @@ def test_one_guess_that_does_not_pay_may_be_the_way_to_five_that_do():
     assert not may_guess_more(times, passes, 1, 1.0, [Prospect(1.0, 0.9, 1)])
 
 
+def test_a_model_is_worth_what_it_guesses_less_the_time_that_it_takes():
+    prospect = Prospect(1.0, 0.5, 3)
+    assert prospect.worth(0.03, 0.0) == pytest.approx(0.5 + 0.25 + 0.125)
+    # One pass of a third of a step: 1.5 tokens in four thirds of the time. A second pass would be too many.
+    assert prospect.worth(0.03, 0.01) == pytest.approx(1.5 * 3 / 4 - 1)
+    assert prospect.worth(0.03, 0.03) == 0
+
+
 def test_a_model_that_was_never_timed_is_tried():
     assert may_guess_more(times_of(flat), StepTimes(), 1, 1.0, [Prospect(1.0, 0.5, 1)])
 
@@ -188,14 +197,15 @@ def test_a_model_that_was_never_timed_is_tried():
 class Talker:
     """Takes a draft model's place: it guesses the numbers from 100 on, and is sure of the first few."""
 
-    def __init__(self, room=9, num_sure=9):
-        self.room_of, self.num_sure, self.num_passes = room, num_sure, 0
+    def __init__(self, room=9, num_sure=9, pass_s=0.0):
+        self.room_of, self.num_sure, self.pass_s, self.num_passes = room, num_sure, pass_s, 0
 
     def room(self, _row):
         return self.room_of
 
     def guess(self, drafts):
         self.num_passes += 1
+        time.sleep(self.pass_s)
         guesses = {row: (100 + len(d), 16 if len(d) < self.num_sure else 0) for row, d in drafts.items()}
         return guesses, len(drafts)
 
@@ -235,30 +245,20 @@ def test_a_model_stops_where_it_is_not_sure():
 
 def test_what_costs_nothing_is_taken_first():
     """The prompt says what comes; and where that was wrong, the model is asked."""
-    talker = Talker()
-    speculator = speculator_with_times("auto:6")
-    for _ in range(40):
-        chosen = speculator.choose({0: 6}, 1, talker)
-        assert chosen
-        speculator.learn(0, len(chosen[0]), len(chosen[0]) if chosen[0][0] >= 100 else 0)
-    assert chosen[0][0] == 100
-    talker = Talker()
-    speculator = speculator_with_times("auto:6")
-    for _ in range(40):
-        chosen = speculator.choose({0: 6}, 1, talker)
-        speculator.learn(0, len(chosen[0]), len(chosen[0]))
-    assert chosen[0][0] == 4
-    assert talker.num_passes == 0
+    for is_right, expected in ((True, 4), (False, 100)):
+        speculator = speculator_with_times("auto:6", prompt=[1, 2, 3, 4, 5, 6, 7, 8] * 3 + [1, 2, 3])
+        for _ in range(40):
+            chosen = speculator.choose({0: 6}, 1, Talker())
+            speculator.learn(0, len(chosen[0]), len(chosen[0]) if is_right or chosen[0][0] == 100 else 0)
+        assert chosen[0][0] == expected
 
 
 def test_a_model_that_is_never_right_is_seldom_asked():
-    talker = Talker(num_sure=0)
-    speculator = speculator_with_times(step=lambda size: 0.03 + 0.002 * size)
-    for _ in range(100):
-        guess = speculator.choose({0: 6}, 1, talker).get(0, [])
-        speculator.learn(0, len(guess), 0)
-    talker.num_passes = 0
-    for _ in range(100):
-        guess = speculator.choose({0: 6}, 1, talker).get(0, [])
-        speculator.learn(0, len(guess), 0)
-    assert talker.num_passes <= 10
+    talker = Talker(num_sure=0, pass_s=0.002)
+    speculator = speculator_with_times()
+    for num_passes_allowed in (100, 10):
+        talker.num_passes = 0
+        for _ in range(100):
+            guess = speculator.choose({0: 6}, 1, talker).get(0, [])
+            speculator.learn(0, len(guess), 0)
+        assert talker.num_passes <= num_passes_allowed

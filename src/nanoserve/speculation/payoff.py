@@ -26,8 +26,10 @@ FORGOTTEN_AFTER = 2000
 NEWEST_DRAFT = 0.05
 # While drafts of a kind are not tried, their share goes back to what is expected of them at first: by so much a step.
 FORGIVENESS = 0.001
-# What the drafts of one sequence say about it counts as much as that of all after so many.
+# What the drafts of one sequence say about it counts as much as that of all after so many were expected to be right.
 TRUSTED_AFTER = 8.0
+# Nothing is sure.
+MAX_CHANCE = 0.99
 
 
 class StepTimes:
@@ -83,8 +85,9 @@ class _Share:
     prior: float
     mean: float
 
-    def add(self, was_right: bool) -> None:
-        self.mean += NEWEST_DRAFT * (was_right - self.mean)
+    def add(self, outcome: float) -> None:
+        """1 if it was right, 0 if not."""
+        self.mean += NEWEST_DRAFT * (outcome - self.mean)
 
     def forgive(self) -> None:
         self.mean += FORGIVENESS * (self.prior - self.mean)
@@ -100,8 +103,8 @@ class Acceptance:
             for evidence in range(MAX_EVIDENCE + 1)
             for prior in [0.9 if source is DraftSource.PREDICTION else 0.4 + 0.03 * evidence]
         }
-        # Whatever the evidence.
-        self._shares_of_source = {source: _Share(prior=0.7, mean=0.7) for source in DraftSource}
+        # Of the next token of a source that takes time to guess, before its evidence is known.
+        self._next_shares = {source: _Share(prior=0.7, mean=0.7) for source in DraftSource}
 
     def chances(self, draft: Draft, own: "OwnAcceptance") -> list[float]:
         """Of each token of the draft, how likely it is that it and all before it are right."""
@@ -109,16 +112,20 @@ class Acceptance:
         return list(accumulate((own.adapt(share) for share in shares), mul))
 
     def expect_next(self, source: DraftSource, own: "OwnAcceptance") -> float:
-        """How likely the next token is right, if those before it are, when it is not known yet."""
-        return own.adapt(self._shares_of_source[source].mean)
+        """How likely its next token is right, if those before it are."""
+        return own.adapt(self._next_shares[source].mean)
+
+    def add_guess(self, source: DraftSource, evidence: int) -> None:
+        """It has guessed one more token."""
+        self._next_shares[source].add(self._shares[source, evidence].mean)
 
     def add(self, draft: Draft, own: "OwnAcceptance", num_tried: int, num_right: int) -> None:
         """So many tokens of the draft were tried. Those behind the first wrong one say nothing."""
         outcomes = [True] * num_right + [False] * (num_right < num_tried)
         for evidence, was_right in zip(draft.evidence, outcomes, strict=False):
-            self._shares[draft.source, evidence].add(was_right)
-            self._shares_of_source[draft.source].add(was_right)
-            own.add(was_right)
+            share = self._shares[draft.source, evidence]
+            own.add(was_right, share.mean)
+            share.add(was_right)
 
     def forgive(self, draft: Draft, own: "OwnAcceptance") -> None:
         """The draft was left out."""
@@ -127,28 +134,33 @@ class Acceptance:
 
     def forgive_source(self, source: DraftSource, own: "OwnAcceptance") -> None:
         """It was not asked for a draft."""
-        self._shares_of_source[source].forgive()
+        self._next_shares[source].forgive()
         own.forgive()
 
 
 @dataclass(slots=True)
 class OwnAcceptance:
-    """Of one sequence, the newest counting most."""
+    """Of one sequence: how many tokens of its drafts were right, and of how many that was expected.
+
+    The newest count most.
+    """
 
     num_right: float = 0.0
-    num_tried: float = 0.0
+    num_expected: float = 0.0
 
     def adapt(self, share: float) -> float:
         """What is expected of this sequence where `share` is expected of all."""
-        return (self.num_right + TRUSTED_AFTER * share) / (self.num_tried + TRUSTED_AFTER)
+        factor = (self.num_right + TRUSTED_AFTER) / (self.num_expected + TRUSTED_AFTER)
+        return min(MAX_CHANCE, share * factor)
 
-    def add(self, was_right: bool) -> None:
+    def add(self, was_right: bool, share: float) -> None:
+        """Of a token of which `share` was expected."""
         self.num_right = self.num_right * (1 - NEWEST_DRAFT) + was_right
-        self.num_tried = self.num_tried * (1 - NEWEST_DRAFT) + 1
+        self.num_expected = self.num_expected * (1 - NEWEST_DRAFT) + share
 
     def forgive(self) -> None:
         self.num_right *= 1 - FORGIVENESS
-        self.num_tried *= 1 - FORGIVENESS
+        self.num_expected *= 1 - FORGIVENESS
 
 
 def may_pay(times: StepTimes, num_tokens: int, most: int) -> bool:
@@ -196,6 +208,11 @@ class Prospect:
     def gains(self) -> list[float]:
         """What each of them is expected to add to the tokens that the step makes."""
         return [self.chance * self.next_chance**place for place in range(1, self.room + 1)]
+
+    def worth(self, step_s: float, pass_s: float) -> float:
+        """As many tokens that cost nothing would be worth the same. step_s: of the step; pass_s: of each pass."""
+        made = accumulate(self.gains, initial=1.0)
+        return max(num * step_s / (step_s + num_passes * pass_s) for num_passes, num in enumerate(made)) - 1
 
 
 def may_guess_more(

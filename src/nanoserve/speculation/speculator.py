@@ -133,7 +133,7 @@ class Speculator:
     def _guess_by_model(
         self, model: ModelDrafter, places: Mapping[int, int], num_tokens: int, others: Mapping[int, Draft]
     ) -> dict[int, Draft]:
-        """Drafts of the model for rows of which it promises more than other drafters do, pass by pass while that pays.
+        """Drafts of the model for rows where it is worth more than other drafters are, pass by pass while that pays.
 
         others: their drafts, which cost nothing.
         """
@@ -141,10 +141,11 @@ class Speculator:
         rooms = {row: min(room, model.room(row), most) for row, room in places.items()}
         empty = Draft(DraftSource.DRAFT_MODEL, [], [])
         promised = {row: sum(self._chances(row, draft)) for row, draft in others.items()}
+        step_s, pass_s = self._times.expect(num_tokens), self._pass_times.expect(len(places))
         drafts = {
             row: replace(empty, token_ids=[], evidence=[])
             for row, room in rooms.items()
-            if sum(self._prospect(row, empty, room).gains) > promised.get(row, 0)
+            if self._prospect(row, empty, room).worth(step_s, pass_s) > promised.get(row, 0)
         }
         made = num_tokens + sum(promise for row, promise in promised.items() if row not in drafts)
         num_tokens += sum(len(draft.token_ids) for row, draft in others.items() if row not in drafts)
@@ -157,6 +158,7 @@ class Speculator:
             for row, (token_id, evidence) in guesses.items():
                 drafts[row].token_ids.append(token_id)
                 drafts[row].evidence.append(evidence)
+                self._acceptance.add_guess(DraftSource.DRAFT_MODEL, evidence)
                 made += self._chances(row, drafts[row])[-1]
             num_tokens += len(guesses)
             open_rows = [row for row in guesses if len(drafts[row].token_ids) < rooms[row]]
