@@ -31,6 +31,10 @@ def test_a_path_that_is_neither_a_folder_nor_a_hub_id(path: str) -> None:
     assert refusal(path) == f"there is no folder {path!r}, and it is not a Hub id such as 'owner/name'"
 
 
+def test_a_draft_model_that_is_neither() -> None:
+    assert refusal("owner/name", draft_model="/no/where").startswith("--draft-model: there is no folder '/no/where'")
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert "has no config.json" in refusal(tmp_path)
     assert "is not valid JSON" in refusal(folder_with(tmp_path, config__json="{"))

@@ -1,10 +1,12 @@
 """Options: each has one name, help, and values that are checked."""
 
 import dataclasses
+import re
 
 import pytest
 
 from nanoserve.config import (
+    BUILTIN_DRAFT,
     SECTIONS,
     ClientOptions,
     ConfigError,
@@ -120,6 +122,29 @@ def test_options_that_do_not_go_together_are_refused():
     with pytest.raises(ConfigError, match="--grpc-port and --http-port are both 8000"):
         Options(server=ServerConfig(grpc_port=8000))
     Options(server=ServerConfig(grpc_port=0, http_port=0))
+
+
+@pytest.mark.parametrize(
+    ("speculate", "draft_model", "message"),
+    [
+        ("draft", None, "--speculate is 'draft'; that needs a --draft-model"),
+        ("draft:4", None, "--speculate is 'draft:4'; that needs a --draft-model"),
+        ("off", "builtin", "--draft-model is of no use with --speculate off; it must be auto or draft"),
+        ("ngram:3", "builtin", "--draft-model is of no use with --speculate ngram:3"),
+    ],
+)
+def test_a_draft_model_and_the_way_to_guess_go_together(speculate, draft_model, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Options(ModelOptions(draft_model=draft_model), scheduler=SchedulerConfig(speculate=speculate))
+
+
+@pytest.mark.parametrize("speculate", ["auto", "auto:3", "draft", "draft:64"])
+def test_a_draft_model_is_loaded_as_the_served_one_is(speculate):
+    model = ModelOptions("big", revision="v1", served_name="it", dtype="float32", draft_model="small", device="cpu")
+    options = Options(model, scheduler=SchedulerConfig(speculate=speculate))
+    assert options.model.draft == ModelOptions("small", dtype="float32", device="cpu")
+    assert ModelOptions(draft_model="builtin").draft == ModelOptions(str(BUILTIN_DRAFT))
+    assert ModelOptions().draft is None
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,9 @@ def _load_draft(options: ModelOptions, codec: TextCodec) -> LoadedModel:
     model = load_model(options)
     own_codec = TextCodec.load(model.facts.folder, trust_remote_code=options.trust_remote_code)
     if (difference := own_codec.first_difference(codec)) is not None:
-        raise ConfigError(f"{options.path} has another vocabulary than the model that is served: {difference}")
+        token, there, here = difference
+        told = f"{token!r} is {there} there and {here} in the model that is served"
+        raise ConfigError(f"{options.path} has another vocabulary: {told}")
     return model
 
 

@@ -49,7 +49,7 @@ def tiny(
 
 
 def compiler(model: LoadedModel, feeder: Feeder) -> BackgroundCompiler:
-    return BackgroundCompiler(model, feeder.runner.attention.compiled, block_size=BLOCK_SIZE, trust_remote_code=False)
+    return BackgroundCompiler(model, feeder.runner.model.attention.compiled, block_size=BLOCK_SIZE, trust_remote_code=False)
 
 
 def compile_and_wait(model: LoadedModel, feeder: Feeder) -> None:
@@ -85,7 +85,7 @@ def check(
     feeder = Feeder(model, LONGEST, monkeypatch)
     compile_and_wait(model, feeder)
     assert largest_error(feeder, want) < TOLERANCES[dtype]
-    assert feeder.runner.attention.compiled, "attention was not compiled"
+    assert feeder.runner.model.attention.compiled, "attention was not compiled"
     return model
 
 
@@ -238,7 +238,7 @@ def test_a_formula_that_computes_otherwise_is_not_used(tmp_path: Path, monkeypat
     feeder = Feeder(model, LONGEST, monkeypatch)
     compile_and_wait(model, feeder)
     assert not narrow.kernels
-    assert not feeder.runner.attention.compiled
+    assert not feeder.runner.model.attention.compiled
     assert largest_error(feeder, want) < TOLERANCES["float32"]
 
 

@@ -13,7 +13,7 @@ from feeder import BLOCK_SIZE, Feeder
 from torch import Tensor
 
 from nanoserve.config import ModelOptions
-from nanoserve.model import runner
+from nanoserve.model import paged_model
 from nanoserve.model.attend import attend
 from nanoserve.model.attention import AttentionCall, attend_reference
 from nanoserve.model.loader import LoadedModel, load_model
@@ -68,7 +68,7 @@ def test_steps_that_mix_chunks_and_single_tokens(
     family: str, implementation: Callable[[AttentionCall], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, want = family_model(family)
-    monkeypatch.setattr(runner, "attend", implementation)
+    monkeypatch.setattr(paged_model, "attend", implementation)
     feeder = Feeder(model, LONGEST, monkeypatch)
     rng = random.Random(family)
     feeder.step(PROMPTS, {0: NUM_SHARED_BLOCKS * BLOCK_SIZE, 1: 2})

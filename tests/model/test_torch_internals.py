@@ -123,7 +123,7 @@ def test_what_cannot_be_loaded_is_served_plain(
     ours = load_model(ModelOptions(path=str(tmp_path), dtype="float32", device="cpu"))
     feeder = Feeder(ours, LONGEST, monkeypatch)
     background = BackgroundCompiler(
-        ours, feeder.runner.attention.compiled, block_size=BLOCK_SIZE, trust_remote_code=False
+        ours, feeder.runner.model.attention.compiled, block_size=BLOCK_SIZE, trust_remote_code=False
     )
     background.start()
     background.wait()

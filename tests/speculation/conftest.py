@@ -4,6 +4,7 @@ from families import VOCAB_SIZE, save_tiny_model
 from nanoserve.config import ModelOptions
 from nanoserve.model.loader import load_model
 from nanoserve.speculation import speculator
+from nanoserve.speculation.payoff import Prospect
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +38,4 @@ def whatever_it_costs(monkeypatch):
     monkeypatch.setattr(speculator, "may_pay", lambda _times, _num, most: most > 0)
     monkeypatch.setattr(speculator, "choose_counts", lambda _times, _num, chances: list(map(len, chances)))
     monkeypatch.setattr(speculator, "may_guess_more", lambda *others: any(prospect.room for prospect in others[-1]))
+    monkeypatch.setattr(Prospect, "worth", lambda prospect, *_: prospect.room * 100)

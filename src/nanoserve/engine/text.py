@@ -91,11 +91,11 @@ class TextCodec:
         """Tokens of the tokenizer, added ones too. The model may have more, for which there is no text."""
         return len(self._tokenizer)
 
-    def first_difference(self, other: "TextCodec") -> str | None:
-        """A token that the two do not have in common, in words. None = they have the same vocabulary."""
+    def first_difference(self, other: "TextCodec") -> tuple[str, int | None, int | None] | None:
+        """A token that the two do not have in common, with its id in each. None = they have the same vocabulary."""
         ours, theirs = self._tokenizer.get_vocab(), other._tokenizer.get_vocab()
         token = next((token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)), None)
-        return None if token is None else f"{token!r} is {ours.get(token)} here and {theirs.get(token)} there"
+        return None if token is None else (token, ours.get(token), theirs.get(token))
 
     # ------------------------------------------------------------------------------------------------ encode
 
