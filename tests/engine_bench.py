@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 
-from fake_executor import FakeExecutor
+from fake_executor import FakeExecutor, right_drafts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +21,12 @@ BLOCK = 4
 VOCAB = 256
 PROMPT = list(b"once upon")
 SECONDS = 20
+
+
+def two_right_drafts(token_ids, seed):
+    """Three, of which the first two are right. Of six tokens the first step gives one, the second three of three
+    guesses, the third two of the one guess that has a place: four guesses, and three of them right."""
+    return [*right_drafts(token_ids, seed, 2, VOCAB), VOCAB]
 
 
 class GatedExecutor(FakeExecutor):
@@ -83,7 +89,16 @@ class Bench:
         )
         self.core = EngineCore(self.scheduler, self.executor)
         model = ServedModel(
-            "fake", 0.0, max_context_tokens, VOCAB, tuple(eos), SamplingParams(), self.scheduler.block_names
+            "fake",
+            0.0,
+            max_context_tokens,
+            VOCAB,
+            tuple(eos),
+            SamplingParams(),
+            self.scheduler.block_names,
+            max_draft_tokens=16,
+            draft_sources=(),
+            draft_model="",
         )
         self.codec = byte_codec()
         limits = {"max_waiting": max_waiting, "step_timeout_s": step_timeout_s}

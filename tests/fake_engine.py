@@ -18,6 +18,7 @@ from nanoserve.kv_cache.block_pool import BlockNames
 from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
+    DraftSource,
     FinishReason,
     NotReady,
     SamplingParams,
@@ -51,6 +52,9 @@ class FakeEngine:
             eos_token_ids=(EOS,),
             default_params=SamplingParams(temperature=0.75, top_k=40, max_tokens=99),
             block_names=BlockNames("fake", 16, is_cache_enabled=True),
+            max_draft_tokens=8,
+            draft_sources=(DraftSource.NGRAM, DraftSource.DRAFT_MODEL),
+            draft_model="smaller",
         )
         self.codec = FakeCodec()
         self.script: Script | None = None
@@ -97,7 +101,7 @@ class FakeEngine:
             block_size=16,
             num_preemptions=4,
         )
-        return Stats(scheduler, prefix_hit_ratio=0.25, tokens_per_s=12.5, uptime_s=61.5)
+        return Stats(scheduler, prefix_hit_ratio=0.25, draft_acceptance_ratio=0.75, tokens_per_s=12.5, uptime_s=61.5)
 
     def health(self) -> str | None:
         return self.why_not_ready

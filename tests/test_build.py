@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from nanoserve import build
-from nanoserve.config import BUILTIN_MODEL, CacheOptions, ConfigError, ModelOptions, Options
+from nanoserve.config import BUILTIN_MODEL, CacheOptions, ConfigError, ModelOptions, Options, SchedulerConfig
+from nanoserve.request import DraftSource
 
 
 @pytest.mark.parametrize(
@@ -28,8 +29,12 @@ def test_a_completion_ends_with_the_checkpoints_eos_and_the_tokenizers(of_checkp
     assert build._eos_token_ids(model, SimpleNamespace(eos_token_id=of_tokenizer)) == want
 
 
-def options(**model):
-    return Options(ModelOptions(compile=False, **model), CacheOptions(kv_memory_bytes=8 << 20))
+def options(speculate="auto", **model):
+    return Options(
+        ModelOptions(device="cpu", compile=False, **model),
+        CacheOptions(kv_memory_bytes=8 << 20),
+        SchedulerConfig(speculate=speculate),
+    )
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused_by_a_token_that_differs(tmp_path):
@@ -61,3 +66,9 @@ def test_the_keys_of_both_models_lie_in_the_same_blocks():
     assert (8 << 20) - size // num_blocks.pop() < size <= 8 << 20
     assert facts["draft model"].value.startswith("builtin: Qwen3ForCausalLM, 0.")
     assert "2 layers x 1 KV heads" in facts["KV cache"].value
+
+
+def test_the_served_model_says_how_it_guesses():
+    served = build.build_core(options("draft:5", draft_model="builtin")).model
+    assert served.draft_sources == (DraftSource.DRAFT_MODEL,)
+    assert (served.max_draft_tokens, served.draft_model) == (5, "builtin")

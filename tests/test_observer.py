@@ -67,7 +67,7 @@ async def test_a_request_is_told_from_its_call_to_its_steps():
     assert times == sorted(times)
     # The prompt; then, for the second sequence, what of it was in no full block.
     assert [(c.index, c.start, c.num_tokens) for c in request.chunks] == [(0, 0, 9), (1, 8, 1)]
-    assert sum(part.samples for step in diary.steps for part in step.parts) == 10
+    assert sum(part.num_new_tokens for step in diary.steps for part in step.parts) == 10
 
 
 async def test_refusals_and_failures_have_a_reason():

@@ -28,7 +28,7 @@ from nanoserve.model.sampler import Sampler
 from nanoserve.model.threads import ComputeThreads, one_thread, release_threads, usable_cpus
 from nanoserve.model.torch_internals import watching_bars
 from nanoserve.request import Fact, Report, Stage
-from nanoserve.speculation.speculator import Speculator
+from nanoserve.speculation.speculator import Speculator, read_choice
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ def assemble(
     scheduler = build_scheduler(options, model.facts, plan)
     eos_token_ids = _eos_token_ids(model.facts, codec)
     report(Fact("ends with", ", ".join(f"{codec.token(i)!r} ({i})" for i in eos_token_ids) or "nothing: it has no EOS"))
+    draft_sources, max_draft_tokens = read_choice(options.scheduler.speculate, has_draft_model=draft is not None)
     served = ServedModel(
         name=served_name(options),
         create_time_s=time.time(),
@@ -122,6 +123,9 @@ def assemble(
         eos_token_ids=eos_token_ids,
         default_params=model.facts.default_params,
         block_names=scheduler.block_names,
+        max_draft_tokens=max_draft_tokens,
+        draft_sources=draft_sources,
+        draft_model=Path(options.model.draft_model or "").name,
     )
     return Built(EngineCore(scheduler, runner), codec, served)
 

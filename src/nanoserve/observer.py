@@ -10,12 +10,12 @@ are time.monotonic(), and everything here runs on the event loop.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanoserve.request import DraftSource, FinishReason, RequestError, SamplingParams
+from nanoserve.request import DraftSource, DraftTotals, FinishReason, RequestError, SamplingParams
 from nanoserve.step_record import Preemption, StepRecord
 
 logger = logging.getLogger(__name__)
@@ -72,9 +72,8 @@ class RequestRecord:
     # Of the sequences that have come to their end.
     finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
     num_preemptions: int = 0
-    # By source: tokens that were guessed, and those that were right.
-    num_drafted: dict[DraftSource, int] = field(default_factory=dict)
-    num_accepted: dict[DraftSource, int] = field(default_factory=dict)
+    # Only sources that guessed.
+    drafts: Mapping[DraftSource, DraftTotals] = field(default_factory=dict)
 
     # Known at the end.
 

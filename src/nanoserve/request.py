@@ -10,6 +10,7 @@ import enum
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, overload
 
@@ -159,6 +160,29 @@ class DraftCounts:
     # Tokens that were computed, and those of them that became the sequence's.
     num_drafted: int
     num_accepted: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTotals:
+    """What became of all guesses of one source."""
+
+    # At most one a step and sequence.
+    num_drafts: int = 0
+    # Their tokens, and those of them that callers got.
+    num_tokens: int = 0
+    num_accepted: int = 0
+    # How often the token at place 0, 1, 2, ... of a draft was right, up to the last place where one was.
+    accepted_per_position: tuple[int, ...] = ()
+
+    def plus(self, num_tokens: int, num_accepted: int) -> "DraftTotals":
+        """With one draft more."""
+        per_position = zip_longest(self.accepted_per_position, [1] * num_accepted, fillvalue=0)
+        return DraftTotals(
+            self.num_drafts + 1,
+            self.num_tokens + num_tokens,
+            self.num_accepted + num_accepted,
+            tuple(map(sum, per_position)),
+        )
 
 
 # ---------------------------------------------------------------------------------------- what to compute

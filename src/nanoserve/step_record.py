@@ -13,6 +13,7 @@ class StepPart(NamedTuple):
     sequence_index: int
     # num_computed_tokens before the step.
     start: int
+    # Known tokens; guesses are not among them.
     num_tokens: int
     # How many of them are of the prompt; the rest was generated.
     num_prompt_tokens: int
@@ -20,8 +21,11 @@ class StepPart(NamedTuple):
     new_block_ids: list[int]
     # How many of those were found in the cache.
     num_cached_blocks: int
-    # The step gave it a new token.
-    samples: bool
+    # Tokens that the step gave it: those that were guessed right, and mostly one behind them.
+    num_new_tokens: int
+    # Tokens that were guessed, and those of them that are among the new ones.
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

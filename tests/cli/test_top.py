@@ -55,7 +55,8 @@ def test_through_a_pipe_it_writes_a_line_a_snapshot_until_nobody_reads(target):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     lines = done.stdout.splitlines()
     assert len(lines) == 3
-    pattern = r"running \d+  waiting \d+  tokens/s [\d.]+  KV \d+ owned \+ \d+ cached of \d+  prefix hits \d+%  step .*"
+    pattern = r"running \d+  waiting \d+  tokens/s [\d.]+  KV \d+ owned \+ \d+ cached of \d+  "
+    pattern += r"prefix hits \d+%  guesses right \d+%  step .*"
     assert all(re.fullmatch(pattern, line) for line in lines)
     assert not done.stderr
 
@@ -95,13 +96,14 @@ def test_without_an_admin_key_it_says_so(command, guarded):
 def sequence(number, phase=SequencePhase.DECODE, blocks=(), **values):
     defaults = {"index": 0, "prompt_tokens": 10, "cached_tokens": 4, "computed_tokens": 10, "completion_tokens": 5}
     more = {"max_completion_tokens": 10, "age_s": 1.5, "preemptions": 0}
+    more |= {"draft_tokens": 0, "accepted_draft_tokens": 0}
     return SequenceSnapshot(
         number, f"request-{number}", phase=phase, block_ids=blocks, **{**defaults, **more, **values}
     )
 
 
 def snapshot(*sequences, cached=(), wait=None, total=16):
-    stats = Stats(len(sequences), 1 if wait else 0, total, 3, len(cached), 16, 0.5, 100.0, 3725.0, 2)
+    stats = Stats(len(sequences), 1 if wait else 0, total, 3, len(cached), 16, 0.5, 0.75, 100.0, 3725.0, 2)
     step = StepSnapshot(7, 0.01, (), (), wait, 1, 1, 0, 0, False)
     return EngineSnapshot(stats, sequences, tuple(cached), (step,), 0)
 
@@ -135,6 +137,17 @@ def test_progress_is_of_the_prompt_and_then_of_what_may_be_generated():
     lines = "\n".join(shown(snapshot(prefill, sequence(2, completion_tokens=5, max_completion_tokens=10))))
     assert f"{'=' * 15}{'.' * 15}" in lines
     assert f"{'#' * 15}{'.' * 15}" in lines
+
+
+def test_guesses_are_told_of_each_sequence_and_of_all():
+    lines = shown(snapshot(sequence(1, draft_tokens=20, accepted_draft_tokens=12), sequence(2)))
+    assert "guesses right 75%" in lines[1]
+    [heading] = [line for line in lines if line.startswith("REQUEST")]
+    [guessing, other] = [line for line in lines if line.startswith("request-")]
+    assert heading.endswith("  GUESSES")
+    assert guessing.endswith(" 12/20")
+    assert other.endswith(" -")
+    assert len(heading) == len(guessing) == len(other)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (5, 3), (11, 9), (20, 6), (80, 12), (130, 50), (300, 100)])

@@ -16,6 +16,7 @@ from nanoserve_client import (
     Client,
     Completion,
     DeadlineExceeded,
+    DraftSource,
     FinishReason,
     InvalidRequest,
     NanoserveError,
@@ -515,6 +516,9 @@ async def test_list_models(face, server):
         vocab_size=300,
         eos_token_ids=[2, 3],
         default_sampling=pb.Sampling(temperature=1.0, top_p=1.0),
+        max_draft_tokens=4,
+        draft_sources=[pb.DRAFT_SOURCE_SUFFIX, pb.DRAFT_SOURCE_DRAFT_MODEL, 99],
+        draft_model="tinier",
     )
     server.script.unary = lambda _request, _context: model_pb2.ListModelsResponse(models=[model])
     (listed,) = await face.call(face.connect(server.target).list_models)
@@ -526,6 +530,8 @@ async def test_list_models(face, server):
     )
     assert listed.create_time == datetime.fromtimestamp(7, UTC)
     assert (listed.default_sampling.temperature, listed.default_sampling.seed) == (1.0, None)
+    assert listed.draft_sources == (DraftSource.SUFFIX, DraftSource.DRAFT_MODEL, DraftSource.UNKNOWN)
+    assert (listed.max_draft_tokens, listed.draft_model) == (4, "tinier")
 
 
 async def test_admin_calls(face, server):
@@ -535,11 +541,16 @@ async def test_admin_calls(face, server):
     server.script.unary = lambda _request, _context: admin_pb2.ResetCacheResponse(freed_blocks=5)
     assert await face.call(client.reset_cache) == 5
     server.script.unary = lambda _request, _context: admin_pb2.GetStatsResponse(
-        running=1, waiting=2, kv_blocks_total=100, prefix_hit_ratio=0.5, uptime=Duration(seconds=61)
+        running=1,
+        waiting=2,
+        kv_blocks_total=100,
+        prefix_hit_ratio=0.5,
+        draft_acceptance_ratio=0.75,
+        uptime=Duration(seconds=61),
     )
     stats = await face.call(client.get_stats)
     assert (stats.running, stats.waiting, stats.kv_blocks_total) == (1, 2, 100)
-    assert (stats.prefix_hit_ratio, stats.uptime_s) == (0.5, 61.0)
+    assert (stats.prefix_hit_ratio, stats.draft_acceptance_ratio, stats.uptime_s) == (0.5, 0.75, 61.0)
     assert server.script.requests[0] == admin_pb2.CancelRequest(request_id="theirs")
     assert server.script.metadata[0]["x-request-id"] == "mine"
     assert {m["authorization"] for m in server.script.metadata} == {"Bearer admin"}

@@ -41,11 +41,17 @@ def snapshot(number):
         block_ids=[7, 9],
         age=Duration(seconds=2),
         preemptions=1,
+        draft_tokens=6,
+        accepted_draft_tokens=4,
     )
     step = admin_pb2.StepSnapshot(
         number=number,
         duration=Duration(nanos=5_000_000),
-        parts=[admin_pb2.StepPart(request_number=4, index=1, start=11, tokens=1, sampled=True)],
+        parts=[
+            admin_pb2.StepPart(
+                request_number=4, index=1, start=11, tokens=1, sampled=True, draft_tokens=3, accepted_draft_tokens=2
+            )
+        ],
         preemptions=[admin_pb2.StepPreemption(request_number=5, index=0, for_request_number=4)],
         wait=admin_pb2.QueueWait(
             request_number=5, reason=admin_pb2.WAIT_REASON_BLOCKS, behind_request_number=4, text="blocks behind x"
@@ -82,7 +88,8 @@ async def test_snapshots_come_until_the_watch_is_cancelled(face, server):
     assert sequence.phase is SequencePhase.DECODE
     assert (sequence.block_ids, sequence.age_s, sequence.preemptions) == ((7, 9), 2.0, 1)
     [step] = first.steps
-    assert step.parts == (StepPart(4, 1, 11, 1, 0, True),)
+    assert (sequence.draft_tokens, sequence.accepted_draft_tokens) == (6, 4)
+    assert step.parts == (StepPart(4, 1, 11, 1, 0, True, 3, 2),)
     assert step.preemptions == (StepPreemption(5, 0, 4),)
     assert step.wait == QueueWait(5, 0, WaitReason.BLOCKS, 4, "blocks behind x")
     assert (step.duration_s, step.taken_blocks, step.freed_blocks, step.failed) == (0.005, 2, 3, False)
@@ -122,7 +129,7 @@ async def test_timelines(face, server):
         {"cache_hit": admin_pb2.TimelineCacheHit(cached_tokens=96, prompt_tokens=128)},
         {"prefill": admin_pb2.TimelinePrefill(tokens=32, chunks=3)},
         {"preemption": admin_pb2.TimelinePreemption(for_request_id="y")},
-        {"decode": admin_pb2.TimelineDecode(completion_tokens=5)},
+        {"decode": admin_pb2.TimelineDecode(completion_tokens=5, draft_tokens=4, accepted_draft_tokens=3)},
         {
             "end": admin_pb2.TimelineEnd(
                 finish_reasons=[generation_pb2.FINISH_REASON_EOS, generation_pb2.FINISH_REASON_UNSPECIFIED],
@@ -146,7 +153,7 @@ async def test_timelines(face, server):
         TimelineCacheHit(96, 128),
         TimelinePrefill(0, 32, 3, False),
         TimelinePreemption(0, "y"),
-        TimelineDecode(5),
+        TimelineDecode(5, 4, 3),
         TimelineEnd((FinishReason.EOS, None), "DEADLINE", False),
     ]
     assert (explained.request_number, explained.ended, explained.summary) == (3, True, "Slow.")

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from engine_bench import BLOCK, PROMPT, SECONDS, VOCAB, byte_codec, running
+from engine_bench import BLOCK, PROMPT, SECONDS, VOCAB, byte_codec, running, two_right_drafts
 from fake_executor import expected_completion
 
 from nanoserve.engine.chat_template import Chat
@@ -16,6 +16,7 @@ from nanoserve.request import (
     DeadlineExceeded,
     DraftCounts,
     DraftSource,
+    DraftTotals,
     EngineFailure,
     FinishReason,
     InvalidRequest,
@@ -154,10 +155,24 @@ def test_guesses_behind_a_stop_string_were_not_accepted():
     stream.start(RequestStarted("1", 1.0, 0))
     stream.push(SequenceOutput("1", 0, 1.0, list(b"abcd"), draft=DraftCounts(DraftSource.NGRAM, 5, 3)))
     assert stream.progress.num_completion_tokens == 2
-    assert (stream.progress.num_drafted, stream.progress.num_accepted) == (
-        {DraftSource.NGRAM: 5},
-        {DraftSource.NGRAM: 2},
-    )
+    assert stream.progress.drafts == {DraftSource.NGRAM: DraftTotals(1, 5, 2, (1, 1))}
+
+
+def test_guesses_are_summed_up_by_source_and_place():
+    stream = RequestStream(Request("1", PROMPT, SamplingParams(max_tokens=9)), byte_codec())
+    stream.start(RequestStarted("1", 1.0, 0))
+    stream.push(SequenceOutput("1", 0, 1.0, list(b"ab"), draft=DraftCounts(DraftSource.NGRAM, 4, 1)))
+    before = stream.progress.copied()
+    stream.push(SequenceOutput("1", 0, 2.0, list(b"c"), draft=DraftCounts(DraftSource.NGRAM, 2, 0)))
+    stream.push(SequenceOutput("1", 0, 3.0, list(b"d")))
+    stream.push(SequenceOutput("1", 0, 4.0, list(b"efg"), draft=DraftCounts(DraftSource.NGRAM, 2, 2)))
+    last = DraftCounts(DraftSource.SUFFIX, 1, 1)
+    stream.push(SequenceOutput("1", 0, 5.0, list(b"hi"), finish_reason=FinishReason.LENGTH, draft=last))
+    expected = {DraftSource.NGRAM: DraftTotals(3, 8, 3, (2, 1)), DraftSource.SUFFIX: DraftTotals(1, 1, 1, (1,))}
+    assert stream.progress.drafts == expected
+    assert stream._finished.drafts == expected
+    # A record of the request is as it was when it was made.
+    assert before["drafts"] == {DraftSource.NGRAM: DraftTotals(1, 4, 1, (1,))}
 
 
 async def test_eos_ends_a_sequence_and_is_counted_but_not_shown():
@@ -469,6 +484,14 @@ async def test_a_prompt_that_is_too_long_is_refused_before_a_look_at_its_tokens(
     async with running() as bench:
         with pytest.raises(ContextLengthExceeded):
             await bench.collect([VOCAB] * 128)
+
+
+async def test_the_acceptance_ratio_is_of_guessed_tokens():
+    async with running() as bench:
+        assert bench.engine.stats().draft_acceptance_ratio == 0
+        bench.executor._draft = two_right_drafts
+        await bench.collect(max_tokens=6)
+        assert bench.engine.stats().draft_acceptance_ratio == 3 / 4
 
 
 async def test_statistics_and_cache_reset():

@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+from fake_executor import expected_completion, random_drafts, right_drafts
 from scheduler_bench import Bench, WatchedBench
 
 from nanoserve.step_record import Preemption, StepRecord, WaitReason
@@ -42,7 +43,39 @@ def test_a_long_prompt_comes_in_parts():
     bench.add("a", range(20), max_tokens=1)
     bench.run()
     parts = [part for record in bench.records() for part in record.parts]
-    assert [(p.start, p.num_tokens, p.samples) for p in parts] == [(0, 8, False), (8, 8, False), (16, 4, True)]
+    assert [(p.start, p.num_tokens, p.num_new_tokens) for p in parts] == [(0, 8, 0), (8, 8, 0), (16, 4, 1)]
+
+
+def guesses(bench):
+    """(known tokens, new ones, guessed, right) of each part."""
+    parts = [part for record in bench.records() for part in record.parts]
+    return [(p.num_tokens, p.num_new_tokens, p.num_drafted, p.num_accepted) for p in parts]
+
+
+def test_guesses_are_told_beside_the_known_tokens():
+    bench = WatchedBench(draft=lambda token_ids, seed: [*right_drafts(token_ids, seed, 2), 1000])
+    bench.add("a", range(10), max_tokens=6)
+    bench.run()
+    assert guesses(bench) == [(10, 1, 0, 0), (1, 3, 3, 2), (1, 2, 1, 1)]
+    assert [record.num_completion_tokens for record in bench.records()] == [0, 1, 1]
+
+
+def test_guesses_behind_a_stop_token_are_not_told_as_right():
+    bench = WatchedBench(draft=right_drafts)
+    stop = expected_completion(range(10), 7, 3, 1000)[2]
+    bench.add("a", range(10), max_tokens=20, stop_token_ids=frozenset({stop}))
+    bench.run()
+    assert guesses(bench) == [(10, 1, 0, 0), (1, 2, 4, 2)]
+
+
+def test_one_that_is_aborted_while_its_step_runs_gets_nothing():
+    bench = WatchedBench()
+    bench.add("a", range(10))
+    bench.executor.submit(bench.scheduler.schedule(0.0))
+    bench.scheduler.abort("a")
+    bench.events = bench.scheduler.commit(bench.executor.collect(), 1.0)
+    bench.take(bench.records()[-1])
+    assert guesses(bench) == [(10, 0, 0, 0)]
 
 
 def test_blocks_from_the_cache_are_told():
@@ -128,9 +161,10 @@ def test_a_failed_step_is_told():
     assert [r.request_id for r in record.late_releases] == ["a"]
 
 
+@pytest.mark.parametrize("draft", [None, random_drafts])
 @pytest.mark.parametrize("num_blocks", [10, 14, 40])
-def test_an_observer_can_keep_the_map_of_all_blocks(num_blocks):
-    bench = WatchedBench(num_blocks=num_blocks, max_num_seqs=5, budget=9)
+def test_an_observer_can_keep_the_map_of_all_blocks(num_blocks, draft):
+    bench = WatchedBench(num_blocks=num_blocks, max_num_seqs=5, budget=9, draft=draft)
     for i in range(12):
         bench.add(f"{i}", range(i % 3, i % 3 + 9 + i), max_tokens=9, n=1 + i % 3)
     bench.run()

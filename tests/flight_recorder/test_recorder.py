@@ -7,7 +7,8 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
-from engine_bench import BLOCK, SECONDS, running
+from engine_bench import BLOCK, SECONDS, VOCAB, running, two_right_drafts
+from fake_executor import expected_completion
 from nanoserve_client.v1 import admin_pb2
 from nanoserve_client.v1.admin_pb2 import (
     TimelineCacheHit,
@@ -160,6 +161,18 @@ async def test_chunks_are_counted():
     assert events(timeline, TimelineDecode) == [TimelineDecode(completion_tokens=3)]
     assert text_of(timeline).endswith("it ended: length")
     assert "Prefilled in 3 chunks. Generated 3 tokens in " in timeline.summary
+
+
+async def test_guesses_are_told():
+    async with recorded() as (bench, recorder):
+        bench.executor._draft = two_right_drafts
+        await finish(bench, await in_a_step(bench, "guessed", prompt(0, 9), max_tokens=6))
+    timeline = explained(recorder, "guessed")
+    decode = TimelineDecode(completion_tokens=6, draft_tokens=4, accepted_draft_tokens=3)
+    assert events(timeline, TimelineDecode) == [decode]
+    assert re.search(
+        r"Generated 6 tokens in [\d.]+ m?s, [\d.]+ a second; 3 of 4 guesses were right\.", timeline.summary
+    )
 
 
 async def test_cached_tokens_are_told():
@@ -354,6 +367,36 @@ async def test_preempted_and_ended_sequences_are_listed():
     assert last["young"].completion_tokens == 14
 
 
+async def test_guesses_show_in_sequences_and_steps(monkeypatch):
+    # So that the recorder has lost the first guesses, which it counts all the same.
+    monkeypatch.setattr(flight_recorder, "MAX_STEPS", 1)
+    onlooker = Onlooker(FlightRecorder())
+    async with recorded(onlooker=onlooker) as (bench, recorder):
+        bench.executor._draft = two_right_drafts
+        await finish(bench, await in_a_step(bench, "guessed", prompt(0, 9), n=2, max_tokens=6))
+        ended = recorder.snapshot(None)[0].sequences
+    assert [(s.index, s.draft_tokens, s.accepted_draft_tokens) for s in ended] == [(1, 4, 3)]
+    first = [s for _, snapshot, _ in onlooker.seen for s in snapshot.sequences if s.index == 0 and s.block_ids]
+    counts = [(s.computed_tokens, s.completion_tokens, s.draft_tokens, s.accepted_draft_tokens) for s in first]
+    assert counts == [(9, 1, 0, 0), (12, 4, 3, 2)]
+    parts = [part for _, snapshot, _ in onlooker.seen for step in snapshot.steps for part in step.parts]
+    assert [(p.start, p.tokens, p.sampled, p.draft_tokens, p.accepted_draft_tokens) for p in parts if p.index == 0] == [
+        (0, 9, True, 0, 0),
+        (9, 1, True, 3, 2),
+        (12, 1, True, 1, 1),
+    ]
+
+
+async def test_a_guess_may_be_the_last_token():
+    eos = expected_completion(prompt(0, 9), 7, 2, VOCAB)[1]
+    async with recorded(eos=[eos]) as (bench, recorder):
+        bench.executor._draft = two_right_drafts
+        await finish(bench, await in_a_step(bench, "guessed", prompt(0, 9), max_tokens=6))
+        [sequence] = recorder.snapshot(None)[0].sequences
+    assert (sequence.computed_tokens, sequence.completion_tokens) == (10, 2)
+    assert (sequence.draft_tokens, sequence.accepted_draft_tokens) == (3, 1)
+
+
 async def test_a_reader_who_skips_many_steps_is_told_how_many():
     async with recorded() as (bench, recorder):
         await finish(bench, await ask(bench, "one", prompt(0, 9), max_tokens=2))
@@ -385,6 +428,7 @@ async def test_what_is_kept_is_bounded():
         assert len(recorder._ended) == flight_recorder.MAX_REQUESTS
         assert len(recorder._steps) == flight_recorder.MAX_STEPS
         recorder.snapshot(None)
+        assert recorder._drafts.keys() == recorder._ended.keys()
         assert not recorder._live
         assert not recorder._absent
         assert not recorder._last_parts

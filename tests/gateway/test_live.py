@@ -144,6 +144,20 @@ def test_a_request_shows_in_the_events_without_its_text(served):
         assert http.get("/live/explain").status_code == 400
 
 
+def test_guesses_are_in_the_events(scripted):
+    part = admin_pb2.StepPart(
+        request_number=4, index=1, start=11, tokens=1, sampled=True, draft_tokens=3, accepted_draft_tokens=2
+    )
+    snapshot = admin_pb2.WatchEngineResponse(
+        stats=admin_pb2.GetStatsResponse(draft_acceptance_ratio=0.75), steps=[admin_pb2.StepSnapshot(parts=[part])]
+    )
+    scripted.script.watch = lambda _request, _context: iter([snapshot])
+    with scripted.http.stream("GET", "/live/events") as answer:
+        _, value = next(events(answer.iter_lines()))
+    assert value["stats"]["acceptance_ratio"] == 0.75
+    assert value["steps"][0]["parts"] == [[4, 1, 11, 1, 0, 3, 2]]
+
+
 def test_a_reader_who_leaves_ends_the_watch(scripted):
     scripted.script.watch = endless
     with scripted.http.stream("GET", "/live/events") as answer:

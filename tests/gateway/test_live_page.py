@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from nanoserve_client import Cancelled, Client
+from nanoserve_client.v1 import admin_pb2
 from PIL import Image
 from playwright.sync_api import TimeoutError, sync_playwright
 from servers import ADMIN
@@ -19,7 +20,7 @@ BIN = Path(sys.executable).parent
 # `make .venv/installed-dev` puts the first into .venv/bin.
 PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
 SECONDS = 60
-GREEN, BLUE, GOLD = (0x52, 0xD6, 0x9A), (0x5B, 0x9B, 0xF5), (0xF2, 0xB8, 0x4B)
+GREEN, BLUE, GOLD, LIME = (0x52, 0xD6, 0x9A), (0x5B, 0x9B, 0xF5), (0xF2, 0xB8, 0x4B), (0xC6, 0xEA, 0x4A)
 SYSTEM = "You answer questions about serving language models. Be brief, be exact, and say so if you do not know. " * 2
 
 
@@ -145,6 +146,43 @@ def test_twenty_requests_share_the_batch(served, open_page, tmp_path):
     until(page, lambda: number(page, "#running") == 0)
     assert page.locator("#idle").is_visible()
     assert not page.complaints
+
+
+def test_guesses_that_were_right_have_a_colour_of_their_own(scripted, open_page):
+    """Of the three that a step guesses, two are right, and the second is the last token of all."""
+    sequence = admin_pb2.SequenceSnapshot(
+        request_number=4,
+        request_id="mine",
+        phase=admin_pb2.SEQUENCE_PHASE_DECODE,
+        prompt_tokens=9,
+        completion_tokens=3,
+    )
+    parts = [
+        admin_pb2.StepPart(request_number=4, start=0, tokens=9, prompt_tokens=9, sampled=True),
+        admin_pb2.StepPart(request_number=4, start=9, tokens=1, sampled=True, draft_tokens=3, accepted_draft_tokens=2),
+    ]
+    steps = [admin_pb2.StepSnapshot(number=i, parts=[part]) for i, part in enumerate(parts, 1)]
+
+    def watch(_request, context):
+        stats = admin_pb2.GetStatsResponse(running=1, draft_acceptance_ratio=2 / 3)
+        yield admin_pb2.WatchEngineResponse(stats=stats, sequences=[sequence], steps=steps)
+        while context.is_active():
+            threading.Event().wait(0.05)
+
+    scripted.script.watch = watch
+    page = open_page(scripted.url)
+    until(page, lambda: colours(page, "#lanes")[LIME] > 50)
+    assert page.locator("#right").inner_text() == "67 %"
+
+    def tip(from_right):
+        box = page.locator("#lanes").bounding_box()
+        page.mouse.move(box["x"] + box["width"] - from_right, box["y"] + 72)
+        return page.locator("#tip").inner_text()
+
+    lines = next(tip(from_right).splitlines() for from_right in range(1, 20, 4) if "step 2" in tip(from_right))
+    assert lines[0] == "mine: 9 prompt tokens, 0 tokens from the cache, 3 generated"
+    assert lines[1] == "gave a token, and 2 of 3 guesses were right"
+    assert lines[2].startswith("step 2: 3 tokens in")
 
 
 def test_a_request_that_ended_before_its_steps_are_drawn_has_its_name(served, open_page):

@@ -49,7 +49,9 @@ def tiny(
 
 
 def compiler(model: LoadedModel, feeder: Feeder) -> BackgroundCompiler:
-    return BackgroundCompiler(model, feeder.runner.model.attention.compiled, block_size=BLOCK_SIZE, trust_remote_code=False)
+    return BackgroundCompiler(
+        model, feeder.runner.model.attention.compiled, block_size=BLOCK_SIZE, trust_remote_code=False
+    )
 
 
 def compile_and_wait(model: LoadedModel, feeder: Feeder) -> None:

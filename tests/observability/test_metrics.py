@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from engine_bench import PROMPT, VOCAB
+from engine_bench import PROMPT, VOCAB, two_right_drafts
 from fake_executor import right_drafts
 from nanoserve_client import Client, NanoserveError
 from nanoserve_gateway.errors import bad_request
@@ -148,6 +148,25 @@ async def test_preemptions_are_counted():
     assert read.value("nanoserve.preemptions") > 0
 
 
+async def test_guesses_are_counted_by_source_and_place():
+    read = Read()
+    async with watched(read.metrics) as (bench, client):
+        bench.executor._draft = two_right_drafts
+        await client.generate(PROMPT, max_tokens=6).result()
+        await until(lambda: read.points("nanoserve.spec_decode.num_drafts"))
+    source = {"nanoserve.draft_source": "ngram"}
+    assert read.points("nanoserve.spec_decode.num_drafts") == [(source, 2)]
+    assert read.points("nanoserve.spec_decode.num_draft_tokens") == [(source, 4)]
+    assert read.points("nanoserve.spec_decode.num_accepted_tokens") == [(source, 3)]
+    assert read.points("nanoserve.spec_decode.num_accepted_tokens_per_pos") == [
+        (source | {"nanoserve.spec_decode.position": "0"}, 2),
+        (source | {"nanoserve.spec_decode.position": "1"}, 1),
+    ]
+    # What was guessed right need not be computed to go on from it.
+    steps = {p.attributes["gen_ai.token.type"]: p.sum for p in read.all()["nanoserve.step.tokens"].data.data_points}
+    assert steps == {"input": 9, "output": 2}
+
+
 def test_every_reason_of_the_error_table_is_a_rejection_or_known_not_to_be():
     others = {"DEADLINE", "CANCELLED_BY_OPERATOR", "ENGINE_FAILURE", "REQUEST_NOT_FOUND", "NOT_RECORDED"}
     assert {kind.reason for kind in _TABLE} == REJECTIONS | others
@@ -178,7 +197,7 @@ async def test_the_page_tells_of_every_metric():
         await until(lambda: bench.engine._streams)
         left.cancel()
         bench.executor.gate.set()
-        await until(lambda: len(read.all()) == 23)
+        await until(lambda: len(read.all()) == 25)
         kept = {
             metric.name: (metric.unit, {label for p in metric.data.data_points for label in p.attributes})
             for metric in read.all().values()

@@ -147,6 +147,7 @@ def test_every_series_keeps_to_labels_that_no_caller_chooses(server):
         "nanoserve_finish_reason",
         "nanoserve_kv_block_state",
         "nanoserve_phase",
+        "nanoserve_spec_decode_position",
         "rpc_method",
         "rpc_response_status_code",
         "rpc_system_name",

@@ -7,7 +7,7 @@ from collections import Counter
 
 import httpx
 import pytest
-from engine_bench import PROMPT
+from engine_bench import PROMPT, two_right_drafts
 from nanoserve_client import NanoserveError
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -137,6 +137,23 @@ async def test_several_sequences(provider, collector):
     # The prompt's last, unshared tokens are computed for each of them.
     chunks = [event["nanoserve.sequence"] for name, event in trace.events("decode") if name == "chunk"]
     assert chunks == [1, 2]
+
+
+async def test_guesses_are_an_event_for_each_source(provider, collector):
+    trace = Trace()
+    async with watched(Tracing(provider)) as (bench, client):
+        bench.executor._draft = two_right_drafts
+        await client.generate(PROMPT, max_tokens=6, traceparent=trace.traceparent).result()
+    await trace.fetch(provider, collector, 4)
+    told = {
+        "nanoserve.draft_source": "ngram",
+        "nanoserve.drafts": 2,
+        "nanoserve.draft_tokens": 4,
+        "nanoserve.accepted_draft_tokens": 3,
+    }
+    assert trace.events("decode") == [("guesses", told), ("last token", {"nanoserve.tokens": 6})]
+    guesses, last = trace.phases["decode"].events
+    assert guesses.time_unix_nano == last.time_unix_nano
 
 
 async def test_a_preempted_request(provider, collector):

@@ -22,6 +22,12 @@ async def test_the_served_model_is_listed_with_its_defaults(served):
     assert (model.default_sampling.temperature, model.default_sampling.top_k) == (0.75, 40)
 
 
+async def test_the_served_model_says_how_it_guesses(served):
+    (model,) = (await served.model.ListModels(model_pb2.ListModelsRequest())).models
+    assert list(model.draft_sources) == [pb.DRAFT_SOURCE_NGRAM, pb.DRAFT_SOURCE_DRAFT_MODEL]
+    assert (model.max_draft_tokens, model.draft_model) == (8, "smaller")
+
+
 async def test_a_text_is_tokenized(served):
     answer = await served.model.Tokenize(model_pb2.TokenizeRequest(text="hé"))
     assert answer == model_pb2.TokenizeResponse(token_ids=[104, 0xC3, 0xA9], tokens=[b"h", b"\xc3", b"\xa9"], text="hé")
@@ -107,6 +113,7 @@ async def test_every_figure_of_the_snapshot_is_reported(served):
         kv_blocks_cached=30,
         kv_block_tokens=16,
         prefix_hit_ratio=0.25,
+        draft_acceptance_ratio=0.75,
         tokens_per_second=12.5,
         preemptions=4,
     )

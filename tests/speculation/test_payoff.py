@@ -18,7 +18,7 @@ from nanoserve.speculation.payoff import (
     may_guess_more,
     may_pay,
 )
-from nanoserve.speculation.speculator import Speculator
+from nanoserve.speculation.speculator import Speculator, read_choice
 
 
 def times_of(seconds, sizes=range(1, 100)):
@@ -146,6 +146,20 @@ def test_who_may_guess_and_how_much(choice, params, num):
     speculator.admit(0, admission(**params))
     speculator.add_step(1, 0, 0.03)
     assert len(speculator.choose({0: speculator.num_places(0)}, 1).get(0, [])) == num
+
+
+@pytest.mark.parametrize(
+    ("choice", "has_draft_model", "sources", "most"),
+    [
+        ("auto", True, [DraftSource.NGRAM, DraftSource.SUFFIX, DraftSource.DRAFT_MODEL], 16),
+        ("auto:4", False, [DraftSource.NGRAM, DraftSource.SUFFIX], 4),
+        ("draft:64", True, [DraftSource.DRAFT_MODEL], 64),
+        # What a caller predicts is followed.
+        ("off", False, [], 16),
+    ],
+)
+def test_the_choice_says_which_sources_and_how_many_tokens(choice, has_draft_model, sources, most):
+    assert read_choice(choice, has_draft_model=has_draft_model) == (tuple(sources), most)
 
 
 def test_a_step_has_places_only_where_guesses_may_pay():

@@ -131,7 +131,8 @@ def figures(snapshot: EngineSnapshot) -> str:
     return (
         f"running {stats.running}  waiting {stats.waiting}  tokens/s {stats.tokens_per_second:.1f}  "
         f"KV {stats.kv_blocks_used} owned + {stats.kv_blocks_cached} cached of {stats.kv_blocks_total}  "
-        f"prefix hits {stats.prefix_hit_ratio:.0%}  step {step}  preemptions {stats.preemptions}"
+        f"prefix hits {stats.prefix_hit_ratio:.0%}  guesses right {stats.draft_acceptance_ratio:.0%}  step {step}  "
+        f"preemptions {stats.preemptions}"
     )
 
 
@@ -186,16 +187,21 @@ def _queue(snapshot: EngineSnapshot) -> str:
     return f"Queue: {snapshot.stats.waiting} wait" + (f", the first for {wait.text}" if wait else "")
 
 
-_HEADING = f"{'REQUEST':{LABEL_WIDTH}}  {'PHASE':9}  {'PROGRESS':{BAR_WIDTH}}  PROMPT  CACHED  TOKENS  BLOCKS     AGE"
+# GUESSES: of the tokens that were guessed, those that were right.
+_HEADING = (
+    f"{'REQUEST':{LABEL_WIDTH}}  {'PHASE':9}  {'PROGRESS':{BAR_WIDTH}}  PROMPT  CACHED  TOKENS  BLOCKS      AGE  "
+    f"{'GUESSES':>9}"
+)
 
 
 def _line(sequence: SequenceSnapshot, width: int) -> str:
     label = f"{sequence.request_id}#{sequence.index}" if sequence.index else sequence.request_id
     if len(label) > LABEL_WIDTH:
         label = f"{label[: LABEL_WIDTH - 3]}..."
+    guesses = f"{sequence.accepted_draft_tokens}/{sequence.draft_tokens}" if sequence.draft_tokens else "-"
     counts = (
         f"{sequence.prompt_tokens:6}  {sequence.cached_tokens:6}  {sequence.completion_tokens:6}  "
-        f"{len(sequence.block_ids):6}  {sequence.age_s:6.1f}s"
+        f"{len(sequence.block_ids):6}  {sequence.age_s:6.1f}s  {guesses:>9}"
     )
     plain = f"{label:{LABEL_WIDTH}}  {sequence.phase.value:9}  {_bar(sequence)}  {counts}"[:width]
     # The phase alone has a colour, at a place that every width but the smallest has.

@@ -30,6 +30,7 @@ from nanoserve.request import (
     CancelledByOperator,
     ContextLengthExceeded,
     DeadlineExceeded,
+    DraftSource,
     EngineEnded,
     EngineFailure,
     Event,
@@ -60,9 +61,9 @@ LONG_PROMPT_CHARS = 1 << 16
 MAX_FAILED_STEPS = 3
 # How long a step may go on when the engine is closed.
 CLOSE_TIMEOUT_S = 5.0
-# Window of Stats.tokens_per_s and of Stats.prefix_hit_ratio.
+# Window of Stats.tokens_per_s and of its ratios.
 THROUGHPUT_WINDOW_S = 10
-HIT_RATIO_WINDOW_S = 60
+RATIO_WINDOW_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,12 @@ class ServedModel:
     default_params: SamplingParams
     # How a prompt's blocks are named, so that the step loop need not do it.
     block_names: BlockNames
+    # Most tokens of a sequence that are guessed at once.
+    max_draft_tokens: int
+    # In which ways the server guesses by itself; what a caller predicts is a guess in any case.
+    draft_sources: tuple[DraftSource, ...]
+    # Name of the model that guesses. Empty = there is none.
+    draft_model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,8 @@ class Stats:
     scheduler: SchedulerStats
     # Cached / prompt tokens of the requests begun in the last minute; 0 if none.
     prefix_hit_ratio: float
+    # Guessed tokens that were right / guessed tokens, in the last minute; 0 if none.
+    draft_acceptance_ratio: float
     # Generated, over the last 10 s.
     tokens_per_s: float
     uptime_s: float
@@ -135,7 +144,7 @@ class _Arrival:
             num_prompt_tokens=len(stream.request.prompt_token_ids) if stream else 0,
             end_s=self.end_s,
             error=self.error,
-            **(dataclasses.asdict(stream.progress) if stream else {}),
+            **(stream.progress.copied() if stream else {}),
             **content,
         )
 
@@ -202,8 +211,10 @@ class Engine:
         self._is_draining = False
         self._started_s = time.monotonic()
         self._generated_tokens = RollingSum(THROUGHPUT_WINDOW_S)
-        self._prompt_tokens = RollingSum(HIT_RATIO_WINDOW_S)
-        self._cached_tokens = RollingSum(HIT_RATIO_WINDOW_S)
+        self._prompt_tokens = RollingSum(RATIO_WINDOW_S)
+        self._cached_tokens = RollingSum(RATIO_WINDOW_S)
+        self._drafted_tokens = RollingSum(RATIO_WINDOW_S)
+        self._accepted_tokens = RollingSum(RATIO_WINDOW_S)
 
     def start(self) -> None:
         """Start the core; call it on the event loop that will serve."""
@@ -407,10 +418,11 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot, as of the last step."""
-        num_prompt_tokens = self._prompt_tokens.total
+        num_prompt_tokens, num_drafted = self._prompt_tokens.total, self._drafted_tokens.total
         return Stats(
             scheduler=self._core.state.scheduler,
             prefix_hit_ratio=self._cached_tokens.total / num_prompt_tokens if num_prompt_tokens else 0.0,
+            draft_acceptance_ratio=self._accepted_tokens.total / num_drafted if num_drafted else 0.0,
             tokens_per_s=self._generated_tokens.total / THROUGHPUT_WINDOW_S,
             uptime_s=time.monotonic() - self._started_s,
         )
@@ -467,6 +479,9 @@ class Engine:
                     stream.start(event)
                 case SequenceOutput():
                     self._generated_tokens.add(len(event.token_ids))
+                    if event.draft is not None:
+                        self._drafted_tokens.add(event.draft.num_drafted)
+                        self._accepted_tokens.add(event.draft.num_accepted)
                     if stream.push(event):
                         self._core.post(Abort(event.request_id, event.index))
                 case RequestFailed(reason=Failure.DEADLINE):

@@ -177,7 +177,7 @@ class Scheduler:
         step = dict(sorted(step.items(), key=lambda item: item[1]))
         plan = StepPlan([self._plan_sequence(s, count, self._reserve_drafts(s, count)) for s, count in step.items()])
         if self.is_observed and (step or not self._in_flight):
-            self._notes.planned(now, step, plan, self._block_size)
+            self._notes.start_s = now
             if self._waiting:
                 self._notes.waits(self._waiting[0], wait_reason, self._running(), step)
         if step:
@@ -372,8 +372,9 @@ class Scheduler:
         self._notes.num_threads = result.num_threads
         for sequence, scheduled, outcome in zip(step.sequences, step.plan.sequences, result.sequences, strict=True):
             # It may have been aborted; or a sibling failed, and took the whole request with it.
-            if sequence.row is not None:
-                self._commit_sequence(sequence, scheduled, outcome, now)
+            output = None if sequence.row is None else self._commit_sequence(sequence, scheduled, outcome, now)
+            if self.is_observed:
+                self._notes.computed(sequence, scheduled, output, self._block_size)
         self._num_steps += 1
         events = self.settle(now, has_failed=has_failed)
         self._notes = later_notes
@@ -394,13 +395,14 @@ class Scheduler:
 
     def _commit_sequence(
         self, sequence: Sequence, scheduled: ScheduledSequence, outcome: SequenceResult, now: float
-    ) -> None:
+    ) -> SequenceOutput | None:
+        """Returns what is told of it, if anything."""
         sequence.num_unknown_tokens -= scheduled.samples
         if outcome.failure is not None:
             if outcome.failure is Failure.CORRUPT:
                 self.pool.forget(sequence.block_ids)
             self._fail(sequence.request.id, outcome.failure)
-            return
+            return None
         is_first_token = len(sequence.token_ids) == len(sequence.request.prompt_token_ids)
         if outcome.token_ids and sequence.index == 0 and is_first_token:
             # The prompt's blocks are computed: the siblings will find them.
@@ -415,10 +417,13 @@ class Scheduler:
         sequence.num_computed_tokens -= scheduled.num_drafts - num_right
         sequence.num_drafts = outcome.num_drafts_next
         self._register_full_blocks(sequence, scheduled.start, scheduled.start + scheduled.num_known + num_right)
+        output = None
         if kept or reason or outcome.prompt_logprobs:
-            self._events.append(self._output(sequence, now, outcome, reason, kept, scheduled.start))
+            output = self._output(sequence, now, outcome, reason, kept, scheduled.start)
+            self._events.append(output)
         if reason:
             self._remove(sequence)
+        return output
 
     def _register_full_blocks(self, sequence: Sequence, start: int, end: int) -> None:
         """Make the blocks findable that the tokens from start to end have filled."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nanoserve.engine.sequence import Sequence
-from nanoserve.request import StepPlan
+from nanoserve.request import ScheduledSequence, SequenceOutput
 from nanoserve.step_record import Preemption, Release, SchedulerStats, StepPart, StepRecord, Wait, WaitReason
 
 
@@ -35,25 +35,26 @@ class StepNotes:
         """These blocks, which nobody owned, were cached and are free."""
         self.early_releases.append(Release("", 0, freed_block_ids))
 
-    def planned(self, now: float, step: Iterable[Sequence], plan: StepPlan, block_size: int) -> None:
-        """`step`: the sequence of each entry of the plan."""
-        self.start_s = now
-        for sequence, part in zip(step, plan.sequences, strict=True):
-            count = part.num_known
-            num_prompt_tokens = min(count, max(0, len(sequence.request.prompt_token_ids) - part.start))
-            num_cached_blocks = part.start // block_size if part.admission else 0
-            self.parts.append(
-                StepPart(
-                    sequence.request.id,
-                    sequence.index,
-                    part.start,
-                    count,
-                    num_prompt_tokens,
-                    part.new_block_ids,
-                    num_cached_blocks,
-                    part.samples,
-                )
+    def computed(
+        self, sequence: Sequence, planned: ScheduledSequence, output: SequenceOutput | None, block_size: int
+    ) -> None:
+        """The next entry of the plan was. output: what `sequence` got of it; None = nothing."""
+        num_left_of_prompt = max(0, len(sequence.request.prompt_token_ids) - planned.start)
+        draft = output.draft if output else None
+        self.parts.append(
+            StepPart(
+                sequence.request.id,
+                sequence.index,
+                planned.start,
+                planned.num_known,
+                num_prompt_tokens=min(planned.num_known, num_left_of_prompt),
+                new_block_ids=planned.new_block_ids,
+                num_cached_blocks=planned.start // block_size if planned.admission else 0,
+                num_new_tokens=len(output.token_ids) if output else 0,
+                num_drafted=draft.num_drafted if draft else 0,
+                num_accepted=draft.num_accepted if draft else 0,
             )
+        )
 
     def waits(
         self, head: Sequence, reason: WaitReason, running: Iterable[Sequence], step: Mapping[Sequence, int]

@@ -6,15 +6,18 @@ It lives on the event loop, between `Engine`, which pushes what a step gave, and
 """
 
 import asyncio
+import copy
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from nanoserve.engine.text import TextCodec, TextStream
 from nanoserve.request import (
     DraftCounts,
     DraftSource,
+    DraftTotals,
     FinishReason,
     Request,
     RequestError,
@@ -71,9 +74,8 @@ class Finished:
     prefill_s: float
     decode_s: float
     preemptions: int
-    # By source: tokens that were guessed, and those that were right.
-    num_drafted: dict[DraftSource, int] = field(default_factory=dict)
-    num_accepted: dict[DraftSource, int] = field(default_factory=dict)
+    # Only sources that guessed.
+    drafts: Mapping[DraftSource, DraftTotals] = field(default_factory=dict)
 
 
 StreamEvent = Started | PromptLogprobs | Delta | Finished
@@ -90,14 +92,16 @@ class Progress:
     num_completion_tokens: int = 0
     finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
     num_preemptions: int = 0
-    num_drafted: dict[DraftSource, int] = field(default_factory=dict)
-    num_accepted: dict[DraftSource, int] = field(default_factory=dict)
+    drafts: dict[DraftSource, DraftTotals] = field(default_factory=dict)
+
+    def copied(self) -> dict[str, Any]:
+        """Its fields by their names, as RequestRecord has them: what changes later is no part of the copy."""
+        return {each.name: copy.copy(getattr(self, each.name)) for each in fields(self)}
 
     def add_draft(self, draft: DraftCounts, num_tokens: int) -> None:
         """num_tokens: of those that came with it, how many the caller gets."""
-        num_accepted = min(draft.num_accepted, num_tokens)
-        for counts, num in ((self.num_drafted, draft.num_drafted), (self.num_accepted, num_accepted)):
-            counts[draft.source] = counts.get(draft.source, 0) + num
+        totals = self.drafts.get(draft.source, DraftTotals())
+        self.drafts[draft.source] = totals.plus(draft.num_drafted, min(draft.num_accepted, num_tokens))
 
 
 class RequestStream:
@@ -213,8 +217,7 @@ class RequestStream:
             prefill_s=first_token_s - progress.started_s,
             decode_s=(progress.last_token_s or first_token_s) - first_token_s,
             preemptions=progress.num_preemptions,
-            num_drafted=progress.num_drafted,
-            num_accepted=progress.num_accepted,
+            drafts=progress.drafts,
         )
 
     # ------------------------------------------------------------------------------------ the caller's side

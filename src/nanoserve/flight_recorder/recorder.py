@@ -66,6 +66,8 @@ class FlightRecorder(Observer):
         self._absences: deque[Absence] = deque(maxlen=MAX_ABSENCES)
         # Those that are not over.
         self._absent: dict[SequenceKey, Absence] = {}
+        # By number of a request that is known, and sequence: tokens that were guessed, and those that were right.
+        self._drafts: dict[int, dict[int, tuple[int, int]]] = {}
         # Of live sequences, as of the last snapshot, which had read so many steps.
         self._last_parts: dict[SequenceKey, StepPart] = {}
         self._num_read = 0
@@ -73,7 +75,8 @@ class FlightRecorder(Observer):
     # ------------------------------------------------------------------------------------------- what comes
 
     def request_arrived(self, now: Callable[[], RequestRecord]) -> None:
-        self._live[now().number] = now
+        number = now().number
+        self._live[number], self._drafts[number] = now, {}
 
     def request_ended(self, request: RequestRecord) -> None:
         self._live.pop(request.number, None)
@@ -81,7 +84,8 @@ class FlightRecorder(Observer):
         params = SamplingParams(n=request.params.n, max_tokens=request.params.max_tokens)
         self._ended[request.number] = (replace(request, params=params, prompt=None, texts=None), "")
         if len(self._ended) > MAX_REQUESTS:
-            del self._ended[next(iter(self._ended))]
+            oldest = next(iter(self._ended))
+            del self._ended[oldest], self._drafts[oldest]
         for key in [key for key in self._absent if key[0] == request.id]:
             del self._absent[key]
 
@@ -97,6 +101,9 @@ class FlightRecorder(Observer):
         if step.parts or step.preemptions or step.has_failed:
             self._steps.append(step)
             self._num_steps += 1
+        for part in step.parts:
+            if part.num_drafted:
+                self._note_draft(part)
         if step.wait is not None:
             self._note_wait(step, step.wait)
         for preemption in step.preemptions:
@@ -107,6 +114,12 @@ class FlightRecorder(Observer):
             for part in step.parts:
                 if (over := self._absent.pop((part.request_id, part.sequence_index), None)) is not None:
                     over.end_s = step.start_s
+
+    def _note_draft(self, part: StepPart) -> None:
+        # A request may have been aborted while the step ran, and be forgotten by now.
+        if (drafts := self._drafts.get(_number(part.request_id))) is not None:
+            num_drafted, num_accepted = drafts.get(part.sequence_index, (0, 0))
+            drafts[part.sequence_index] = num_drafted + part.num_drafted, num_accepted + part.num_accepted
 
     def _note_wait(self, step: StepRecord, wait: Wait) -> None:
         last = self._queue_spans[-1] if self._queue_spans else None
@@ -160,7 +173,7 @@ class FlightRecorder(Observer):
             return admin_pb2.SEQUENCE_PHASE_ENDED if has_blocks else admin_pb2.SEQUENCE_PHASE_UNSPECIFIED
         if has_blocks:
             part = self._last_parts.get(key)
-            generates = part is not None and part.samples
+            generates = part is not None and part.num_new_tokens > 0
             return admin_pb2.SEQUENCE_PHASE_DECODE if generates else admin_pb2.SEQUENCE_PHASE_PREFILL
         if key in self._absent:
             return admin_pb2.SEQUENCE_PHASE_PREEMPTED
@@ -181,8 +194,11 @@ class FlightRecorder(Observer):
         self, request: RequestRecord, index: int, phase: admin_pb2.SequencePhase.ValueType, last: StepPart | None
     ) -> admin_pb2.SequenceSnapshot:
         """last: the part of the last step that computed something of it."""
-        num_computed = last.start + last.num_tokens if last else 0
-        num_tokens = num_computed + last.samples if last else 0
+        num_known = last.start + last.num_tokens if last else 0
+        num_new = last.num_new_tokens if last else 0
+        # The last new token is still to be computed; those before it were guesses.
+        num_computed = num_known + max(0, num_new - 1)
+        num_drafted, num_accepted = self._drafts[request.number].get(index, (0, 0))
         has_no_blocks = phase in (admin_pb2.SEQUENCE_PHASE_WAITING, admin_pb2.SEQUENCE_PHASE_PREEMPTED)
         return admin_pb2.SequenceSnapshot(
             request_number=_number(request.id),
@@ -192,11 +208,13 @@ class FlightRecorder(Observer):
             prompt_tokens=request.num_prompt_tokens,
             cached_tokens=request.num_cached_tokens,
             computed_tokens=0 if has_no_blocks else num_computed,
-            completion_tokens=max(0, num_tokens - request.num_prompt_tokens),
+            completion_tokens=max(0, num_known + num_new - request.num_prompt_tokens),
             max_completion_tokens=request.params.max_tokens or 0,
             block_ids=self._kv.tables.get((request.id, index), ()),
             age=duration(time.monotonic() - request.arrival_s),
             preemptions=sum(preemption.index == index for _, preemption in request.preemptions),
+            draft_tokens=num_drafted,
+            accepted_draft_tokens=num_accepted,
         )
 
     def explain(self, request_id: str) -> list[admin_pb2.RequestTimeline]:
@@ -266,7 +284,9 @@ def _step(step: StepRecord, labels: Mapping[int, str]) -> admin_pb2.StepSnapshot
                 start=part.start,
                 tokens=part.num_tokens,
                 prompt_tokens=part.num_prompt_tokens,
-                sampled=part.samples,
+                sampled=part.num_new_tokens > 0,
+                draft_tokens=part.num_drafted,
+                accepted_draft_tokens=part.num_accepted,
             )
             for part in step.parts
         ],

@@ -281,8 +281,13 @@ def _decode(request: RequestRecord) -> Iterator[Entry]:
         took_s = request.last_token_s - request.first_token_s
         num_tokens = request.num_completion_tokens
         pace = f", {(num_tokens - 1) / took_s:.1f} a second" if took_s > 0 and num_tokens > 1 else ""
-        text = f"generated {_count(num_tokens, 'token')} in {_time(took_s)}{pace}"
-        decode = admin_pb2.TimelineDecode(completion_tokens=num_tokens)
+        num_drafted = sum(totals.num_tokens for totals in request.drafts.values())
+        num_accepted = sum(totals.num_accepted for totals in request.drafts.values())
+        guesses = f"; {num_accepted} of {num_drafted} guesses were right" if num_drafted else ""
+        text = f"generated {_count(num_tokens, 'token')} in {_time(took_s)}{pace}{guesses}"
+        decode = admin_pb2.TimelineDecode(
+            completion_tokens=num_tokens, draft_tokens=num_drafted, accepted_draft_tokens=num_accepted
+        )
         told = admin_pb2.TimelineEntry(text=text, decode=decode)
         yield Entry(request.first_token_s, request.last_token_s, told)
 

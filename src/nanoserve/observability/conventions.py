@@ -30,6 +30,8 @@ NANOSERVE = "nanoserve"
 ERROR_REASON = "nanoserve.error.reason"
 # "waiting" or "running".
 PHASE = "nanoserve.phase"
+# Who guessed: the value of a request.DraftSource.
+DRAFT_SOURCE = "nanoserve.draft_source"
 
 
 def of_generation(model: str, *, is_chat: bool) -> dict[str, str]:

@@ -10,7 +10,7 @@ from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 from nanoserve.observability import conventions as names
 from nanoserve.observer import CallRecord, Observer, RequestRecord
-from nanoserve.request import Rejection
+from nanoserve.request import DraftSource, DraftTotals, Rejection
 from nanoserve.step_record import StepRecord
 
 # What turns a call away.
@@ -51,8 +51,10 @@ COUNTERS = (
     ("nanoserve.prompt.tokens", "{token}", "Prompt tokens of requests that began to run."),
     ("nanoserve.prompt.cached_tokens", "{token}", "Those of them that the prefix cache had."),
     ("nanoserve.completion.tokens", "{token}", "Tokens that were generated for callers."),
-    ("nanoserve.spec_decode.draft_tokens", "{token}", "Tokens that were guessed and checked, by the guess's source."),
-    ("nanoserve.spec_decode.accepted_tokens", "{token}", "Those of them that were right."),
+    ("nanoserve.spec_decode.num_drafts", "{draft}", "Drafts that were checked: each guesses one or several tokens."),
+    ("nanoserve.spec_decode.num_draft_tokens", "{token}", "Tokens of these drafts."),
+    ("nanoserve.spec_decode.num_accepted_tokens", "{token}", "Those of them that were right."),
+    ("nanoserve.spec_decode.num_accepted_tokens_per_pos", "{token}", "The same, by their place in the draft, from 0."),
     ("nanoserve.preemptions", "{preemption}", "Times that a sequence lost its blocks to another."),
     ("nanoserve.calls.rejected", "{call}", "RPCs that were turned away, by reason."),
     ("nanoserve.requests.cancelled", "{request}", "Requests that their caller, or an operator, ended."),
@@ -125,12 +127,21 @@ class Metrics(Observer):
             self._counters["nanoserve.prompt.tokens"].add(request.num_prompt_tokens)
             self._counters["nanoserve.prompt.cached_tokens"].add(request.num_cached_tokens)
             self._counters["nanoserve.completion.tokens"].add(request.num_completion_tokens)
-        for source, num_drafted in request.num_drafted.items():
-            attributes = {"nanoserve.draft_source": source.value}
-            self._counters["nanoserve.spec_decode.draft_tokens"].add(num_drafted, attributes)
-            self._counters["nanoserve.spec_decode.accepted_tokens"].add(request.num_accepted[source], attributes)
+        for source, totals in request.drafts.items():
+            self._count_drafts(source, totals)
         for reason in request.finish_reasons.values():
             self._counters["nanoserve.sequences.finished"].add(1, {"nanoserve.finish_reason": reason.value})
+
+    def _count_drafts(self, source: DraftSource, totals: DraftTotals) -> None:
+        attributes = {names.DRAFT_SOURCE: source.value}
+        self._counters["nanoserve.spec_decode.num_drafts"].add(totals.num_drafts, attributes)
+        self._counters["nanoserve.spec_decode.num_draft_tokens"].add(totals.num_tokens, attributes)
+        self._counters["nanoserve.spec_decode.num_accepted_tokens"].add(totals.num_accepted, attributes)
+        # At most 64: a draft has no more tokens.
+        for position, count in enumerate(totals.accepted_per_position):
+            self._counters["nanoserve.spec_decode.num_accepted_tokens_per_pos"].add(
+                count, attributes | {"nanoserve.spec_decode.position": f"{position}"}
+            )
 
     def call_ended(self, call: CallRecord) -> None:
         attributes = {names.RPC_SYSTEM: "grpc", names.RPC_METHOD: call.method, names.RPC_STATUS: call.code}

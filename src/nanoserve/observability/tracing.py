@@ -4,7 +4,7 @@
     └─ nanoserve.v1.GenerationService/Generate   SERVER
        ├─ queue      the call's begin to its first step: checked, encoded, waiting
        ├─ prefill    to the first token; an event for each chunk of the prompt
-       └─ decode     to the end of the call; events for preemptions and what was computed again
+       └─ decode     to the end of the call; events for preemptions, what was computed again, and guesses
 
 The three tile their parent, so that their durations add up to its own. A request that ends early ends in the phase it
 was in. They are made when the call is over, from times that were noted anyway, so a token costs nothing.
@@ -97,6 +97,17 @@ def _events(request: RequestRecord) -> Iterator[tuple[float, str, dict[str, Any]
         for_whom = preemption.for_request_id
         yield time_s, "preemption", {"nanoserve.sequence": preemption.index, "nanoserve.preempted_for": for_whom}
     if request.last_token_s is not None:
+        for source, totals in request.drafts.items():
+            yield (
+                request.last_token_s,
+                "guesses",
+                {
+                    names.DRAFT_SOURCE: source.value,
+                    "nanoserve.drafts": totals.num_drafts,
+                    "nanoserve.draft_tokens": totals.num_tokens,
+                    "nanoserve.accepted_draft_tokens": totals.num_accepted,
+                },
+            )
         # What follows is delivery.
         yield request.last_token_s, "last token", {"nanoserve.tokens": request.num_completion_tokens}
 

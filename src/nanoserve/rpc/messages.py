@@ -8,13 +8,14 @@ from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
 from nanoserve.engine.engine import ServedModel, Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
-from nanoserve.request import FinishReason, SamplingParams, TokenLogprob
+from nanoserve.request import DraftSource, FinishReason, SamplingParams, TokenLogprob
 
 # Tokens with 20 alternatives each: about 4 ms of the event loop's time, and far below the 4 MiB that clients take.
 PROMPT_LOGPROBS_A_MESSAGE = 64
 
 # The contract has the same names, with a prefix.
 FINISH_REASONS = {reason: generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
+DRAFT_SOURCES = {source: generation_pb2.DraftSource.Value(f"DRAFT_SOURCE_{source.name}") for source in DraftSource}
 
 # The bytes of a token.
 TokenBytes = Callable[[int], bytes]
@@ -66,15 +67,13 @@ def finished(event: Finished) -> generation_pb2.GenerateResponse:
                 prompt_tokens=event.prompt_tokens,
                 cached_tokens=event.cached_tokens,
                 completion_tokens=event.completion_tokens,
-                draft_tokens=sum(event.num_drafted.values()),
-                accepted_draft_tokens=sum(event.num_accepted.values()),
+                draft_tokens=sum(totals.num_tokens for totals in event.drafts.values()),
+                accepted_draft_tokens=sum(totals.num_accepted for totals in event.drafts.values()),
                 drafts=[
                     generation_pb2.DraftUsage(
-                        source=generation_pb2.DraftSource.Value(f"DRAFT_SOURCE_{source.name}"),
-                        tokens=num_drafted,
-                        accepted_tokens=event.num_accepted[source],
+                        source=DRAFT_SOURCES[source], tokens=totals.num_tokens, accepted_tokens=totals.num_accepted
                     )
-                    for source, num_drafted in event.num_drafted.items()
+                    for source, totals in event.drafts.items()
                 ],
             ),
             timing=generation_pb2.Timing(
@@ -95,6 +94,9 @@ def model(served: ServedModel) -> model_pb2.Model:
         vocab_size=served.vocab_size,
         eos_token_ids=served.eos_token_ids,
         default_sampling=_sampling(served.default_params),
+        max_draft_tokens=served.max_draft_tokens,
+        draft_sources=[DRAFT_SOURCES[source] for source in served.draft_sources],
+        draft_model=served.draft_model,
     )
 
 
@@ -108,6 +110,7 @@ def stats(snapshot: Stats) -> admin_pb2.GetStatsResponse:
         kv_blocks_cached=scheduler.num_cached_blocks,
         kv_block_tokens=scheduler.block_size,
         prefix_hit_ratio=snapshot.prefix_hit_ratio,
+        draft_acceptance_ratio=snapshot.draft_acceptance_ratio,
         tokens_per_second=snapshot.tokens_per_s,
         uptime=duration(snapshot.uptime_s),
         preemptions=scheduler.num_preemptions,

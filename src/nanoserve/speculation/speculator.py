@@ -31,6 +31,13 @@ SOURCES: dict[str, tuple[DraftSource, ...]] = {
 }
 
 
+def read_choice(choice: str, *, has_draft_model: bool) -> tuple[tuple[DraftSource, ...], int]:
+    """What --speculate says as WAYS or WAYS:K: how the server guesses, and the most tokens of a sequence at once."""
+    ways, _, limit = choice.partition(":")
+    sources = (source for source in SOURCES[ways] if has_draft_model or source is not DraftSource.DRAFT_MODEL)
+    return tuple(sources), int(limit or DEFAULT_MAX_DRAFT_TOKENS)
+
+
 @dataclass(slots=True)
 class _Row:
     """What drafting needs of the sequence in a row."""
@@ -60,10 +67,8 @@ class Speculator:
 
     @classmethod
     def of(cls, choice: str, *, has_draft_model: bool = False) -> "Speculator":
-        """choice: that of --speculate, WAYS or WAYS:K."""
-        ways, _, limit = choice.partition(":")
-        sources = (source for source in SOURCES[ways] if has_draft_model or source is not DraftSource.DRAFT_MODEL)
-        return cls(sources, int(limit or DEFAULT_MAX_DRAFT_TOKENS))
+        """choice: that of --speculate."""
+        return cls(*read_choice(choice, has_draft_model=has_draft_model))
 
     def admit(self, row: int, admission: Admission) -> None:
         """A sequence takes the row."""

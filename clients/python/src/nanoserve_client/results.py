@@ -170,6 +170,10 @@ class DraftSource(enum.StrEnum):
 _DRAFT_SOURCES = by_number(DraftSource, pb.DraftSource, "DRAFT_SOURCE_")
 
 
+def draft_source_of(value: "pb.DraftSource.ValueType") -> DraftSource:
+    return _DRAFT_SOURCES.get(value, DraftSource.UNKNOWN)
+
+
 @dataclass(frozen=True, slots=True)
 class DraftUsage:
     """What became of the guesses of one source."""
@@ -181,10 +185,7 @@ class DraftUsage:
 
 
 def drafts_of(usage: pb.Usage) -> dict[DraftSource, DraftUsage]:
-    return {
-        _DRAFT_SOURCES.get(each.source, DraftSource.UNKNOWN): DraftUsage(each.tokens, each.accepted_tokens)
-        for each in usage.drafts
-    }
+    return {draft_source_of(each.source): DraftUsage(each.tokens, each.accepted_tokens) for each in usage.drafts}
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,14 +258,21 @@ class Model:
     eos_token_ids: tuple[int, ...]
     # What an option that is not given takes.
     default_sampling: Sampling
+    # Most tokens of a sequence that are guessed at once: what `max_draft_tokens` takes if it is not given.
+    max_draft_tokens: int
+    # In which ways the server guesses by itself; what a caller predicts is a guess in any case.
+    draft_sources: tuple[DraftSource, ...]
+    # Name of the smaller model that guesses. Empty = there is none.
+    draft_model: str
 
     @classmethod
     def of(cls, message: model_pb2.Model) -> Self:
         return cls(
-            **same_fields(cls, message, "create_time", "eos_token_ids", "default_sampling"),
+            **same_fields(cls, message, "create_time", "eos_token_ids", "default_sampling", "draft_sources"),
             create_time=message.create_time.ToDatetime(UTC),
             eos_token_ids=tuple(message.eos_token_ids),
             default_sampling=Sampling.of(message.default_sampling),
+            draft_sources=tuple(map(draft_source_of, message.draft_sources)),
         )
 
 
@@ -304,6 +312,8 @@ class Stats:
     kv_block_tokens: int
     # Cached prompt tokens / prompt tokens of the requests begun in the last minute; 0 if none.
     prefix_hit_ratio: float
+    # Guessed tokens that were right / guessed tokens, over the last minute; 0 if none.
+    draft_acceptance_ratio: float
     # Generated tokens a second, over the last 10 s.
     tokens_per_second: float
     # Seconds since the server was started.

@@ -16,7 +16,7 @@ class SequencePhase(enum.Enum):
     WAITING = "waiting"
     # Its prompt, or what a preemption threw away, is being computed.
     PREFILL = "prefill"
-    # It generates, a token a step.
+    # It generates, in each step a token and those that were guessed right.
     DECODE = "decode"
     # It lost its KV blocks to another, and is in the queue again.
     PREEMPTED = "preempted"
@@ -72,6 +72,9 @@ class SequenceSnapshot:
     # Seconds since the request arrived.
     age_s: float
     preemptions: int
+    # Tokens that were guessed for it, and those of them that were right.
+    draft_tokens: int
+    accepted_draft_tokens: int
 
     @classmethod
     def of(cls, message: pb.SequenceSnapshot) -> Self:
@@ -92,12 +95,15 @@ class StepPart:
     index: int
     # Position of the first token.
     start: int
-    # Several of a prompt, one of a sequence that generates.
+    # Guesses not among them: several of a prompt, one of a sequence that generates.
     tokens: int
     # How many of them are of the prompt.
     prompt_tokens: int
-    # It gave the sequence a new token.
+    # It gave the sequence a new token, and before it those that were guessed right.
     sampled: bool
+    # Tokens that were guessed, and those of them that were right.
+    draft_tokens: int
+    accepted_draft_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +162,16 @@ class StepSnapshot:
             duration_s=message.duration.ToTimedelta().total_seconds(),
             # Many, so without a loop over their fields.
             parts=tuple(
-                StepPart(p.request_number, p.index, p.start, p.tokens, p.prompt_tokens, p.sampled)
+                StepPart(
+                    p.request_number,
+                    p.index,
+                    p.start,
+                    p.tokens,
+                    p.prompt_tokens,
+                    p.sampled,
+                    p.draft_tokens,
+                    p.accepted_draft_tokens,
+                )
                 for p in message.parts
             ),
             preemptions=tuple(StepPreemption(**same_fields(StepPreemption, p)) for p in message.preemptions),
@@ -239,6 +254,9 @@ class TimelineDecode:
     """Generation, of all sequences."""
 
     completion_tokens: int
+    # Tokens that were guessed, and those of them that were right.
+    draft_tokens: int
+    accepted_draft_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +307,8 @@ def _event(message: pb.TimelineEntry) -> TimelineEvent | None:
         case "preemption":
             return TimelinePreemption(message.preemption.index, message.preemption.for_request_id)
         case "decode":
-            return TimelineDecode(message.decode.completion_tokens)
+            decode = message.decode
+            return TimelineDecode(decode.completion_tokens, decode.draft_tokens, decode.accepted_draft_tokens)
         case "end":
             end = message.end
             return TimelineEnd(tuple(map(finish_reason_of, end.finish_reasons)), end.reason or None, end.abandoned)

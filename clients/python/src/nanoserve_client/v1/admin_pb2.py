@@ -27,17 +27,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from nanoserve_client.v1 import generation_pb2 as nanoserve_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18nanoserve/v1/admin.proto\x12\x0cnanoserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dnanoserve/v1/generation.proto\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\r\"\x13\n\x11ResetCacheRequest\"*\n\x12ResetCacheResponse\x12\x14\n\x0c\x66reed_blocks\x18\x01 \x01(\r\"\x11\n\x0fGetStatsRequest\"\x8d\x02\n\x10GetStatsResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x05 \x01(\r\x12\x17\n\x0fkv_block_tokens\x18\x06 \x01(\r\x12\x18\n\x10prefix_hit_ratio\x18\x07 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\t \x01(\x01\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\"A\n\x12WatchEngineRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd0\x01\n\x13WatchEngineResponse\x12-\n\x05stats\x18\x01 \x01(\x0b\x32\x1e.nanoserve.v1.GetStatsResponse\x12\x31\n\tsequences\x18\x02 \x03(\x0b\x32\x1e.nanoserve.v1.SequenceSnapshot\x12\x18\n\x10\x63\x61\x63hed_block_ids\x18\x03 \x03(\r\x12)\n\x05steps\x18\x04 \x03(\x0b\x32\x1a.nanoserve.v1.StepSnapshot\x12\x12\n\nlost_steps\x18\x05 \x01(\x04\"\xca\x02\n\x10SequenceSnapshot\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12*\n\x05phase\x18\x04 \x01(\x0e\x32\x1b.nanoserve.v1.SequencePhase\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x07 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\r\x12\x1d\n\x15max_completion_tokens\x18\t \x01(\r\x12\x11\n\tblock_ids\x18\n \x03(\r\x12&\n\x03\x61ge\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bpreemptions\x18\x0c \x01(\r\"\xaa\x02\n\x0cStepSnapshot\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x05parts\x18\x03 \x03(\x0b\x32\x16.nanoserve.v1.StepPart\x12\x31\n\x0bpreemptions\x18\x04 \x03(\x0b\x32\x1c.nanoserve.v1.StepPreemption\x12%\n\x04wait\x18\x05 \x01(\x0b\x32\x17.nanoserve.v1.QueueWait\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x14\n\x0ctaken_blocks\x18\x08 \x01(\r\x12\x14\n\x0c\x66reed_blocks\x18\t \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\n \x01(\x08\"x\n\x08StepPart\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x0f\n\x07sampled\x18\x06 \x01(\x08\"S\n\x0eStepPreemption\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x1a\n\x12\x66or_request_number\x18\x03 \x01(\x04\"\x89\x01\n\tQueueWait\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.nanoserve.v1.WaitReason\x12\x1d\n\x15\x62\x65hind_request_number\x18\x04 \x01(\x04\x12\x0c\n\x04text\x18\x05 \x01(\t\"+\n\x15\x45xplainRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"J\n\x16\x45xplainRequestResponse\x12\x30\n\ttimelines\x18\x01 \x03(\x0b\x32\x1d.nanoserve.v1.RequestTimeline\"\xb2\x02\n\x0fRequestTimeline\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0erequest_number\x18\x02 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65nded\x18\x05 \x01(\x08\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\r\x12,\n\x07\x65ntries\x18\t \x03(\x0b\x32\x1b.nanoserve.v1.TimelineEntry\x12\x0f\n\x07summary\x18\n \x01(\t\"\xa2\x03\n\rTimelineEntry\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04text\x18\x03 \x01(\t\x12*\n\x04wait\x18\x04 \x01(\x0b\x32\x1a.nanoserve.v1.TimelineWaitH\x00\x12\x33\n\tcache_hit\x18\x05 \x01(\x0b\x32\x1e.nanoserve.v1.TimelineCacheHitH\x00\x12\x30\n\x07prefill\x18\x06 \x01(\x0b\x32\x1d.nanoserve.v1.TimelinePrefillH\x00\x12\x36\n\npreemption\x18\x07 \x01(\x0b\x32 .nanoserve.v1.TimelinePreemptionH\x00\x12.\n\x06\x64\x65\x63ode\x18\x08 \x01(\x0b\x32\x1c.nanoserve.v1.TimelineDecodeH\x00\x12(\n\x03\x65nd\x18\t \x01(\x0b\x32\x19.nanoserve.v1.TimelineEndH\x00\x42\x07\n\x05\x65vent\"{\n\x0cTimelineWait\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.nanoserve.v1.WaitReason\x12\r\n\x05index\x18\x02 \x01(\r\x12\x19\n\x11\x62\x65hind_request_id\x18\x03 \x01(\t\x12\x17\n\x0frequests_before\x18\x04 \x01(\r\"@\n\x10TimelineCacheHit\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"Z\n\x0fTimelinePrefill\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x03 \x01(\r\x12\x18\n\x10\x61\x66ter_preemption\x18\x04 \x01(\x08\";\n\x12TimelinePreemption\x12\r\n\x05index\x18\x01 \x01(\r\x12\x16\n\x0e\x66or_request_id\x18\x02 \x01(\t\"+\n\x0eTimelineDecode\x12\x19\n\x11\x63ompletion_tokens\x18\x01 \x01(\r\"d\n\x0bTimelineEnd\x12\x32\n\x0e\x66inish_reasons\x18\x01 \x03(\x0e\x32\x1a.nanoserve.v1.FinishReason\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\tabandoned\x18\x03 \x01(\x08*\xba\x01\n\rSequencePhase\x12\x1e\n\x1aSEQUENCE_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEQUENCE_PHASE_WAITING\x10\x01\x12\x1a\n\x16SEQUENCE_PHASE_PREFILL\x10\x02\x12\x19\n\x15SEQUENCE_PHASE_DECODE\x10\x03\x12\x1c\n\x18SEQUENCE_PHASE_PREEMPTED\x10\x04\x12\x18\n\x14SEQUENCE_PHASE_ENDED\x10\x05*\x9e\x01\n\nWaitReason\x12\x1b\n\x17WAIT_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12WAIT_REASON_BLOCKS\x10\x01\x12\x14\n\x10WAIT_REASON_ROWS\x10\x02\x12\x16\n\x12WAIT_REASON_TOKENS\x10\x03\x12\x15\n\x11WAIT_REASON_BATCH\x10\x04\x12\x16\n\x12WAIT_REASON_PREFIX\x10\x05\x32\xa2\x03\n\x0c\x41\x64minService\x12\x43\n\x06\x43\x61ncel\x12\x1b.nanoserve.v1.CancelRequest\x1a\x1c.nanoserve.v1.CancelResponse\x12O\n\nResetCache\x12\x1f.nanoserve.v1.ResetCacheRequest\x1a .nanoserve.v1.ResetCacheResponse\x12I\n\x08GetStats\x12\x1d.nanoserve.v1.GetStatsRequest\x1a\x1e.nanoserve.v1.GetStatsResponse\x12T\n\x0bWatchEngine\x12 .nanoserve.v1.WatchEngineRequest\x1a!.nanoserve.v1.WatchEngineResponse0\x01\x12[\n\x0e\x45xplainRequest\x12#.nanoserve.v1.ExplainRequestRequest\x1a$.nanoserve.v1.ExplainRequestResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18nanoserve/v1/admin.proto\x12\x0cnanoserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dnanoserve/v1/generation.proto\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\r\"\x13\n\x11ResetCacheRequest\"*\n\x12ResetCacheResponse\x12\x14\n\x0c\x66reed_blocks\x18\x01 \x01(\r\"\x11\n\x0fGetStatsRequest\"\xad\x02\n\x10GetStatsResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x05 \x01(\r\x12\x17\n\x0fkv_block_tokens\x18\x06 \x01(\r\x12\x18\n\x10prefix_hit_ratio\x18\x07 \x01(\x01\x12\x1e\n\x16\x64raft_acceptance_ratio\x18\x08 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\t \x01(\x01\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\"A\n\x12WatchEngineRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd0\x01\n\x13WatchEngineResponse\x12-\n\x05stats\x18\x01 \x01(\x0b\x32\x1e.nanoserve.v1.GetStatsResponse\x12\x31\n\tsequences\x18\x02 \x03(\x0b\x32\x1e.nanoserve.v1.SequenceSnapshot\x12\x18\n\x10\x63\x61\x63hed_block_ids\x18\x03 \x03(\r\x12)\n\x05steps\x18\x04 \x03(\x0b\x32\x1a.nanoserve.v1.StepSnapshot\x12\x12\n\nlost_steps\x18\x05 \x01(\x04\"\xff\x02\n\x10SequenceSnapshot\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12*\n\x05phase\x18\x04 \x01(\x0e\x32\x1b.nanoserve.v1.SequencePhase\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x07 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\r\x12\x1d\n\x15max_completion_tokens\x18\t \x01(\r\x12\x11\n\tblock_ids\x18\n \x03(\r\x12&\n\x03\x61ge\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bpreemptions\x18\x0c \x01(\r\x12\x14\n\x0c\x64raft_tokens\x18\r \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x0e \x01(\r\"\xaa\x02\n\x0cStepSnapshot\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x05parts\x18\x03 \x03(\x0b\x32\x16.nanoserve.v1.StepPart\x12\x31\n\x0bpreemptions\x18\x04 \x03(\x0b\x32\x1c.nanoserve.v1.StepPreemption\x12%\n\x04wait\x18\x05 \x01(\x0b\x32\x17.nanoserve.v1.QueueWait\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x14\n\x0ctaken_blocks\x18\x08 \x01(\r\x12\x14\n\x0c\x66reed_blocks\x18\t \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\n \x01(\x08\"\xad\x01\n\x08StepPart\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x0f\n\x07sampled\x18\x06 \x01(\x08\x12\x14\n\x0c\x64raft_tokens\x18\x07 \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x08 \x01(\r\"S\n\x0eStepPreemption\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x1a\n\x12\x66or_request_number\x18\x03 \x01(\x04\"\x89\x01\n\tQueueWait\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.nanoserve.v1.WaitReason\x12\x1d\n\x15\x62\x65hind_request_number\x18\x04 \x01(\x04\x12\x0c\n\x04text\x18\x05 \x01(\t\"+\n\x15\x45xplainRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"J\n\x16\x45xplainRequestResponse\x12\x30\n\ttimelines\x18\x01 \x03(\x0b\x32\x1d.nanoserve.v1.RequestTimeline\"\xb2\x02\n\x0fRequestTimeline\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0erequest_number\x18\x02 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65nded\x18\x05 \x01(\x08\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\r\x12,\n\x07\x65ntries\x18\t \x03(\x0b\x32\x1b.nanoserve.v1.TimelineEntry\x12\x0f\n\x07summary\x18\n \x01(\t\"\xa2\x03\n\rTimelineEntry\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04text\x18\x03 \x01(\t\x12*\n\x04wait\x18\x04 \x01(\x0b\x32\x1a.nanoserve.v1.TimelineWaitH\x00\x12\x33\n\tcache_hit\x18\x05 \x01(\x0b\x32\x1e.nanoserve.v1.TimelineCacheHitH\x00\x12\x30\n\x07prefill\x18\x06 \x01(\x0b\x32\x1d.nanoserve.v1.TimelinePrefillH\x00\x12\x36\n\npreemption\x18\x07 \x01(\x0b\x32 .nanoserve.v1.TimelinePreemptionH\x00\x12.\n\x06\x64\x65\x63ode\x18\x08 \x01(\x0b\x32\x1c.nanoserve.v1.TimelineDecodeH\x00\x12(\n\x03\x65nd\x18\t \x01(\x0b\x32\x19.nanoserve.v1.TimelineEndH\x00\x42\x07\n\x05\x65vent\"{\n\x0cTimelineWait\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.nanoserve.v1.WaitReason\x12\r\n\x05index\x18\x02 \x01(\r\x12\x19\n\x11\x62\x65hind_request_id\x18\x03 \x01(\t\x12\x17\n\x0frequests_before\x18\x04 \x01(\r\"@\n\x10TimelineCacheHit\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"Z\n\x0fTimelinePrefill\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x03 \x01(\r\x12\x18\n\x10\x61\x66ter_preemption\x18\x04 \x01(\x08\";\n\x12TimelinePreemption\x12\r\n\x05index\x18\x01 \x01(\r\x12\x16\n\x0e\x66or_request_id\x18\x02 \x01(\t\"`\n\x0eTimelineDecode\x12\x19\n\x11\x63ompletion_tokens\x18\x01 \x01(\r\x12\x14\n\x0c\x64raft_tokens\x18\x02 \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x03 \x01(\r\"d\n\x0bTimelineEnd\x12\x32\n\x0e\x66inish_reasons\x18\x01 \x03(\x0e\x32\x1a.nanoserve.v1.FinishReason\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\tabandoned\x18\x03 \x01(\x08*\xba\x01\n\rSequencePhase\x12\x1e\n\x1aSEQUENCE_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEQUENCE_PHASE_WAITING\x10\x01\x12\x1a\n\x16SEQUENCE_PHASE_PREFILL\x10\x02\x12\x19\n\x15SEQUENCE_PHASE_DECODE\x10\x03\x12\x1c\n\x18SEQUENCE_PHASE_PREEMPTED\x10\x04\x12\x18\n\x14SEQUENCE_PHASE_ENDED\x10\x05*\x9e\x01\n\nWaitReason\x12\x1b\n\x17WAIT_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12WAIT_REASON_BLOCKS\x10\x01\x12\x14\n\x10WAIT_REASON_ROWS\x10\x02\x12\x16\n\x12WAIT_REASON_TOKENS\x10\x03\x12\x15\n\x11WAIT_REASON_BATCH\x10\x04\x12\x16\n\x12WAIT_REASON_PREFIX\x10\x05\x32\xa2\x03\n\x0c\x41\x64minService\x12\x43\n\x06\x43\x61ncel\x12\x1b.nanoserve.v1.CancelRequest\x1a\x1c.nanoserve.v1.CancelResponse\x12O\n\nResetCache\x12\x1f.nanoserve.v1.ResetCacheRequest\x1a .nanoserve.v1.ResetCacheResponse\x12I\n\x08GetStats\x12\x1d.nanoserve.v1.GetStatsRequest\x1a\x1e.nanoserve.v1.GetStatsResponse\x12T\n\x0bWatchEngine\x12 .nanoserve.v1.WatchEngineRequest\x1a!.nanoserve.v1.WatchEngineResponse0\x01\x12[\n\x0e\x45xplainRequest\x12#.nanoserve.v1.ExplainRequestRequest\x1a$.nanoserve.v1.ExplainRequestResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'nanoserve_client.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEQUENCEPHASE']._serialized_start=3170
-  _globals['_SEQUENCEPHASE']._serialized_end=3356
-  _globals['_WAITREASON']._serialized_start=3359
-  _globals['_WAITREASON']._serialized_end=3517
+  _globals['_SEQUENCEPHASE']._serialized_start=3362
+  _globals['_SEQUENCEPHASE']._serialized_end=3548
+  _globals['_WAITREASON']._serialized_start=3551
+  _globals['_WAITREASON']._serialized_end=3709
   _globals['_CANCELREQUEST']._serialized_start=138
   _globals['_CANCELREQUEST']._serialized_end=173
   _globals['_CANCELRESPONSE']._serialized_start=175
@@ -49,41 +49,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATSREQUEST']._serialized_start=277
   _globals['_GETSTATSREQUEST']._serialized_end=294
   _globals['_GETSTATSRESPONSE']._serialized_start=297
-  _globals['_GETSTATSRESPONSE']._serialized_end=566
-  _globals['_WATCHENGINEREQUEST']._serialized_start=568
-  _globals['_WATCHENGINEREQUEST']._serialized_end=633
-  _globals['_WATCHENGINERESPONSE']._serialized_start=636
-  _globals['_WATCHENGINERESPONSE']._serialized_end=844
-  _globals['_SEQUENCESNAPSHOT']._serialized_start=847
-  _globals['_SEQUENCESNAPSHOT']._serialized_end=1177
-  _globals['_STEPSNAPSHOT']._serialized_start=1180
-  _globals['_STEPSNAPSHOT']._serialized_end=1478
-  _globals['_STEPPART']._serialized_start=1480
-  _globals['_STEPPART']._serialized_end=1600
-  _globals['_STEPPREEMPTION']._serialized_start=1602
-  _globals['_STEPPREEMPTION']._serialized_end=1685
-  _globals['_QUEUEWAIT']._serialized_start=1688
-  _globals['_QUEUEWAIT']._serialized_end=1825
-  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=1827
-  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=1870
-  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=1872
-  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=1946
-  _globals['_REQUESTTIMELINE']._serialized_start=1949
-  _globals['_REQUESTTIMELINE']._serialized_end=2255
-  _globals['_TIMELINEENTRY']._serialized_start=2258
-  _globals['_TIMELINEENTRY']._serialized_end=2676
-  _globals['_TIMELINEWAIT']._serialized_start=2678
-  _globals['_TIMELINEWAIT']._serialized_end=2801
-  _globals['_TIMELINECACHEHIT']._serialized_start=2803
-  _globals['_TIMELINECACHEHIT']._serialized_end=2867
-  _globals['_TIMELINEPREFILL']._serialized_start=2869
-  _globals['_TIMELINEPREFILL']._serialized_end=2959
-  _globals['_TIMELINEPREEMPTION']._serialized_start=2961
-  _globals['_TIMELINEPREEMPTION']._serialized_end=3020
-  _globals['_TIMELINEDECODE']._serialized_start=3022
-  _globals['_TIMELINEDECODE']._serialized_end=3065
-  _globals['_TIMELINEEND']._serialized_start=3067
-  _globals['_TIMELINEEND']._serialized_end=3167
-  _globals['_ADMINSERVICE']._serialized_start=3520
-  _globals['_ADMINSERVICE']._serialized_end=3938
+  _globals['_GETSTATSRESPONSE']._serialized_end=598
+  _globals['_WATCHENGINEREQUEST']._serialized_start=600
+  _globals['_WATCHENGINEREQUEST']._serialized_end=665
+  _globals['_WATCHENGINERESPONSE']._serialized_start=668
+  _globals['_WATCHENGINERESPONSE']._serialized_end=876
+  _globals['_SEQUENCESNAPSHOT']._serialized_start=879
+  _globals['_SEQUENCESNAPSHOT']._serialized_end=1262
+  _globals['_STEPSNAPSHOT']._serialized_start=1265
+  _globals['_STEPSNAPSHOT']._serialized_end=1563
+  _globals['_STEPPART']._serialized_start=1566
+  _globals['_STEPPART']._serialized_end=1739
+  _globals['_STEPPREEMPTION']._serialized_start=1741
+  _globals['_STEPPREEMPTION']._serialized_end=1824
+  _globals['_QUEUEWAIT']._serialized_start=1827
+  _globals['_QUEUEWAIT']._serialized_end=1964
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=1966
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=2009
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=2011
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=2085
+  _globals['_REQUESTTIMELINE']._serialized_start=2088
+  _globals['_REQUESTTIMELINE']._serialized_end=2394
+  _globals['_TIMELINEENTRY']._serialized_start=2397
+  _globals['_TIMELINEENTRY']._serialized_end=2815
+  _globals['_TIMELINEWAIT']._serialized_start=2817
+  _globals['_TIMELINEWAIT']._serialized_end=2940
+  _globals['_TIMELINECACHEHIT']._serialized_start=2942
+  _globals['_TIMELINECACHEHIT']._serialized_end=3006
+  _globals['_TIMELINEPREFILL']._serialized_start=3008
+  _globals['_TIMELINEPREFILL']._serialized_end=3098
+  _globals['_TIMELINEPREEMPTION']._serialized_start=3100
+  _globals['_TIMELINEPREEMPTION']._serialized_end=3159
+  _globals['_TIMELINEDECODE']._serialized_start=3161
+  _globals['_TIMELINEDECODE']._serialized_end=3257
+  _globals['_TIMELINEEND']._serialized_start=3259
+  _globals['_TIMELINEEND']._serialized_end=3359
+  _globals['_ADMINSERVICE']._serialized_start=3712
+  _globals['_ADMINSERVICE']._serialized_end=4130
 # @@protoc_insertion_point(module_scope)

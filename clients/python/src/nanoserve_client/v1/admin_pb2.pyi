@@ -35,7 +35,7 @@ class _SequencePhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Sequenc
     SEQUENCE_PHASE_PREFILL: _SequencePhase.ValueType  # 2
     """Its prompt, or what a preemption threw away, is being computed."""
     SEQUENCE_PHASE_DECODE: _SequencePhase.ValueType  # 3
-    """It generates, a token a step."""
+    """It generates, in each step a token and those that were guessed right."""
     SEQUENCE_PHASE_PREEMPTED: _SequencePhase.ValueType  # 4
     """It lost its KV blocks to another, and is in the queue again."""
     SEQUENCE_PHASE_ENDED: _SequencePhase.ValueType  # 5
@@ -51,7 +51,7 @@ SEQUENCE_PHASE_WAITING: SequencePhase.ValueType  # 1
 SEQUENCE_PHASE_PREFILL: SequencePhase.ValueType  # 2
 """Its prompt, or what a preemption threw away, is being computed."""
 SEQUENCE_PHASE_DECODE: SequencePhase.ValueType  # 3
-"""It generates, a token a step."""
+"""It generates, in each step a token and those that were guessed right."""
 SEQUENCE_PHASE_PREEMPTED: SequencePhase.ValueType  # 4
 """It lost its KV blocks to another, and is in the queue again."""
 SEQUENCE_PHASE_ENDED: SequencePhase.ValueType  # 5
@@ -207,6 +207,7 @@ class GetStatsResponse(_message.Message):
     KV_BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
     KV_BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     PREFIX_HIT_RATIO_FIELD_NUMBER: _builtins.int
+    DRAFT_ACCEPTANCE_RATIO_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     UPTIME_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
@@ -224,6 +225,8 @@ class GetStatsResponse(_message.Message):
     """Tokens a block holds."""
     prefix_hit_ratio: _builtins.float
     """Cached prompt tokens / prompt tokens of the requests begun in the last minute; 0 if none."""
+    draft_acceptance_ratio: _builtins.float
+    """Guessed tokens that were right / tokens that were guessed, over the last minute; 0 if none."""
     tokens_per_second: _builtins.float
     """Generated tokens a second, over the last 10 s."""
     preemptions: _builtins.int
@@ -242,13 +245,14 @@ class GetStatsResponse(_message.Message):
         kv_blocks_cached: _builtins.int = ...,
         kv_block_tokens: _builtins.int = ...,
         prefix_hit_ratio: _builtins.float = ...,
+        draft_acceptance_ratio: _builtins.float = ...,
         tokens_per_second: _builtins.float = ...,
         uptime: _duration_pb2.Duration | None = ...,
         preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_block_tokens", b"kv_block_tokens", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "preemptions", b"preemptions", "prefix_hit_ratio", b"prefix_hit_ratio", "running", b"running", "tokens_per_second", b"tokens_per_second", "uptime", b"uptime", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_acceptance_ratio", b"draft_acceptance_ratio", "kv_block_tokens", b"kv_block_tokens", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "preemptions", b"preemptions", "prefix_hit_ratio", b"prefix_hit_ratio", "running", b"running", "tokens_per_second", b"tokens_per_second", "uptime", b"uptime", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,6 +350,8 @@ class SequenceSnapshot(_message.Message):
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     AGE_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     request_number: _builtins.int
     """The engine's own number of the request, unique since the server's start; steps name requests by it. 0 = it has none
     yet: its prompt is being encoded.
@@ -368,6 +374,10 @@ class SequenceSnapshot(_message.Message):
     """Most that it may generate."""
     preemptions: _builtins.int
     """How often it was preempted so far."""
+    draft_tokens: _builtins.int
+    """Tokens that were guessed for it so far, and checked."""
+    accepted_draft_tokens: _builtins.int
+    """Those of them that were right: a part of completion_tokens."""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The KV blocks of its tokens, in their order. A block may be in several sequences' lists: a shared prefix."""
@@ -391,10 +401,12 @@ class SequenceSnapshot(_message.Message):
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
         age: _duration_pb2.Duration | None = ...,
         preemptions: _builtins.int = ...,
+        draft_tokens: _builtins.int = ...,
+        accepted_draft_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_ids", b"block_ids", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "index", b"index", "max_completion_tokens", b"max_completion_tokens", "phase", b"phase", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "request_number", b"request_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "age", b"age", "block_ids", b"block_ids", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "draft_tokens", b"draft_tokens", "index", b"index", "max_completion_tokens", b"max_completion_tokens", "phase", b"phase", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "request_number", b"request_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -478,6 +490,8 @@ class StepPart(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLED_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     request_number: _builtins.int
     """As SequenceSnapshot.request_number."""
     index: _builtins.int
@@ -485,11 +499,15 @@ class StepPart(_message.Message):
     start: _builtins.int
     """Position of the first token that it computed."""
     tokens: _builtins.int
-    """How many it computed: several of a prompt, one of a sequence that generates."""
+    """How many it computed, guesses not among them: several of a prompt, one of a sequence that generates."""
     prompt_tokens: _builtins.int
     """How many of them are of the prompt."""
     sampled: _builtins.bool
-    """It gave the sequence a new token."""
+    """It gave the sequence a new token, and before it those that were guessed right."""
+    draft_tokens: _builtins.int
+    """Tokens that were guessed behind these, and checked."""
+    accepted_draft_tokens: _builtins.int
+    """Those of them that were right, and became the sequence's; stop strings are looked for later."""
     def __init__(
         self,
         *,
@@ -499,10 +517,12 @@ class StepPart(_message.Message):
         tokens: _builtins.int = ...,
         prompt_tokens: _builtins.int = ...,
         sampled: _builtins.bool = ...,
+        draft_tokens: _builtins.int = ...,
+        accepted_draft_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "prompt_tokens", b"prompt_tokens", "request_number", b"request_number", "sampled", b"sampled", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "draft_tokens", b"draft_tokens", "index", b"index", "prompt_tokens", b"prompt_tokens", "request_number", b"request_number", "sampled", b"sampled", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -897,16 +917,24 @@ class TimelineDecode(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     completion_tokens: _builtins.int
     """Tokens so far."""
+    draft_tokens: _builtins.int
+    """Tokens that were guessed, and checked."""
+    accepted_draft_tokens: _builtins.int
+    """Those of them that were right: a part of completion_tokens."""
     def __init__(
         self,
         *,
         completion_tokens: _builtins.int = ...,
+        draft_tokens: _builtins.int = ...,
+        accepted_draft_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "completion_tokens", b"completion_tokens", "draft_tokens", b"draft_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from nanoserve_client.v1 import generation_pb2 as nanoserve_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18nanoserve/v1/model.proto\x12\x0cnanoserve.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dnanoserve/v1/generation.proto\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.nanoserve.v1.Model\"\xbf\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x30\n\x10\x64\x65\x66\x61ult_sampling\x18\x07 \x01(\x0b\x32\x16.nanoserve.v1.Sampling\"\x96\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.nanoserve.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"C\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xe1\x02\n\x0cModelService\x12m\n\nListModels\x12\x1f.nanoserve.v1.ListModelsRequest\x1a .nanoserve.v1.ListModelsResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\x12\x14/nanoserve/v1/models\x12l\n\x08Tokenize\x12\x1d.nanoserve.v1.TokenizeRequest\x1a\x1e.nanoserve.v1.TokenizeResponse\"!\x82\xd3\xe4\x93\x02\x1b\"\x16/nanoserve/v1/tokenize:\x01*\x12t\n\nDetokenize\x12\x1f.nanoserve.v1.DetokenizeRequest\x1a .nanoserve.v1.DetokenizeResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/nanoserve/v1/detokenize:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18nanoserve/v1/model.proto\x12\x0cnanoserve.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dnanoserve/v1/generation.proto\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.nanoserve.v1.Model\"\xa0\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x30\n\x10\x64\x65\x66\x61ult_sampling\x18\x07 \x01(\x0b\x32\x16.nanoserve.v1.Sampling\x12\x18\n\x10max_draft_tokens\x18\t \x01(\r\x12\x30\n\rdraft_sources\x18\n \x03(\x0e\x32\x19.nanoserve.v1.DraftSource\x12\x13\n\x0b\x64raft_model\x18\x0b \x01(\t\"\x96\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.nanoserve.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"C\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xe1\x02\n\x0cModelService\x12m\n\nListModels\x12\x1f.nanoserve.v1.ListModelsRequest\x1a .nanoserve.v1.ListModelsResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\x12\x14/nanoserve/v1/models\x12l\n\x08Tokenize\x12\x1d.nanoserve.v1.TokenizeRequest\x1a\x1e.nanoserve.v1.TokenizeResponse\"!\x82\xd3\xe4\x93\x02\x1b\"\x16/nanoserve/v1/tokenize:\x01*\x12t\n\nDetokenize\x12\x1f.nanoserve.v1.DetokenizeRequest\x1a .nanoserve.v1.DetokenizeResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/nanoserve/v1/detokenize:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,15 +45,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTMODELSRESPONSE']._serialized_start=157
   _globals['_LISTMODELSRESPONSE']._serialized_end=214
   _globals['_MODEL']._serialized_start=217
-  _globals['_MODEL']._serialized_end=408
-  _globals['_TOKENIZEREQUEST']._serialized_start=411
-  _globals['_TOKENIZEREQUEST']._serialized_end=561
-  _globals['_TOKENIZERESPONSE']._serialized_start=563
-  _globals['_TOKENIZERESPONSE']._serialized_end=630
-  _globals['_DETOKENIZEREQUEST']._serialized_start=632
-  _globals['_DETOKENIZEREQUEST']._serialized_end=714
-  _globals['_DETOKENIZERESPONSE']._serialized_start=716
-  _globals['_DETOKENIZERESPONSE']._serialized_end=750
-  _globals['_MODELSERVICE']._serialized_start=753
-  _globals['_MODELSERVICE']._serialized_end=1106
+  _globals['_MODEL']._serialized_end=505
+  _globals['_TOKENIZEREQUEST']._serialized_start=508
+  _globals['_TOKENIZEREQUEST']._serialized_end=658
+  _globals['_TOKENIZERESPONSE']._serialized_start=660
+  _globals['_TOKENIZERESPONSE']._serialized_end=727
+  _globals['_DETOKENIZEREQUEST']._serialized_start=729
+  _globals['_DETOKENIZEREQUEST']._serialized_end=811
+  _globals['_DETOKENIZERESPONSE']._serialized_start=813
+  _globals['_DETOKENIZERESPONSE']._serialized_end=847
+  _globals['_MODELSERVICE']._serialized_start=850
+  _globals['_MODELSERVICE']._serialized_end=1203
 # @@protoc_insertion_point(module_scope)

@@ -73,12 +73,19 @@ class Model(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
+    MAX_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFT_SOURCES_FIELD_NUMBER: _builtins.int
+    DRAFT_MODEL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What GenerateRequest.model takes."""
     max_context_tokens: _builtins.int
     """Most tokens of prompt and completion together."""
     vocab_size: _builtins.int
     """Token ids are below it."""
+    max_draft_tokens: _builtins.int
+    """Most tokens of a sequence that are guessed at once: what an unset GenerateRequest.max_draft_tokens means."""
+    draft_model: _builtins.str
+    """Name of the smaller model that guesses, the last part of the server's --draft-model. Empty = there is none."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was loaded."""
@@ -91,6 +98,12 @@ class Model(_message.Message):
     def default_sampling(self) -> _generation_pb2.Sampling:
         """What an unset Sampling field takes. Every field but seed is set."""
 
+    @_builtins.property
+    def draft_sources(self) -> _containers.RepeatedScalarFieldContainer[_generation_pb2.DraftSource.ValueType]:
+        """In which ways the server guesses by itself (--speculate). Empty = in none; what a caller predicts is a guess in any
+        case.
+        """
+
     def __init__(
         self,
         *,
@@ -100,10 +113,13 @@ class Model(_message.Message):
         vocab_size: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         default_sampling: _generation_pb2.Sampling | None = ...,
+        max_draft_tokens: _builtins.int = ...,
+        draft_sources: _abc.Iterable[_generation_pb2.DraftSource.ValueType] | None = ...,
+        draft_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "default_sampling", b"default_sampling", "eos_token_ids", b"eos_token_ids", "max_context_tokens", b"max_context_tokens", "name", b"name", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "default_sampling", b"default_sampling", "draft_model", b"draft_model", "draft_sources", b"draft_sources", "eos_token_ids", b"eos_token_ids", "max_context_tokens", b"max_context_tokens", "max_draft_tokens", b"max_draft_tokens", "name", b"name", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

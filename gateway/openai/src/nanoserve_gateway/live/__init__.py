@@ -145,6 +145,7 @@ def _snapshot(snapshot: EngineSnapshot) -> dict[str, Any]:
             "cached_blocks": stats.kv_blocks_cached,
             "block_tokens": stats.kv_block_tokens,
             "hit_ratio": stats.prefix_hit_ratio,
+            "acceptance_ratio": stats.draft_acceptance_ratio,
             "tokens_per_second": stats.tokens_per_second,
             "preemptions": stats.preemptions,
         },
@@ -177,7 +178,10 @@ def _step(step: StepSnapshot) -> dict[str, Any]:
         "number": step.number,
         "ms": round(step.duration_s * 1000, 2),
         # Many, so without names.
-        "parts": [[p.request_number, p.index, p.start, p.tokens, p.prompt_tokens] for p in step.parts],
+        "parts": [
+            [p.request_number, p.index, p.start, p.tokens, p.prompt_tokens, p.draft_tokens, p.accepted_draft_tokens]
+            for p in step.parts
+        ],
         "preemptions": [[p.request_number, p.index, p.for_request_number] for p in step.preemptions],
         # What the head of the queue waits for, in words.
         "wait": step.wait and step.wait.text,

@@ -2,7 +2,7 @@
 
 const style = getComputedStyle(document.documentElement);
 const color = Object.fromEntries(
-  ["panel", "line", "text", "soft", "prompt", "cached", "token", "preempted", "kept", "free"].map((name) => [
+  ["panel", "line", "text", "soft", "prompt", "cached", "token", "guessed", "preempted", "kept", "free"].map((name) => [
     name,
     style.getPropertyValue(`--${name}`).trim(),
   ]),
@@ -97,7 +97,7 @@ function drawHead(pen, place, steps, firstX) {
   write(pen, "its tokens", place.tokens, y);
   write(pen, "its KV blocks", place.blocks, y);
   write(pen, "tokens in each step", place.steps, 8);
-  const most = Math.max(8, ...steps.map((step) => step.tokens));
+  const most = Math.max(8, ...steps.map((step) => step.tokens + step.accepted));
   const height = HEAD - 24;
   steps.forEach((step, j) => {
     const x = firstX + j * STEP;
@@ -105,6 +105,8 @@ function drawHead(pen, place, steps, firstX) {
     const prompt = step.promptTokens ? Math.max(2, Math.round((step.promptTokens / most) * height)) : 0;
     box(pen, color.prompt, x, HEAD - 4 - prompt, STEP - 1.5, prompt);
     if (step.tokens > step.promptTokens) box(pen, color.token, x, HEAD - 4 - prompt - generated, STEP - 1.5, generated);
+    const accepted = step.accepted ? Math.max(2, Math.round((step.accepted / most) * height)) : 0;
+    box(pen, color.guessed, x, HEAD - 4 - prompt - generated - accepted, STEP - 1.5, accepted);
     if (step.failed) box(pen, color.preempted, x, HEAD - 4, STEP - 1.5, 3);
   });
   box(pen, color.line, 0, HEAD - 2, 4000, 1);
@@ -118,7 +120,7 @@ function drawLabel(pen, lane, y) {
   write(pen, shorten(pen, name, LABEL - 22), 10, y + ROW / 2, fill, FONT);
 }
 
-/** A cell for each token, if there is room: cached, computed in chunks, generated, or still to come. */
+/** A cell for each token, if there is room: cached, computed in chunks, generated, guessed right, or still to come. */
 function drawTokens(pen, lane, place, y, scale) {
   const unit = Math.min(7, scale);
   const gap = unit >= 3 ? 1 : 0;
@@ -132,7 +134,10 @@ function drawTokens(pen, lane, place, y, scale) {
   lane.chunks.forEach(([start, end], i) => {
     cell(i % 2 ? "#3f78c4" : color.prompt, Math.max(start, lane.cached), Math.min(end, lane.prompt, lane.computed));
   });
-  if (!isOut) cell(color.token, lane.prompt, lane.prompt + lane.completion);
+  if (!isOut) {
+    cell(color.token, lane.prompt, lane.prompt + lane.completion);
+    for (const [start, end] of lane.accepted) cell(color.guessed, start, end);
+  }
   if (!lane.isOver && lane.completion && !isOut) cell("#d9fbe9", lane.prompt + lane.completion - 1, lane.prompt + lane.completion);
 }
 
@@ -154,8 +159,9 @@ function drawCell(pen, lane, step, x, y) {
   if (step.preempted.has(lane.key)) {
     box(pen, color.preempted, x, y + 4, STEP - 1.5, height);
   } else if (part) {
-    const [start, , promptTokens] = part;
+    const [start, , promptTokens, , accepted] = part;
     box(pen, promptTokens ? color.prompt : color.token, x, y + 4, STEP - 1.5, height);
+    if (accepted) box(pen, color.guessed, x, y + 4, STEP - 1.5, 5);
     // Its first step, and a part of its prompt came from the cache.
     if (start && lane.firstStep === step.number) box(pen, color.cached, x, y + 4, STEP - 1.5, 5);
   } else if (step.number > lane.firstStep && step.number < lane.lastStep) {

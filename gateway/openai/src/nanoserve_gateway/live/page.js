@@ -138,9 +138,10 @@ function readStep(step) {
     ...step,
     tokens: sum(3),
     promptTokens: sum(4),
+    accepted: sum(6),
     // Of its own snapshot: one that has ended may be missing from the next, which may be here before the step is drawn.
     sequences: view.byKey,
-    // [start, tokens, promptTokens] of each sequence.
+    // [start, tokens, promptTokens, guessed, accepted] of each sequence.
     parts: new Map(step.parts.map(([number, index, ...part]) => [keyOf(number, index), part])),
     preempted: new Set(step.preemptions.map(([number, index]) => keyOf(number, index))),
   };
@@ -156,15 +157,18 @@ function showStep(step) {
     const lane = view.lanes.find((each) => each?.key === laneKey);
     if (lane) Object.assign(lane, { computed: 0, phase: "preempted", chunks: [] });
   }
-  for (const [laneKey, [start, tokens, promptTokens]] of step.parts) {
+  for (const [laneKey, [start, tokens, promptTokens, , accepted]] of step.parts) {
     const lane = view.lanes.find((each) => each?.key === laneKey) ?? join(laneKey, step);
     // What precedes its first part since it got its blocks, it has from the cache.
     if (lane.computed === 0) lane.cached = start;
     lane.lastStep = step.number;
     lane.phase = "running";
-    lane.computed = start + tokens;
-    lane.completion = Math.max(lane.completion, lane.computed + 1 - lane.prompt, 0);
+    lane.computed = start + tokens + accepted;
+    // A guess may be the last token of all: no other comes behind it.
+    const most = step.sequences.get(laneKey)?.completion ?? Infinity;
+    lane.completion = Math.max(lane.completion, Math.min(lane.computed + 1 - lane.prompt, most), 0);
     if (promptTokens) lane.chunks.push([start, start + tokens]);
+    if (accepted) lane.accepted.push([start + tokens, lane.computed]);
   }
 }
 
@@ -174,7 +178,7 @@ function join(laneKey, step) {
   const [number, index] = laneKey.split("/").map(Number);
   const lane = {
     key: laneKey, number, index, id: sequence.id, prompt: sequence.prompt, cached: 0, isMine: mine.has(sequence.id),
-    firstStep: step.number, lastStep: step.number, computed: 0, completion: 0, chunks: [], blocks: [], isOver: false, phase: "running",
+    firstStep: step.number, lastStep: step.number, computed: 0, completion: 0, chunks: [], accepted: [], blocks: [], isOver: false, phase: "running",
   };
   const free = view.lanes.findIndex((each) => each === null || (each.isOver && step.number - each.lastStep > LINGER_STEPS));
   view.lanes[free < 0 ? view.lanes.length : free] = lane;
@@ -217,6 +221,7 @@ function showFigures({ stats, steps }) {
   $("waiting").textContent = stats.waiting;
   $("used").textContent = `${stats.used_blocks} of ${stats.blocks}`;
   $("hits").textContent = `${(stats.hit_ratio * 100).toFixed(0)} %`;
+  $("right").textContent = `${(stats.acceptance_ratio * 100).toFixed(0)} %`;
   $("preemptions").textContent = stats.preemptions;
   const times = steps.filter((step) => step.parts.length).map((step) => step.ms);
   if (times.length) $("step-time").textContent = `${(times.reduce((a, b) => a + b) / times.length).toFixed(1)} ms`;
@@ -294,7 +299,7 @@ $("lanes").addEventListener("mousemove", (event) => {
     lines.push(`${lane.id || "…"}: ${lane.prompt} prompt tokens, ${lane.cached} tokens from the cache, ${lane.completion} generated`);
     if (step) lines.push(partText(step.parts.get(lane.key), step.preempted.has(lane.key)));
   }
-  if (step) lines.push(`step ${step.number}: ${step.tokens} tokens in ${step.ms} ms`);
+  if (step) lines.push(`step ${step.number}: ${step.tokens + step.accepted} tokens in ${step.ms} ms`);
   const tip = $("tip");
   tip.hidden = lines.length === 0;
   tip.textContent = lines.join("\n");
@@ -306,8 +311,9 @@ $("lanes").addEventListener("mouseleave", () => ($("tip").hidden = true));
 function partText(part, isPreempted) {
   if (isPreempted) return "it lost its KV blocks";
   if (!part) return "it was not in this step";
-  const [start, tokens, promptTokens] = part;
-  return promptTokens ? `computed its tokens ${start} to ${start + tokens - 1}` : "gave a token";
+  const [start, tokens, promptTokens, guessed, accepted] = part;
+  if (promptTokens) return `computed its tokens ${start} to ${start + tokens - 1}`;
+  return guessed ? `gave a token, and ${accepted} of ${guessed} guesses were right` : "gave a token";
 }
 
 // ------------------------------------------------------------------------------------------------ your prompts
