@@ -1,6 +1,6 @@
 """Times answers of a real chat model with guesses of the next tokens and without, one caller, the same prompts.
 
-    python benchmarks/speculation.py FOLDER [--tokens N] [--rounds N]
+    python benchmarks/speculation.py FOLDER [--tokens N] [--rounds N] [--workloads NAME ...] [--gguf FILE] [--serve ...]
 
 FOLDER: benchmarks/checkpoints/smollm2-135m, of `make benchmarks/checkpoints/smollm2-135m`. One server serves both in
 turn: with max_draft_tokens 0, and with as many as it likes. Each answer has a cache salt of its own, so that nothing is
@@ -11,15 +11,24 @@ guessed from an answer to the same question. Output tokens/s from the first toke
     summary      the text in five sentences
     chat         a question
     wrong        the same, and the caller expects something else from the first token on
+    known        the same, and the caller expects just the answer that comes: what guesses can give at most, and the one
+                 workload that says something of random weights
+
+Peers of `make bench-peers` that are installed do repeat, summary and chat, with their own lookup and without: vllm on
+FOLDER, llama.cpp on FILE. --serve: options for our server, such as --serve --draft-model FOLDER.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanoserve_client import Client
+from offline import PYTHONS, Engine
 from served import serving
 
 TEXT = (
@@ -47,6 +56,10 @@ QUESTIONS = (
 )
 
 
+# Those that peers do: a prediction is only ours.
+OF_PEERS = ("repeat", "summary", "chat")
+
+
 def prompts(round_number: int) -> dict[str, tuple[str, str]]:
     """What -> the prompt and the prediction."""
     person = PEOPLE[round_number]
@@ -58,6 +71,7 @@ def prompts(round_number: int) -> dict[str, tuple[str, str]]:
         "summary": (f"Summarize the following text in five sentences.\n\n{text}", ""),
         "chat": (QUESTIONS[round_number], ""),
         "wrong": (QUESTIONS[round_number], text),
+        "known": (QUESTIONS[round_number], ""),
     }
 
 
@@ -71,19 +85,21 @@ def tokens_per_s(client: Client, prompt: str, **options: Any) -> float:
     return (num - num_first) / (time.perf_counter() - first_s)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokens", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=3, choices=range(1, len(PEOPLE)))
-    arguments = parser.parse_args()
-    options = (str(arguments.folder), "--http-port", "0", "--max-context-tokens", "4096", "--kv-memory", "1GiB")
+def measure(arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
+    """What -> output tokens/s of each round, without guesses and with."""
+    options = ("--http-port", "0", "--max-context-tokens", "2048", "--kv-memory", "1GiB", *arguments.serve)
     speeds: dict[str, tuple[list[float], list[float]]] = {}
-    with serving(options) as (_, address), Client(address) as client:
-        for prompt, prediction in prompts(len(PEOPLE) - 1).values():  # until all is compiled, and steps were measured
+    with serving((str(arguments.folder), *options)) as (_, address), Client(address) as client:
+        # Until all is compiled, and steps were measured.
+        for what in arguments.workloads:
+            prompt, prediction = prompts(len(PEOPLE) - 1)[what]
             tokens_per_s(client, prompt, max_tokens=arguments.tokens, prediction=prediction)
         for number in range(arguments.rounds):
-            for what, (prompt, prediction) in prompts(number).items():
+            for what in arguments.workloads:
+                prompt, prediction = prompts(number)[what]
+                if what == "known":
+                    answer = client.chat(prompt, temperature=0, ignore_eos=True, max_tokens=arguments.tokens).result()
+                    prediction = list(answer.completions[0].token_ids)
                 for place, most in enumerate((0, None)):
                     speed = tokens_per_s(
                         client,
@@ -94,11 +110,61 @@ def main() -> None:
                         cache_salt=f"{number} {what} {most}",
                     )
                     speeds.setdefault(what, ([], []))[place].append(speed)
-    print(f"{'':12}{'without':>9}{'with':>9}{'ratio':>7}   of each round")
+    return speeds
+
+
+def measure_peer(name: str, model: Path, arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
+    """The same of a peer, in a process each."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+    asked = [(what, prompts(number)[what][0]) for number in range(arguments.rounds) for what in OF_PEERS]
+    token_ids = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        for _, prompt in asked
+    ]
+    engine = Engine.parse(name)
+    speeds: dict[str, tuple[list[float], list[float]]] = {what: ([], []) for what in OF_PEERS}
+    for place, guesses in enumerate(("off", "on")):
+        script = Path(__file__).with_name("speculation_peers.py")
+        command = [str(PYTHONS[name]), str(script), name, str(model), str(arguments.tokens), guesses]
+        run = subprocess.run(
+            command,
+            input=json.dumps(token_ids),
+            stdout=subprocess.PIPE,
+            text=True,
+            env=engine.environment(),
+            check=True,
+        )
+        for (what, _), speed in zip(asked, json.loads(run.stdout.splitlines()[-1]), strict=True):
+            speeds[what][place].append(speed)
+    return speeds
+
+
+def show(who: str, speeds: dict[str, tuple[list[float], list[float]]]) -> None:
+    print(f"{who:12}{'without':>9}{'with':>9}{'ratio':>7}   of each round")
     for what, (without, guessing) in speeds.items():
         before, after = statistics.median(without), statistics.median(guessing)
         ratios = ", ".join(f"{b / a:.2f}" for a, b in zip(without, guessing, strict=True))
-        print(f"{what:12}{before:9.1f}{after:9.1f}{after / before:7.2f}   {ratios}")
+        print(f"{what:12}{before:9.1f}{after:9.1f}{after / before:7.2f}   {ratios}", flush=True)
+
+
+def main() -> None:
+    workloads: Sequence[str] = list(prompts(0))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3, choices=range(1, len(PEOPLE)))
+    parser.add_argument("--workloads", nargs="+", default=workloads, choices=workloads)
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options for our server")
+    arguments = parser.parse_args()
+    show("nanoserve", measure(arguments))
+    for name, model in (("vllm", arguments.folder), ("llama.cpp", arguments.gguf)):
+        if model is not None and PYTHONS[name].exists():
+            show(name, measure_peer(name, model, arguments))
 
 
 if __name__ == "__main__":
