@@ -10,6 +10,7 @@ from nanoserve.speculation.drafter import Draft
 from nanoserve.speculation.payoff import (
     FORGOTTEN_AFTER,
     MAX_STEP_DRAFTS,
+    NUM_FIRST_STEPS,
     Acceptance,
     OwnAcceptance,
     Prospect,
@@ -24,8 +25,14 @@ from nanoserve.speculation.speculator import Speculator, read_choice
 def times_of(seconds, sizes=range(1, 100)):
     times = StepTimes()
     for size in sizes:
-        times.add(size, seconds(size))
+        measure(times, size, seconds(size))
     return times
+
+
+def measure(times, size, seconds):
+    """Until it is known."""
+    for _ in range(NUM_FIRST_STEPS):
+        times.add(size, seconds)
 
 
 def chances(share, length):
@@ -59,7 +66,7 @@ def test_prompts_of_the_step_count_as_tokens_that_it_makes():
 def test_a_step_without_guesses_is_measured_first():
     times = times_of(flat, [9])
     assert not may_pay(times, 1, 8)
-    times.add(1, 0.03)
+    measure(times, 1, 0.03)
     assert may_pay(times, 1, 8)
 
 
@@ -72,17 +79,29 @@ def test_no_guess_is_made_where_none_could_pay():
 def test_sizes_that_are_not_known_are_tried():
     times = times_of(flat, [1])
     assert times.expect(50) == times.expect(1)
-    times.add(9, 0.1)
+    assert StepTimes().expect(1) == 0
+    assert times_of(flat, [60]).expect(6) == pytest.approx(0.003)
+    measure(times, 9, 0.1)
     assert times.expect(5) == pytest.approx((0.03 + 0.1) / 2)
     assert choose_counts(times, 1, [chances(0.9, 8)]) == [5]
 
 
 def test_a_mean_that_nobody_renews_is_forgotten():
     times = times_of(flat, [1])
-    times.add(9, 9.0)
+    measure(times, 9, 9.0)
     for _ in range(FORGOTTEN_AFTER + 1):
         times.add(1, 0.03)
     assert times.expect(9) == pytest.approx(0.03)
+
+
+def test_of_the_first_steps_of_a_size_the_shortest_counts():
+    """Some set something up."""
+    times = StepTimes()
+    times.add(1, 0.5)
+    times.add(1, 0.03)
+    assert not times.knows(1)
+    times.add(1, 0.4)
+    assert times.expect(1) == pytest.approx(0.03)
 
 
 def test_one_step_that_was_held_up_does_not_count_for_many():
@@ -144,7 +163,8 @@ def admission(prompt=(1, 2, 3, 4, 1, 2, 3), **params):
 def test_who_may_guess_and_how_much(choice, params, num):
     speculator = Speculator.of(choice)
     speculator.admit(0, admission(**params))
-    speculator.add_step(1, 0, 0.03)
+    for _ in range(NUM_FIRST_STEPS):
+        speculator.add_step(1, 0, 0.03)
     assert len(speculator.choose({0: speculator.num_places(0)}, 1).get(0, [])) == num
 
 
@@ -167,7 +187,7 @@ def test_a_step_has_places_only_where_guesses_may_pay():
     speculator = Speculator.of("auto")
     speculator.admit(0, admission())
     assert speculator.num_places(0) == 0
-    for size in (1, 2, 3, 4, 5, 8, 9, 16, 17):
+    for size in (1, 2, 3, 4, 5, 8, 9, 16, 17) * NUM_FIRST_STEPS:
         speculator.add_step(size, size - 1, 0.03)
     assert speculator.num_places(0) == 16
     for _ in range(40):
@@ -228,7 +248,7 @@ def speculator_with_times(choice="draft:6", step=flat, num_rows=1, **params):
     speculator = Speculator.of(choice, has_draft_model=True)
     for row in range(num_rows):
         speculator.admit(row, admission(**params))
-    for size in range(1, 80):
+    for size in (*range(1, 80),) * NUM_FIRST_STEPS:
         speculator.add_step(size, size - 1, step(size))
     return speculator
 

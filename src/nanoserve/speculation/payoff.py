@@ -18,6 +18,8 @@ from nanoserve.speculation.drafter import MAX_EVIDENCE, Draft
 
 # Drafts of a step, all together: each needs logits as wide as the vocabulary.
 MAX_STEP_DRAFTS = 256
+# The first steps of a size may set something up. It counts as known after so many, and the shortest of them counts.
+NUM_FIRST_STEPS = 3
 # Weight of the newest step in the mean.
 NEWEST_STEP = 0.2
 # A mean is forgotten after so many steps without a new one, and whatever is not known is tried again.
@@ -36,16 +38,24 @@ class StepTimes:
     """Mean seconds of a step by the tokens that it computes."""
 
     def __init__(self) -> None:
-        self._sizes: list[int] = []  # in order
+        # Those that are known, in order.
+        self._sizes: list[int] = []
         # Size -> mean, and the number of the step that was the last of that size.
         self._means: dict[int, tuple[float, int]] = {}
+        # Of sizes that are not known yet.
+        self._first: dict[int, list[float]] = {}
         self._num_steps = 0
 
     def add(self, num_tokens: int, seconds: float) -> None:
         self._num_steps += 1
         size = _rounded(num_tokens)
         if size not in self._means:
+            first = self._first.setdefault(size, [])
+            first.append(seconds)
+            if len(first) < NUM_FIRST_STEPS:
+                return
             insort(self._sizes, size)
+            seconds = min(self._first.pop(size))
         mean, _ = self._means.get(size, (seconds, 0))
         # Steps of a size differ by their contexts; one that was held up does not count for more than twice its like.
         self._means[size] = mean + NEWEST_STEP * (min(seconds, 2 * mean) - mean), self._num_steps
@@ -58,18 +68,20 @@ class StepTimes:
         return _rounded(num_tokens) in self._means
 
     def expect(self, num_tokens: int) -> float:
-        """Between two sizes that are known, what lies between; beyond them, the nearest: nothing is ruled out untried.
+        """Between two sizes that are known, what lies between.
 
-        0 if none is known.
+        Nothing is ruled out untried: a larger size takes as long as the largest, a smaller one less than the smallest,
+        in proportion, and any of them no time if none is known.
         """
         if not self._sizes:
             return 0.0
         size = _rounded(num_tokens)
         place = bisect_left(self._sizes, size)
-        above = self._sizes[min(place, len(self._sizes) - 1)]
-        below = above if above <= size else self._sizes[max(place - 1, 0)]
-        (low, _), (high, _) = self._means[below], self._means[above]
-        return low + (high - low) * (size - below) / (above - below) if below < above else low
+        if place == len(self._sizes):
+            return self._means[self._sizes[-1]][0]
+        below, above = self._sizes[place - 1] if place else 0, self._sizes[place]
+        low, high = self._means[below][0] if place else 0.0, self._means[above][0]
+        return low + (high - low) * (size - below) / (above - below)
 
 
 def _rounded(num_tokens: int) -> int:
