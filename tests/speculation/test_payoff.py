@@ -1,11 +1,11 @@
 """How many guesses pay: from the clock and from what came of earlier ones."""
 
-import time
 from dataclasses import replace
 
 import pytest
 
 from nanoserve.request import Admission, DraftSource, SamplingParams
+from nanoserve.speculation import speculator as speculator_module
 from nanoserve.speculation.drafter import Draft
 from nanoserve.speculation.payoff import (
     FORGOTTEN_AFTER,
@@ -228,18 +228,26 @@ def test_a_model_that_was_never_timed_is_tried():
     assert may_guess_more(times_of(flat), StepTimes(), 1, 1.0, [Prospect(1.0, 0.5, 1)])
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands still, but for the passes of a Talker."""
+    seconds = [0.0]
+    monkeypatch.setattr(speculator_module.time, "perf_counter", lambda: seconds[0])
+    return seconds
+
+
 class Talker:
     """Takes a draft model's place: it guesses the numbers from 100 on, and is sure of the first few."""
 
-    def __init__(self, room=9, num_sure=9, pass_s=0.0):
-        self.room_of, self.num_sure, self.pass_s, self.num_passes = room, num_sure, pass_s, 0
+    def __init__(self, clock, room=9, num_sure=9, pass_s=0.0):
+        self.clock, self.room_of, self.num_sure, self.pass_s, self.num_passes = clock, room, num_sure, pass_s, 0
 
     def room(self, _row):
         return self.room_of
 
     def guess(self, drafts):
         self.num_passes += 1
-        time.sleep(self.pass_s)
+        self.clock[0] += self.pass_s
         guesses = {row: (100 + len(d), 16 if len(d) < self.num_sure else 0) for row, d in drafts.items()}
         return guesses, len(drafts)
 
@@ -254,21 +262,21 @@ def speculator_with_times(choice="draft:6", step=flat, num_rows=1, **params):
 
 
 @pytest.mark.parametrize(("room", "num"), [(9, 6), (2, 2), (0, 0)])
-def test_a_model_guesses_as_far_as_it_may(room, num):
-    talker = Talker(room)
+def test_a_model_guesses_as_far_as_it_may(clock, room, num):
+    talker = Talker(clock, room)
     chosen = speculator_with_times().choose({0: 6}, 1, talker)
     assert chosen == ({0: list(range(100, 100 + num))} if num else {})
     assert talker.num_passes == num
 
 
-def test_a_model_is_not_asked_where_guesses_cannot_pay():
-    talker = Talker()
+def test_a_model_is_not_asked_where_guesses_cannot_pay(clock):
+    talker = Talker(clock)
     assert speculator_with_times(step=steep).choose({0: 6}, 1, talker) == {}
     assert talker.num_passes == 0
 
 
-def test_a_model_stops_where_it_is_not_sure():
-    talker = Talker(num_sure=2)
+def test_a_model_stops_where_it_is_not_sure(clock):
+    talker = Talker(clock, num_sure=2)
     speculator = speculator_with_times(step=lambda size: 0.03 + 0.004 * size)
     for _ in range(60):
         guess = speculator.choose({0: 6}, 1, talker).get(0, [])
@@ -277,18 +285,18 @@ def test_a_model_stops_where_it_is_not_sure():
     assert len(guess) == 2
 
 
-def test_what_costs_nothing_is_taken_first():
+def test_what_costs_nothing_is_taken_first(clock):
     """The prompt says what comes; and where that was wrong, the model is asked."""
     for is_right, expected in ((True, 4), (False, 100)):
         speculator = speculator_with_times("auto:6", prompt=[1, 2, 3, 4, 5, 6, 7, 8] * 3 + [1, 2, 3])
         for _ in range(40):
-            chosen = speculator.choose({0: 6}, 1, Talker())
+            chosen = speculator.choose({0: 6}, 1, Talker(clock))
             speculator.learn(0, len(chosen[0]), len(chosen[0]) if is_right or chosen[0][0] == 100 else 0)
         assert chosen[0][0] == expected
 
 
-def test_a_model_that_is_never_right_is_seldom_asked():
-    talker = Talker(num_sure=0, pass_s=0.002)
+def test_a_model_that_is_never_right_is_seldom_asked(clock):
+    talker = Talker(clock, num_sure=0, pass_s=0.002)
     speculator = speculator_with_times()
     for num_passes_allowed in (100, 10):
         talker.num_passes = 0

@@ -48,7 +48,7 @@ class DraftModel:
     """Guesses the next token of many rows in a pass. Implements ModelDrafter. Engine thread only.
 
     It draws as the served model would: with the row's own parameters, and the noise of the same position. Where both
-    find the same tokens likely they draw the same one, at any temperature: a coupling by common random numbers.
+    find the same tokens likely they draw the same one, greedy or not: a coupling by common random numbers.
     Whether a guess is right is decided elsewhere, so nothing here can change a text.
     """
 
