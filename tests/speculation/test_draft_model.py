@@ -115,6 +115,25 @@ def test_rows_that_need_little_come_first(model, monkeypatch):
     assert engine.num_right == engine.num_drafted > 0
 
 
+def test_the_rest_of_a_pass_may_be_one_token_of_the_longest(model, monkeypatch):
+    """Rows with fewer tokens stand before it in the pass, as everywhere."""
+    monkeypatch.setattr(draft_model_module, "MAX_PASS_TOKENS", 12)
+    plain = Engine(model).serve([request("0", PROMPT[:9]), request("1", PROMPT[:10])])
+    engine = engine_of(model)
+    all_counts = []
+    run = PagedModel.run
+
+    def watch(self, rows, starts, counts):
+        all_counts.append(counts)
+        return run(self, rows, starts, counts)
+
+    monkeypatch.setattr(PagedModel, "run", watch)
+    assert_equal(engine.serve([request("0", PROMPT[:9]), request("1", PROMPT[:10])]), plain)
+    assert [1, 11] in all_counts
+    assert all(counts == sorted(counts) for counts in all_counts)
+    assert engine.num_right == engine.num_drafted > 0
+
+
 def test_nan_ends_its_guesses_for_the_row_and_nothing_else(model, monkeypatch):
     requests = [request("0"), request("1", PROMPT[::-1])]
     plain = Engine(model).serve(requests)

@@ -41,6 +41,18 @@ def test_a_draft_that_reaches_the_end_goes_on_with_itself():
     assert tokens_of(NgramDrafter([7, 7, 7, 7]).propose(3)) == [7, 7, 7]
 
 
+def test_a_text_is_not_walked_through_for_a_draft():
+    """Lines of Python do not show that."""
+
+    class Text(list):
+        def __iter__(self):
+            raise AssertionError("walked through from its beginning")
+
+    drafter = NgramDrafter([1, 2, 3, 4, 5, 6, 1, 2, 3])
+    drafter._token_ids = Text(drafter._token_ids)
+    assert tokens_of(drafter.propose(2)) == [4, 5]
+
+
 def test_evidence_is_the_length_of_the_match():
     assert NgramDrafter([9, 1, 2, 3, 4, 8, 1, 2, 3]).propose(1).evidence == [3]
     assert NgramDrafter([*range(40), *range(30)]).propose(1).evidence == [MAX_EVIDENCE]

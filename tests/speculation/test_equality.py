@@ -4,6 +4,7 @@ A small random model in float32 behind the real scheduler, cache, runner and sam
 are the real ones and some that no sensible person would write.
 """
 
+import functools
 import random
 from dataclasses import replace
 
@@ -54,19 +55,31 @@ def with_predictions(requests, plain):
     return predicting
 
 
+# With few blocks sequences are preempted too.
+SIZES = [(24, 90), (24, 40), pytest.param(500, 40, marks=pytest.mark.soak)]
 NAMES = ("right", "half right", "wrong", "random", "no such token", "endless", "ngram", "suffix", "auto", "prediction")
 MODELS = ("itself", "another model", "a narrower model", "a wider model", "a short model")
 
 
+@pytest.fixture(scope="module")
+def without_drafts(model):
+    """Of so many requests and blocks: what they give, and in how many steps. Each is served once."""
+
+    @functools.cache
+    def served(count, num_blocks):
+        plain, num_steps, num_drafted, _ = serve(model, random_requests(count, seed=count), num_blocks=num_blocks)
+        assert num_drafted == 0
+        return plain, num_steps
+
+    return served
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("count", [24, pytest.param(500, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("num_blocks", [90, 40])
+@pytest.mark.parametrize(("count", "num_blocks"), SIZES)
 @pytest.mark.usefixtures("whatever_it_costs")
-def test_drafts_change_no_output(model, name, count, num_blocks):
-    """With few blocks sequences are preempted too."""
+def test_drafts_change_no_output(model, without_drafts, name, count, num_blocks):
     requests = random_requests(count, seed=count)
-    plain, num_steps, num_drafted, _ = serve(model, requests, num_blocks=num_blocks)
-    assert num_drafted == 0
+    plain, num_steps = without_drafts(count, num_blocks)
     drafter = drafters(plain, requests)[name]
     if name in ("auto", "prediction"):
         requests = with_predictions(requests, plain)
@@ -81,13 +94,12 @@ def test_drafts_change_no_output(model, name, count, num_blocks):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("count", [24, pytest.param(500, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("num_blocks", [90, 40])
+@pytest.mark.parametrize(("count", "num_blocks"), SIZES)
 @pytest.mark.usefixtures("whatever_it_costs")
-def test_a_model_that_drafts_changes_no_output(model, draft_models, name, count, num_blocks):
+def test_a_model_that_drafts_changes_no_output(model, draft_models, without_drafts, name, count, num_blocks):
     """And one that would say the same is right every time, at any temperature: it draws with the same noise."""
     requests = random_requests(count, seed=count)
-    plain, num_steps, _, _ = serve(model, requests, num_blocks=num_blocks)
+    plain, num_steps = without_drafts(count, num_blocks)
     drafter = Speculator.of("draft:5", has_draft_model=True)
     got, num_steps_drafted, num_drafted, num_right = serve(
         model, requests, drafter, draft_model=draft_models[name], num_blocks=num_blocks

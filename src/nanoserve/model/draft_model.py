@@ -146,12 +146,13 @@ class DraftModel:
         return {row: (token_id, share) for row, token_id, share in guesses if token_id >= 0}, len(hidden)
 
     def _counts(self, ends: Mapping[int, int]) -> dict[int, int]:
-        """How many tokens of each row a pass computes, those first that need the fewest."""
+        """How many tokens of each row a pass computes, fewer first. Rows that need the fewest get theirs."""
+        missing = {row: end - self._rows[row].num_computed for row, end in ends.items()}
         counts, left = {}, MAX_PASS_TOKENS
-        for row in sorted(ends, key=lambda row: ends[row] - self._rows[row].num_computed):
-            counts[row] = min(left, ends[row] - self._rows[row].num_computed)
+        for row in sorted(missing, key=missing.__getitem__):
+            counts[row] = min(left, missing[row])
             left -= counts[row]
-        return {row: count for row, count in counts.items() if count}
+        return {row: counts[row] for row in sorted(counts, key=counts.__getitem__) if counts[row]}
 
     def _clear_corrupt(self, hidden: Tensor) -> set[int]:
         """Rows for which it computed NaN or infinity, and no longer guesses. hidden: [num_tokens, hidden_size]"""
@@ -160,6 +161,8 @@ class DraftModel:
             return set()
         facts = self.model.facts
         self.model.cache.clear(facts.slots[bad])
+        for slot in facts.slots[bad].tolist():
+            self._is_filled[slot // self.model.cache.block_size] = False
         return set(facts.rows[facts.sequence_of[bad]].tolist())
 
     def _as_wide(self, logits: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class NgramDrafter:
         length = self._num_same(place)
         if length < MATCH:
             return None
-        repeated = islice(self._token_ids, place, min(place + count, len(self._token_ids)))
+        repeated = self._token_ids[place : place + count]
         return Draft(DraftSource.NGRAM, list(islice(cycle(repeated), count)), [length] * count)
 
     def _num_same(self, place: int) -> int:

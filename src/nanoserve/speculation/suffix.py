@@ -40,6 +40,8 @@ class SuffixCounts:
         """The token that followed most often, and its share of all that did."""
         if (counts := self._followers.get((owner, context))) is None:
             return None
+        if len(counts) == 1:  # as mostly
+            return next(iter(counts)), 1.0
         token_id = max(counts, key=counts.__getitem__)
         return token_id, counts[token_id] / sum(counts.values())
 
@@ -75,5 +77,7 @@ class SuffixDrafter:
         return Draft(DraftSource.SUFFIX, token_ids, evidence) if token_ids else None
 
     def _best(self, last: tuple[int, ...]) -> tuple[int, float] | None:
-        known = (self._counts.best(self._owner, last[-length:]) for length in CONTEXTS if len(last) >= length)
-        return next(filter(None, known), None)
+        for length in CONTEXTS:
+            if len(last) >= length and (found := self._counts.best(self._owner, last[-length:])) is not None:
+                return found
+        return None
