@@ -58,6 +58,39 @@ def renamed(requests, seed):
     return [replace(r, id=f"{seed} {r.id}") for r in requests]
 
 
+def test_a_guess_that_was_wrong_is_computed_over(model, draft_models):
+    """What it has of the text is what it would have without any guess."""
+    other = draft_models["another model"]
+    engine = Engine(model, Speculator.of("draft:3", has_draft_model=True), draft_model=other)
+    outcomes = engine.serve([request("0", max_tokens=40, temperature=1.0, top_k=3)])
+    assert 0 < engine.num_right < engine.num_drafted
+    alone = Engine(other)
+    alone.serve([request("0", PROMPT + outcomes["0", 0].token_ids, max_tokens=1)])
+    draft = engine.runner.draft_model
+    ours, theirs = engine.runner._rows.block_ids[0], alone.runner._rows.block_ids[0]
+    num_filled = sum(draft._is_filled[block] for block in ours)
+    assert num_filled >= len(PROMPT + outcomes["0", 0].token_ids) // BLOCK - 1
+    for a, b in zip(draft.model.cache.layers, alone.runner.model.cache.layers, strict=True):
+        torch.testing.assert_close(a.keys[ours[:num_filled]], b.keys[theirs[:num_filled]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.values[ours[:num_filled]], b.values[theirs[:num_filled]], rtol=1e-4, atol=1e-5)
+
+
+def test_it_stops_at_the_end_of_its_own_context(model, draft_models, monkeypatch):
+    engine = Engine(model, Speculator.of("draft:3", has_draft_model=True), draft_model=draft_models["a short model"])
+    ends = []
+    run = PagedModel.run
+
+    def watch(self, rows, starts, counts):
+        if self is engine.runner.draft_model.model:
+            ends.append(starts[0] + counts[0])
+        return run(self, rows, starts, counts)
+
+    monkeypatch.setattr(PagedModel, "run", watch)
+    outcomes = engine.serve([request("0", PROMPT[:20], max_tokens=30)])
+    assert len(outcomes["0", 0].token_ids) == 30
+    assert 28 <= max(ends) <= 30
+
+
 def test_each_token_is_computed_once(model, monkeypatch):
     engine = engine_of(model)
     passes = watch_passes(monkeypatch, engine)
@@ -144,6 +177,8 @@ def test_nan_ends_its_guesses_for_the_row_and_nothing_else(model, monkeypatch):
         hidden = run(self, rows, starts, counts)
         if self is engine.runner.draft_model.model and rows[0] == 0:
             hidden[0] = torch.nan
+            slot = int(self.facts.slots[0])
+            self.cache.layers[0].keys[slot // BLOCK, :, slot % BLOCK] = torch.nan
         return hidden
 
     monkeypatch.setattr(PagedModel, "run", run_with_nan)

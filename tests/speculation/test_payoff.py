@@ -129,6 +129,17 @@ def test_what_was_right_is_expected_again_and_what_was_wrong_is_not():
     assert acceptance.chances(draft, own)[0] == pytest.approx(before, abs=0.02)
 
 
+def test_more_is_expected_of_a_sequence_whose_drafts_are_right_more_often_than_others():
+    acceptance, lucky, unlucky = Acceptance(), OwnAcceptance(), OwnAcceptance()
+    draft = Draft(DraftSource.NGRAM, [5, 6], [3, 3])
+    for _ in range(30):
+        acceptance.add(draft, lucky, num_tried=2, num_right=2)
+        acceptance.add(draft, unlucky, num_tried=2, num_right=0)
+    of_all = acceptance.chances(draft, OwnAcceptance())[0]
+    assert acceptance.chances(draft, lucky)[0] > 1.2 * of_all
+    assert acceptance.chances(draft, unlucky)[0] < of_all / 2
+
+
 def test_each_token_is_expected_by_its_own_evidence():
     acceptance, own = Acceptance(), OwnAcceptance()
     strong, weak = (acceptance.chances(Draft(DraftSource.SUFFIX, [5], [e]), own)[0] for e in (16, 2))

@@ -45,7 +45,7 @@ class _Row:
     max_draft_tokens: int
     drafters: list[Drafter]
     acceptance: OwnAcceptance = field(default_factory=OwnAcceptance)
-    # Of the step that runs.
+    # The last that was computed.
     draft: Draft | None = None
 
 
@@ -185,12 +185,12 @@ class Speculator:
 
     def learn(self, row: int, num_tried: int, num_right: int) -> DraftSource | None:
         """Of the row's draft so many tokens were computed, and the first so many were right. Returns its source."""
-        state = self._rows[row]
-        draft, state.draft = state.draft, None
-        if draft is None or not num_tried:
+        if not num_tried:
             return None
-        self._acceptance.add(draft, state.acceptance, num_tried, num_right)
-        return draft.source
+        state = self._rows[row]
+        assert state.draft is not None
+        self._acceptance.add(state.draft, state.acceptance, num_tried, num_right)
+        return state.draft.source
 
     def add_step(self, num_tokens: int, num_drafted: int, seconds: float) -> None:
         """A step computed so many tokens, drafts included."""
