@@ -86,7 +86,7 @@ def test_a_keyword_that_says_nothing_as_it_stands_is_no_hindrance(compile_schema
 
 def test_annotations_are_taken(compile_schema, accepts):
     values = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "https://x.y/z", "$anchor": "a"}
-    schema = {name: values.get(name, {}) for name in ANNOTATIONS - {"id", "$vocabulary", "$dynamicAnchor"}}
+    schema = {name: values.get(name, {}) for name in ANNOTATIONS - {"id", "$vocabulary"}}
     compiled = compile_schema({**schema, "x-own": 1, "_off": 2, "type": "null"})
     assert accepts(compiled, "null")
     assert [use.keyword for use in compiled.keywords if use.treatment is Treatment.ENFORCED] == ["type"]

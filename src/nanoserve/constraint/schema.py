@@ -49,7 +49,7 @@ ENFORCED = _names(
 # The standard has these besides, and they say something of the value.
 UNSUPPORTED = _names(
     "not if then else dependentSchemas dependentRequired dependencies propertyNames contains minContains maxContains "
-    "uniqueItems unevaluatedProperties unevaluatedItems $dynamicRef $recursiveRef $recursiveAnchor"
+    "uniqueItems unevaluatedProperties unevaluatedItems $dynamicRef $dynamicAnchor $recursiveRef $recursiveAnchor"
 )
 # Formats that the grammar holds to.
 FORMATS = _names("date-time time date duration email hostname ipv4 ipv6 uri uuid")
@@ -69,7 +69,7 @@ _NUMBER_FORMATS: dict[str, tuple[int, int] | None] = {
 # What says nothing of the value: in the standard; in OpenAPI, hyper-schema and registries; for editors, forms and
 # generators of code and of samples.
 ANNOTATIONS = _names(
-    "$schema $id id $anchor $dynamicAnchor $vocabulary $comment $defs definitions title description "
+    "$schema $id id $anchor $vocabulary $comment $defs definitions title description "
     "default examples deprecated readOnly writeOnly contentMediaType contentEncoding contentSchema "
     "example externalDocs xml discriminator links base media self "
     "comment $note name version author license $license $default readonly hidden visible order propertyOrder "
@@ -234,7 +234,7 @@ _RESTS = {
 
 def _parse(text: str) -> dict[str, Any]:
     try:
-        schema = json.loads(text, parse_constant=_refuse_constant)
+        schema = json.loads(text, parse_float=_number, parse_constant=_refuse_constant)
         json.dumps(schema, ensure_ascii=False).encode()
     except ValueError as error:
         raise SchemaError(f"is not JSON: {error}") from None
@@ -249,6 +249,12 @@ def _parse(text: str) -> dict[str, Any]:
     if (depth := _nesting(schema)) > MAX_NESTING:
         raise SchemaError(f"is nested {depth} levels deep; at most {MAX_NESTING} are allowed")
     return schema
+
+
+def _number(text: str) -> float:
+    """2.0 is an integer in JSON Schema. Larger ones stay as they are: a float's digits would be told as exact."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _refuse_constant(name: str) -> float:

@@ -199,8 +199,9 @@ class Engine:
         # for each other, and not short ones for them.
         self._text_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="nanoserve-text")
         self._long_text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoserve-long-text")
-        make_tokenizer = functools.partial(codec.grammar_tokenizer, model.vocab_size, model.eos_token_ids)
-        self._constraints = ConstraintCompiler(make_tokenizer, model.vocab_size)
+        self._constraints = ConstraintCompiler(
+            lambda: codec.grammar_tokenizer(model.vocab_size, model.eos_token_ids), model.vocab_size
+        )
         self._ids = itertools.count(1)
         # By number: requests that are not posted yet.
         self._arrivals: dict[int, _Arrival] = {}
