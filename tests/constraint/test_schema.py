@@ -148,6 +148,8 @@ def test_formats_of_numbers_are_ranges(compile_schema, accepts):
         ({"patternProperties": {"a": {"type": "null"}, "^ab": {}}}, ("", "patternProperties")),
         ({"minProperties": 1, "properties": {"a": {}}}, ("", "minProperties")),
         ({"multipleOf": 1_000_003}, ("", "multipleOf")),
+        ({"multipleOf": 60_000, "items": {"multipleOf": 60.001}}, ("/items", "multipleOf")),
+        ({"allOf": [{"pattern": f"[a-z]*{i}.*"} for i in range(60)]}, ("", "allOf")),
         ({"items": {"enum": ["\x01"]}}, ("/items", "enum")),
     ],
 )
@@ -313,3 +315,11 @@ def test_a_relaxed_schema_forbids_no_more_than_the_whole_one(compile_schema, acc
 
 def test_a_contradiction_is_refused_although_relaxed(refused):
     assert refused({"allOf": [{"type": "string"}, {"type": "integer"}]}, is_relaxed=True) == [("", "allOf")]
+
+
+def test_a_grammar_that_is_too_large_is_refused_in_plain_words(compile_schema):
+    """Of the compiler's own asserts a caller reads nothing."""
+    inner = {"type": "object", "properties": {f"p{i}": {} for i in range(1900)}}
+    schema = {"properties": {f"q{j}": inner for j in range(11)}}
+    with pytest.raises(ConstraintInvalid, match="takes a grammar that is too large; make it simpler"):
+        compile_schema(schema)

@@ -253,7 +253,8 @@ class ConstraintCompiler:
                 error = parser.get_error()
             if not error:
                 return schema, grammar, parser
-            if "too large" in error:
+            # The compiler's own asserts are about sizes, and come as errors.
+            if "too large" in error or error.startswith("panic"):
                 raise refusal(kind, "takes a grammar that is too large; make it simpler")
             pointer, keyword = schema.locate(error, functools.partial(self._error_of, is_relaxed=constraint.is_relaxed))
             why = _in_plain_words(error)
@@ -299,6 +300,8 @@ def _in_plain_words(error: str) -> str:
     """What llguidance says of a schema, less its advice on options that callers do not have."""
     if "coerce_one_of" in error:
         return "two of its branches may match one value, which cannot be enforced"
+    if "Unable to determine" in error:
+        return "brings patterns together that take too long to compare"
     if "Default retriever" in error:
         return "leads out of the schema, and nothing is fetched"
     return _first_lines(error)

@@ -20,10 +20,14 @@ from typing import Any
 # Levels of JSON. llguidance reads 128, and the schema is put into another one to find a place in it.
 MAX_NESTING = 100
 # Entries of one keyword. Compiling takes time by the square of these.
-MAX_ENTRIES = {"oneOf": 1000, "anyOf": 1000, "allOf": 1000, "properties": 2000, "patternProperties": 100}
+MAX_ENTRIES = {"oneOf": 1000, "anyOf": 1000, "allOf": 100, "properties": 2000, "patternProperties": 100}
 MAX_ENTRIES |= {"prefixItems": 2000, "items": 2000, "enum": 20_000}
-# The digits of a multipleOf, as an integer: its automaton has so many states.
+# The digits of a multipleOf, as an integer, and of all together: their automata have so many states.
 MAX_MULTIPLE = 100_000
+# Patterns that one string must match all: what they have in common takes time that grows without measure.
+MAX_PATTERNS = 12
+# Subschemas that are looked at to count them.
+_MAX_APPLIED = 200
 # Time for finding out where the compiler saw an error.
 MAX_LOCATE_S = 1.0
 
@@ -140,6 +144,24 @@ class Schema:
         self._nodes = list(_walk(self.root))
         roots = self._ref_roots()
         self._uses = {(use.pointer, use.keyword): use for node in self._nodes for use in _judge(node, roots)}
+        self._bound_work()
+
+    def _bound_work(self) -> None:
+        """Refuse what would take the compiler for ever although each keyword alone would not."""
+        digits = 0
+        for node in self._nodes:
+            value = node.schema.get("multipleOf")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                digits += _digits(value)
+                if digits > MAX_MULTIPLE:
+                    why = f"has too many digits; all of a schema together may be at most {MAX_MULTIPLE}"
+                    self._refuse(node, "multipleOf", why)
+            if _num_patterns(self.root, node) > MAX_PATTERNS:
+                keyword = "allOf" if "allOf" in node.schema else "$ref"
+                self._refuse(node, keyword, f"gives a string more than {MAX_PATTERNS} patterns to match at once")
+
+    def _refuse(self, node: _Node, keyword: str, why: str) -> None:
+        self._uses[node.pointer, keyword] = KeywordUse(node.pointer, keyword, Treatment.REFUSED, why)
 
     @property
     def uses(self) -> list[KeywordUse]:
@@ -420,9 +442,6 @@ def _why_not(keyword: str, value: Any, schema: dict[str, Any]) -> str:
         case "minProperties" if isinstance(value, int | float) and value > _num_distinct(schema):
             # The grammar cannot tell whether two further keys are the same.
             return "can be enforced up to the number of required properties, and one more"
-        case "multipleOf" if not isinstance(value, bool) and isinstance(value, int | float):
-            if _digits(value) > MAX_MULTIPLE:
-                return f"has too many digits; at most those of {MAX_MULTIPLE} are allowed"
     return ""
 
 
@@ -438,6 +457,20 @@ def _has_control_character(value: Any, keyword: str) -> bool:
         elif isinstance(each, list):
             waiting += each
     return False
+
+
+def _num_patterns(root: dict[str, Any], node: _Node) -> int:
+    """Patterns that one string has to match at once, as far as allOf and references bring them together."""
+    waiting, seen, num_patterns = [node], {node.pointer}, 0
+    while waiting and len(seen) < _MAX_APPLIED:
+        applied = waiting.pop()
+        num_patterns += "pattern" in applied.schema
+        parts: dict[str, Any] = {name: applied.schema[name] for name in ("allOf", "$ref") if name in applied.schema}
+        for child in _children(root, _Node(applied.pointer, parts)):
+            if child.pointer not in seen:
+                seen.add(child.pointer)
+                waiting.append(child)
+    return num_patterns
 
 
 def _num_distinct(schema: dict[str, Any]) -> int:
