@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from nanoserve.config import BUILTIN_MODEL
 from nanoserve.constraint import compiler as compiler_module
 from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.constraint.grammar import MAX_CHOICES, MAX_TEXT_BYTES, Constraint, ConstraintKind
 from nanoserve.constraint.matcher import make_masks
 from nanoserve.constraint.vocabulary import tokenizer_of_tokens
+from nanoserve.engine.text import TextCodec
 from nanoserve.request import ConstraintInvalid
 
 ANY_OBJECT = Constraint(ConstraintKind.JSON_OBJECT)
@@ -265,3 +267,26 @@ def test_who_waits_too_long_is_told(monkeypatch):
     assert compiler.compile(regex("quick")).matcher().consume(b"quick") == 5
     may_go_on.set()
     assert compiler.compile(regex("slow")).matcher().consume(b"slow") == 4
+
+
+# ------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_a_tokenizer_of_another_kind_gives_the_same_masks(compiler, vocab_size, monkeypatch):
+    """One that is not of the tokenizers library is known by the bytes of its tokens."""
+    codec = TextCodec.load(BUILTIN_MODEL)
+    monkeypatch.setattr(codec, "_backend", None)
+    other = ConstraintCompiler(lambda: codec.grammar_tokenizer(vocab_size, [codec.eos_token_id]), vocab_size)
+    masks = make_masks(2, vocab_size)
+    constraint = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "object", "required": ["name"]}')
+    for row, each in enumerate((compiler, other)):
+        matcher = each.compile(constraint).matcher(codec.encode('{"na', add_special_tokens=False))
+        matcher.fill(masks, row)
+    assert allowed(masks, 0) == allowed(masks, 1)
+    assert allowed(masks, 0)
+
+
+def test_a_model_without_eos_ends_where_nothing_can_follow(codec):
+    endless = ConstraintCompiler(lambda: codec.grammar_tokenizer(codec.vocab_size, []), codec.vocab_size)
+    matcher = endless.compile(regex("ab")).matcher(codec.encode("ab", add_special_tokens=False))
+    assert matcher.is_complete
