@@ -194,6 +194,7 @@ class ConstraintCompiler:
     # ------------------------------------------------------------------------------------------------- compile
 
     def _compile(self, constraint: Constraint) -> CompiledConstraint:
+        self._ready_tokenizer()
         start_s = time.perf_counter()
         check(constraint)
         schema: Schema | None = None
@@ -274,10 +275,13 @@ class ConstraintCompiler:
         return self._parser(grammar_of_schema(schema, one_of_as_any_of=is_relaxed)).get_error()
 
     def _parser(self, grammar: str) -> LLMatcher:
+        return LLMatcher(self._ready_tokenizer(), grammar, log_level=0, limits=LIMITS)
+
+    def _ready_tokenizer(self) -> LLTokenizer:
         with self._tokenizer_lock:
             if self._tokenizer is None:
                 self._tokenizer = self._make_tokenizer()
-        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+            return self._tokenizer
 
 
 def too_slow(constraint: Constraint) -> ConstraintInvalid:
