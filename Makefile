@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL ?=
 ARGS ?=
+FILE ?=
 SERVERS ?= one-server.yaml
 # Tests start a hundred processes, each of which would compile our sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: dev serve envoy test lint check soak bench bench-peers stubs reference clean
+.PHONY: dev serve envoy test lint check soak bench bench-schemas bench-peers stubs reference clean
 
 dev: .venv/installed-dev ## install what development needs, and run nothing
 
@@ -39,6 +40,9 @@ soak: .venv/installed-dev ## long runs: memory over 10,000 requests, wide fuzzin
 
 bench: .venv/installed-dev benchmarks/checkpoints/qwen3-0.6b ## time nanoserve and installed peers; table and plot in benchmarks/results/
 	$(BIN)/python benchmarks/offline.py benchmarks/checkpoints/qwen3-0.6b $(ARGS)
+
+bench-schemas: .venv/installed-dev ## which schemas of FILE (default: ours) are enforced, and what compiling and masks take
+	$(BIN)/python benchmarks/schemas.py $(FILE) $(ARGS)
 
 bench-peers: benchmarks/venvs/vllm benchmarks/venvs/llama.cpp ## install peers beside, each into an environment of its own
 

@@ -11,6 +11,9 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any
 
+from nanoserve.constraint.compiler import CompiledConstraint, ConstraintCompiler
+from nanoserve.constraint.grammar import Constraint
+from nanoserve.constraint.vocabulary import tokenizer_of_tokens
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel, Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
@@ -27,6 +30,11 @@ from nanoserve.request import (
 from nanoserve.step_record import SchedulerStats
 
 EOS = 256
+# A token each byte, and EOS.
+COMPILER = ConstraintCompiler(
+    lambda: tokenizer_of_tokens([*(bytes([i]) for i in range(256)), b"<eos>"], [EOS], [EOS], lambda t: [*t.encode()]),
+    EOS + 1,
+)
 Events = AsyncGenerator[StreamEvent, None]
 Script = Callable[[SamplingParams], Events]
 
@@ -75,6 +83,9 @@ class FakeEngine:
                 yield event
         finally:
             self.num_open -= 1
+
+    async def compile_constraint(self, constraint: Constraint) -> CompiledConstraint:
+        return await asyncio.wrap_future(COMPILER.submit(constraint))
 
     async def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool | None = None) -> tuple[list[int], str]:
         self.added_special_tokens = add_special_tokens

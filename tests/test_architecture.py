@@ -40,10 +40,11 @@ ALLOWED = {
     "engine_process": {"checkpoint", "config", "request", "observer", "engine", "build"},
     "build": {"checkpoint", "config", "request", "engine", "model", "kv_cache", "speculation"},
     "flight_recorder": {"request", "step_record", "observability", "observer", "rpc"},
-    "rpc": {"config", "request", "observer", "engine"},
-    "engine": {"config", "request", "step_record", "observer", "kv_cache"},
+    "rpc": {"config", "request", "observer", "engine", "constraint"},
+    "engine": {"config", "request", "constraint", "step_record", "observer", "kv_cache"},
     "model": {"checkpoint", "config", "request", "kv_cache", "speculation"},
     "kv_cache": {"config", "request"},
+    "constraint": {"request"},
     "speculation": {"request"},
     "observability": {"config", "request", "step_record", "observer"},
     "observer": {"request", "step_record"},
@@ -116,6 +117,7 @@ def test_every_room_is_listed():
         "nanoserve.rpc.server",
         "nanoserve.engine_process",
         "nanoserve.kv_cache.block_pool",
+        "nanoserve.constraint.compiler",
     ],
 )
 def test_engine_and_rpc_run_without_torch(module):

@@ -458,6 +458,45 @@ class InvalidRequest(Rejection):
         self.facts = {"violations": len(violations)}
 
 
+@dataclass(frozen=True, slots=True)
+class ConstraintProblem:
+    """One thing in a constraint that cannot be enforced."""
+
+    # JSON pointer to the part of it that is meant; empty = the whole.
+    pointer: str
+    # Of that part, such as "uniqueItems"; empty if it is none.
+    keyword: str
+    # What is wrong and what is allowed.
+    description: str
+
+    def __str__(self) -> str:
+        place = f"{self.pointer}/{self.keyword}" if self.keyword else self.pointer
+        # A place can be as long as the constraint.
+        return " ".join(filter(None, [place[-MAX_PLACE_CHARS:], self.description]))
+
+
+# Of a place in a constraint, as an error shows it.
+MAX_PLACE_CHARS = 200
+
+
+class ConstraintInvalid(Rejection):
+    """A constraint cannot be enforced. `pointer` and `keyword` tell the first place that is in the way."""
+
+    reason = "CONSTRAINT_INVALID"
+
+    def __init__(self, field: str, problems: list[ConstraintProblem]) -> None:
+        """field: path of the constraint in the contract. problems: at least one."""
+        self.problems = problems
+        self.violations = [Violation(field, str(problem)) for problem in problems]
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
+        first = problems[0]
+        self.facts = {
+            "pointer": first.pointer[-MAX_PLACE_CHARS:],
+            "keyword": first.keyword[:MAX_PLACE_CHARS],
+            "violations": len(problems),
+        }
+
+
 class ContextLengthExceeded(Rejection):
     """The prompt leaves no room for a single new token."""
 

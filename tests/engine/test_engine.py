@@ -7,11 +7,13 @@ import pytest
 from engine_bench import BLOCK, PROMPT, SECONDS, VOCAB, byte_codec, running, two_right_drafts
 from fake_executor import expected_completion
 
+from nanoserve.constraint.grammar import Constraint, ConstraintKind
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import LONG_PROMPT_CHARS, RollingSum
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, RequestStream, Started
 from nanoserve.request import (
     CancelledByOperator,
+    ConstraintInvalid,
     ContextLengthExceeded,
     DeadlineExceeded,
     DraftCounts,
@@ -534,3 +536,21 @@ async def test_a_prompts_blocks_are_named_before_the_step_loop_has_the_request(m
         # By these names a later request finds the first one's blocks.
         [started] = [e for e in await bench.collect(prompt, max_tokens=1) if isinstance(e, Started)]
         assert started.cached_tokens == 4 * BLOCK
+
+
+async def test_a_constraint_is_compiled_for_the_models_tokens_and_for_all_who_ask_once():
+    async with running() as bench:
+        constraint = Constraint(ConstraintKind.REGEX, "ab+")
+        ask = bench.engine.compile_constraint
+        one, other = await asyncio.gather(ask(constraint), ask(constraint))
+        assert one is other
+        assert one.matcher(bench.codec.encode("abb", add_special_tokens=False)).may_end
+        with pytest.raises(ConstraintInvalid, match="unclosed group"):
+            await ask(Constraint(ConstraintKind.REGEX, "("))
+
+
+async def test_who_waits_too_long_for_a_constraint_is_told(monkeypatch):
+    monkeypatch.setattr("nanoserve.engine.engine.COMPILE_TIMEOUT_S", 0)
+    async with running() as bench:
+        with pytest.raises(ConstraintInvalid, match="to compile; make it simpler"):
+            await bench.engine.compile_constraint(Constraint(ConstraintKind.JSON_OBJECT))

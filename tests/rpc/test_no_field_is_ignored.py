@@ -87,6 +87,10 @@ def test_removed_and_reserved_numbers_count_as_unknown():
     [
         (lambda m: validate.tokenization(m, MODEL), model_pb2.TokenizeRequest(text="x")),
         (lambda m: validate.detokenization(m, MODEL), model_pb2.DetokenizeRequest()),
+        (
+            lambda m: validate.constraint_check(m, MODEL),
+            model_pb2.CheckConstraintRequest(constraint=pb.Constraint(regex="a")),
+        ),
         (validate.request_id, admin_pb2.CancelRequest(request_id="r")),
         (validate.nothing, model_pb2.ListModelsRequest()),
         (validate.nothing, admin_pb2.ResetCacheRequest()),
@@ -128,6 +132,10 @@ BASES = {
         ),
     ],
     model_pb2.DetokenizeRequest: [model_pb2.DetokenizeRequest(token_ids=[1])],
+    model_pb2.CheckConstraintRequest: [
+        model_pb2.CheckConstraintRequest(constraint=pb.Constraint(json_schema="{}")),
+        model_pb2.CheckConstraintRequest(constraint=pb.Constraint(choices=pb.Choices(texts=["a"]))),
+    ],
     admin_pb2.CancelRequest: [admin_pb2.CancelRequest(request_id="r")],
     admin_pb2.WatchEngineRequest: [admin_pb2.WatchEngineRequest(interval=Duration(seconds=5))],
     admin_pb2.ExplainRequestRequest: [admin_pb2.ExplainRequestRequest(request_id="r")],
@@ -136,6 +144,7 @@ CONVERT = {
     pb.GenerateRequest: lambda m: validate.generation(m, MODEL),
     model_pb2.TokenizeRequest: lambda m: validate.tokenization(m, MODEL),
     model_pb2.DetokenizeRequest: lambda m: validate.detokenization(m, MODEL),
+    model_pb2.CheckConstraintRequest: lambda m: validate.constraint_check(m, MODEL),
     admin_pb2.CancelRequest: validate.request_id,
     admin_pb2.WatchEngineRequest: validate.watch,
     admin_pb2.ExplainRequestRequest: validate.request_id,

@@ -10,6 +10,8 @@ from nanoserve_client.errors import from_status
 
 from nanoserve.request import (
     CancelledByOperator,
+    ConstraintInvalid,
+    ConstraintProblem,
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineFailure,
@@ -30,6 +32,9 @@ REQUEST_ID = "order-17"
 # One of each row of the table. They say what the server's own would.
 SAMPLES: list[RequestError] = [
     InvalidRequest([Violation("sampling.top_p", "2 is not allowed; allowed: above 0, up to 1")]),
+    ConstraintInvalid(
+        "constraint.json_schema", [ConstraintProblem("/properties/tags", "uniqueItems", "cannot be enforced")]
+    ),
     ContextLengthExceeded(5000, 2048),
     ModelNotFound("gpt-5", ["nanoserve-builtin"]),
     Overloaded(max_waiting=1024),

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, CompiledConstraint, ConstraintCompiler, too_slow
+from nanoserve.constraint.grammar import Constraint
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
 from nanoserve.engine.stream import RequestStream, StreamEvent
@@ -197,6 +199,9 @@ class Engine:
         # for each other, and not short ones for them.
         self._text_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="nanoserve-text")
         self._long_text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoserve-long-text")
+        self._constraints = ConstraintCompiler(
+            lambda: codec.grammar_tokenizer(model.vocab_size, model.eos_token_ids), model.vocab_size
+        )
         self._ids = itertools.count(1)
         # By number: requests that are not posted yet.
         self._arrivals: dict[int, _Arrival] = {}
@@ -395,6 +400,15 @@ class Engine:
         if not token_ids:
             raise InvalidRequest([Violation(name, "the prompt has no tokens; at least one is needed")])
         return token_ids, text
+
+    async def compile_constraint(self, constraint: Constraint) -> CompiledConstraint:
+        """Ready for this model's tokens. Raises ConstraintInvalid, also when that would take too long."""
+        try:
+            # Others may wait for the same: it goes on if this one gives up.
+            compiled = asyncio.wrap_future(self._constraints.submit(constraint))
+            return await asyncio.wait_for(asyncio.shield(compiled), COMPILE_TIMEOUT_S)
+        except TimeoutError:
+            raise too_slow(constraint) from None
 
     # ------------------------------------------------------------------------------------------- operator
 

@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from nanoserve.request import (
     CancelledByOperator,
+    ConstraintInvalid,
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineFailure,
@@ -59,6 +60,7 @@ class ErrorStatus:
 
 _TABLE: dict[type[RequestError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    ConstraintInvalid: grpc.StatusCode.INVALID_ARGUMENT,
     ContextLengthExceeded: grpc.StatusCode.INVALID_ARGUMENT,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -110,7 +112,7 @@ def _build(error: RequestError, request_id: str, limit: int) -> ErrorStatus:
 def _details(error: RequestError, limit: int) -> Iterator[Message]:
     """What only this kind of error has."""
     match error:
-        case InvalidRequest():
+        case InvalidRequest() | ConstraintInvalid():
             violations = [
                 {"field": _cut(each.field, limit), "description": _cut(each.description, limit)}
                 for each in error.violations[:MAX_VIOLATIONS]

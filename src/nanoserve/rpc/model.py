@@ -42,6 +42,13 @@ class ModelService:
         )
         return model_pb2.DetokenizeResponse(text=text)
 
+    async def CheckConstraint(
+        self, request: model_pb2.CheckConstraintRequest, _call: Call
+    ) -> model_pb2.CheckConstraintResponse:
+        engine = self._engine()
+        constraint = await off_loop(validate.constraint_check, request, engine.model)
+        return messages.constraint_check(await engine.compile_constraint(constraint))
+
 
 def _tokenized(codec: TextCodec, token_ids: list[int], text: str) -> model_pb2.TokenizeResponse:
     """The answer, in pieces. A text of megabytes has millions of tokens: to copy them in one call would hold the

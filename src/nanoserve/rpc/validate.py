@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
+from nanoserve.constraint.grammar import Constraint, ConstraintKind
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel
 from nanoserve.request import SAMPLING_RANGES, InvalidRequest, ModelNotFound, Range, SamplingParams, Violation
@@ -158,6 +159,15 @@ def detokenization(request: model_pb2.DetokenizeRequest, model: ServedModel) -> 
     return list(request.token_ids)
 
 
+def constraint_check(request: model_pb2.CheckConstraintRequest, model: ServedModel) -> Constraint:
+    """The constraint, of which only the form is checked. Raises as generation() does."""
+    check_model(request.model, model)
+    violations = Violations(request)
+    constraint = _constraint(request.constraint, violations)
+    violations.raise_if_any()
+    return constraint
+
+
 def request_id(request: admin_pb2.CancelRequest | admin_pb2.ExplainRequestRequest) -> str:
     """The id of the request that an operator asks about. Raises InvalidRequest."""
     violations = Violations(request)
@@ -273,6 +283,22 @@ def _tool_call(path: str, call: generation_pb2.ToolCall, violations: Violations)
     arguments = violations.json_object(f"{path}.arguments_json", call.arguments_json)
     function = {"name": call.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
+
+
+def _constraint(constraint: generation_pb2.Constraint, violations: Violations) -> Constraint:
+    kind = constraint.WhichOneof("kind")
+    if kind is None:
+        kinds = [field.name for field in constraint.DESCRIPTOR.oneofs_by_name["kind"].fields]
+        violations.add("constraint", f"one of {', '.join(kinds[:-1])} and {kinds[-1]} is required")
+        return Constraint(ConstraintKind.JSON_OBJECT)
+    if kind == "json_object" and not constraint.json_object:
+        violations.add("constraint.json_object", "must be true")
+    if constraint.relaxed and kind != "json_schema":
+        violations.add("constraint.relaxed", f"is for json_schema only, not for {kind}")
+    if kind == "choices":
+        return Constraint.of_choices(constraint.choices.texts)
+    text = "" if kind == "json_object" else getattr(constraint, kind)
+    return Constraint(ConstraintKind(kind), text, constraint.relaxed)
 
 
 def _sampling(sampling: generation_pb2.Sampling, model: ServedModel, violations: Violations) -> dict[str, Any]:

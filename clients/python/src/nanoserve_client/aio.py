@@ -8,8 +8,8 @@ import grpc
 
 from nanoserve_client.calls import Account, Calls, GenerateReading, Reading, Unary
 from nanoserve_client.progress import Progress
-from nanoserve_client.requests import Messages, TokenizeOptions
-from nanoserve_client.results import Delta, Model, Result, Started, Stats, Tokens
+from nanoserve_client.requests import ConstraintOptions, Messages, TokenizeOptions
+from nanoserve_client.results import ConstraintCheck, Delta, Model, Result, Started, Stats, Tokens
 from nanoserve_client.transport import CallOptions, Envelope
 from nanoserve_client.v1 import admin_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
@@ -47,6 +47,10 @@ class AsyncClient(Calls["AsyncGenerateStream", "AsyncEngineWatch"]):
     ) -> str:
         """Text of token ids. See Client.detokenize."""
         return await _wait(self._detokenize(token_ids, model, keep_special_tokens, options))
+
+    async def check_constraint(self, **options: Unpack[ConstraintOptions]) -> ConstraintCheck:
+        """What would be enforced of a constraint. See Client.check_constraint."""
+        return await _wait(self._check_constraint(options))
 
     async def list_models(self, **options: Unpack[CallOptions]) -> list[Model]:
         """The served models, in order of their names."""

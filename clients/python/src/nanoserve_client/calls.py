@@ -15,8 +15,8 @@ from google.protobuf.message import Message
 from nanoserve_client import requests, transport
 from nanoserve_client.errors import Metadata, NanoserveError
 from nanoserve_client.progress import Progress
-from nanoserve_client.requests import ChatGenerateOptions, GenerateOptions, Messages, TokenizeOptions
-from nanoserve_client.results import Model, Started, Stats, TokenLogprob, Tokens
+from nanoserve_client.requests import ChatGenerateOptions, ConstraintOptions, GenerateOptions, Messages, TokenizeOptions
+from nanoserve_client.results import ConstraintCheck, Model, Started, Stats, TokenLogprob, Tokens
 from nanoserve_client.transport import CallOptions, Envelope, Tls
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from nanoserve_client.v1 import generation_pb2 as pb
@@ -133,6 +133,10 @@ class Calls(abc.ABC, Generic[_Stream, _Watch]):
             model=model or "", token_ids=token_ids, keep_special_tokens=keep_special_tokens
         )
         return self._unary(self._models.Detokenize, request, options, lambda response: response.text)
+
+    def _check_constraint(self, options: ConstraintOptions) -> Unary[ConstraintCheck]:
+        request = requests.check_constraint_request(options)
+        return self._unary(self._models.CheckConstraint, request, requests.call_options(options), ConstraintCheck.of)
 
     def _list_models(self, options: CallOptions) -> Unary[list[Model]]:
         def read(response: model_pb2.ListModelsResponse) -> list[Model]:

@@ -8,8 +8,8 @@ import grpc
 from nanoserve_client.calls import Calls, GenerateReading, Reading, Unary
 from nanoserve_client.errors import Metadata
 from nanoserve_client.progress import Progress
-from nanoserve_client.requests import Messages, TokenizeOptions
-from nanoserve_client.results import Delta, Model, Result, Stats, Tokens
+from nanoserve_client.requests import ConstraintOptions, Messages, TokenizeOptions
+from nanoserve_client.results import ConstraintCheck, Delta, Model, Result, Stats, Tokens
 from nanoserve_client.transport import CallOptions, Envelope
 from nanoserve_client.v1 import admin_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
@@ -63,6 +63,18 @@ class Client(Calls["GenerateStream", "EngineWatch"]):
             **options: See CallOptions.
         """
         return _wait(self._detokenize(token_ids, model, keep_special_tokens, options))
+
+    def check_constraint(self, **options: Unpack[ConstraintOptions]) -> ConstraintCheck:
+        """What would be enforced of a constraint; nothing is generated.
+
+        Args:
+            **options: See ConstraintOptions.
+
+        Raises:
+            InvalidRequest: The constraint cannot be enforced. `violations` names every keyword that is in the way, and
+                `metadata` has the first as "pointer" and "keyword".
+        """
+        return _wait(self._check_constraint(options))
 
     def list_models(self, **options: Unpack[CallOptions]) -> list[Model]:
         """The served models, in order of their names."""

@@ -221,6 +221,29 @@ class TokenizeOptions(CallOptions, ChatOptions, total=False):
     add_special_tokens: bool | None
 
 
+class ConstraintOptions(CallOptions, total=False):
+    """What the output must be: exactly one of the first five. And CallOptions' keys.
+
+    Attributes:
+        json_schema: A JSON Schema, as a dict or as JSON. The output is a JSON text that it allows.
+        json_object: True = the output is any JSON object.
+        regex: A regular expression that the whole output matches, in the syntax of Rust's regex crate.
+        grammar: A Lark grammar, as the llguidance library reads it.
+        choices: The output is one of these texts.
+        relaxed: With json_schema: what of it cannot be enforced is only checked when the output is complete. Default:
+            the schema is refused.
+        model: Name of a served model. Default: the server's.
+    """
+
+    json_schema: str | Mapping[str, Any] | None
+    json_object: bool
+    regex: str | None
+    grammar: str | None
+    choices: Sequence[str] | None
+    relaxed: bool
+    model: str | None
+
+
 # The parts of a request whose fields are options.
 _SECTIONS: dict[str, Any] = {
     "sampling": pb.Sampling,
@@ -376,6 +399,30 @@ def tokenize_request(prompt: Messages, options: TokenizeOptions) -> model_pb2.To
         raise TypeError(f"{', '.join(given)}: for messages only")
     request.text = prompt
     return request
+
+
+def check_constraint_request(options: ConstraintOptions) -> model_pb2.CheckConstraintRequest:
+    """Raises TypeError for an option that does not exist, and for more or less than one constraint."""
+    refuse_unknown(options, ConstraintOptions.__optional_keys__)
+    return model_pb2.CheckConstraintRequest(model=options.get("model") or "", constraint=constraint(options))
+
+
+def constraint(options: Mapping[str, Any]) -> pb.Constraint:
+    """Of ConstraintOptions. Raises TypeError for more or less than one."""
+    kinds = [field.name for field in pb.Constraint.DESCRIPTOR.oneofs_by_name["kind"].fields]
+    # An empty text or list is a constraint, which the server refuses; json_object=False is none.
+    given = {kind: options[kind] for kind in kinds if options.get(kind) is not None and options[kind] is not False}
+    if len(given) != 1:
+        raise TypeError(f"exactly one of {', '.join(kinds)} is required, not {', '.join(given) or 'none'}")
+    ((kind, value),) = given.items()
+    message = pb.Constraint(relaxed=options.get("relaxed", False))
+    if kind == "choices":
+        # It is to be set even without any.
+        message.choices.SetInParent()
+        message.choices.texts.extend(value)
+    else:
+        setattr(message, kind, json.dumps(value) if isinstance(value, Mapping) else value)
+    return message
 
 
 def watch_request(interval: float | None) -> admin_pb2.WatchEngineRequest:

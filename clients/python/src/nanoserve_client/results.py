@@ -296,6 +296,65 @@ def _in_slices(values: Sequence[_Value]) -> Iterator[_Value]:
     return itertools.chain.from_iterable(values[i : i + 10_000] for i in range(0, len(values), 10_000))
 
 
+class KeywordTreatment(enum.Enum):
+    """What becomes of a keyword of a schema."""
+
+    # No output can break it.
+    ENFORCED = "enforced"
+    # It is checked when the output is complete.
+    RELAXED = "relaxed"
+    # It says nothing of the output.
+    ANNOTATION = "annotation"
+    # What a newer server does, and this client does not know.
+    UNKNOWN = "unknown"
+
+
+_TREATMENTS = by_number(KeywordTreatment, model_pb2.KeywordTreatment, "KEYWORD_TREATMENT_")
+
+
+@dataclass(frozen=True, slots=True)
+class KeywordUse:
+    """One keyword at one place of a schema."""
+
+    # JSON pointer to the subschema that has it. Empty = the whole schema.
+    pointer: str
+    keyword: str
+    treatment: KeywordTreatment
+    # Why it is relaxed. Empty for the others.
+    why: str
+
+    @classmethod
+    def of(cls, message: model_pb2.KeywordUse) -> Self:
+        treatment = _TREATMENTS.get(message.treatment, KeywordTreatment.UNKNOWN)
+        return cls(**same_fields(cls, message, "treatment"), treatment=treatment)
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintCheck:
+    """A constraint that can be used with the model."""
+
+    # Every keyword of the schema is enforced, or an annotation. True for constraints that are no schema.
+    enforced: bool
+    # Of the schema, relaxed ones first; at most 1000.
+    keywords: tuple[KeywordUse, ...]
+    # How many there are.
+    keyword_count: int
+    # Length of the grammar that was compiled.
+    grammar_bytes: int
+    # Seconds that compiling took when it was done first, and the mask of the first token after that.
+    compile_s: float
+    first_mask_s: float
+
+    @classmethod
+    def of(cls, message: model_pb2.CheckConstraintResponse) -> Self:
+        return cls(
+            **same_fields(cls, message, "keywords", "compile_s", "first_mask_s"),
+            keywords=tuple(map(KeywordUse.of, message.keywords)),
+            compile_s=message.compile.ToTimedelta().total_seconds(),
+            first_mask_s=message.first_mask.ToTimedelta().total_seconds(),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """A snapshot of scheduler and cache. used + cached + free blocks = total."""

@@ -5,9 +5,11 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from nanoserve_client.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
@@ -19,6 +21,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _KeywordTreatment:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KeywordTreatmentEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeywordTreatment.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KEYWORD_TREATMENT_UNSPECIFIED: _KeywordTreatment.ValueType  # 0
+    """Never sent."""
+    KEYWORD_TREATMENT_ENFORCED: _KeywordTreatment.ValueType  # 1
+    """No output can break it."""
+    KEYWORD_TREATMENT_RELAXED: _KeywordTreatment.ValueType  # 2
+    """It is checked when the output is complete."""
+    KEYWORD_TREATMENT_ANNOTATION: _KeywordTreatment.ValueType  # 3
+    """It says nothing of the output."""
+
+class KeywordTreatment(_KeywordTreatment, metaclass=_KeywordTreatmentEnumTypeWrapper):
+    """What becomes of a keyword."""
+
+KEYWORD_TREATMENT_UNSPECIFIED: KeywordTreatment.ValueType  # 0
+"""Never sent."""
+KEYWORD_TREATMENT_ENFORCED: KeywordTreatment.ValueType  # 1
+"""No output can break it."""
+KEYWORD_TREATMENT_RELAXED: KeywordTreatment.ValueType  # 2
+"""It is checked when the output is complete."""
+KEYWORD_TREATMENT_ANNOTATION: KeywordTreatment.ValueType  # 3
+"""It says nothing of the output."""
+Global___KeywordTreatment: _TypeAlias = KeywordTreatment  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
@@ -255,3 +285,113 @@ class DetokenizeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
+
+@_typing.final
+class CheckConstraintRequest(_message.Message):
+    """A constraint to try."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of a served model. Empty = the server's default model."""
+    @_builtins.property
+    def constraint(self) -> _generation_pb2.Constraint:
+        """Required."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        constraint: _generation_pb2.Constraint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["constraint", b"constraint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraint", b"constraint", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckConstraintRequest: _TypeAlias = CheckConstraintRequest  # noqa: Y015
+
+@_typing.final
+class CheckConstraintResponse(_message.Message):
+    """A constraint that can be used with the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENFORCED_FIELD_NUMBER: _builtins.int
+    KEYWORDS_FIELD_NUMBER: _builtins.int
+    KEYWORD_COUNT_FIELD_NUMBER: _builtins.int
+    GRAMMAR_BYTES_FIELD_NUMBER: _builtins.int
+    COMPILE_FIELD_NUMBER: _builtins.int
+    FIRST_MASK_FIELD_NUMBER: _builtins.int
+    enforced: _builtins.bool
+    """Every keyword of the schema that applies is enforced, or an annotation. True for constraints that are no schema."""
+    keyword_count: _builtins.int
+    """How many keywords there are."""
+    grammar_bytes: _builtins.int
+    """Length of the grammar that was compiled."""
+    @_builtins.property
+    def keywords(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeywordUse]:
+        """What becomes of each keyword of the schema, relaxed ones first; at most 1000. Empty for the other kinds."""
+
+    @_builtins.property
+    def compile(self) -> _duration_pb2.Duration:
+        """What compiling took, when it was done first: what is compiled is kept for a while."""
+
+    @_builtins.property
+    def first_mask(self) -> _duration_pb2.Duration:
+        """What the mask of the first token took, after that."""
+
+    def __init__(
+        self,
+        *,
+        enforced: _builtins.bool = ...,
+        keywords: _abc.Iterable[Global___KeywordUse] | None = ...,
+        keyword_count: _builtins.int = ...,
+        grammar_bytes: _builtins.int = ...,
+        compile: _duration_pb2.Duration | None = ...,
+        first_mask: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile", "first_mask", b"first_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile", "enforced", b"enforced", "first_mask", b"first_mask", "grammar_bytes", b"grammar_bytes", "keyword_count", b"keyword_count", "keywords", b"keywords"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckConstraintResponse: _TypeAlias = CheckConstraintResponse  # noqa: Y015
+
+@_typing.final
+class KeywordUse(_message.Message):
+    """One keyword at one place of a schema."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POINTER_FIELD_NUMBER: _builtins.int
+    KEYWORD_FIELD_NUMBER: _builtins.int
+    TREATMENT_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    pointer: _builtins.str
+    """JSON pointer (RFC 6901) to the subschema that has it. Empty = the whole schema."""
+    keyword: _builtins.str
+    """Such as "minLength"."""
+    treatment: Global___KeywordTreatment.ValueType
+    """What becomes of it."""
+    why: _builtins.str
+    """Why it is relaxed. Empty for the others."""
+    def __init__(
+        self,
+        *,
+        pointer: _builtins.str = ...,
+        keyword: _builtins.str = ...,
+        treatment: Global___KeywordTreatment.ValueType = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keyword", b"keyword", "pointer", b"pointer", "treatment", b"treatment", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeywordUse: _TypeAlias = KeywordUse  # noqa: Y015

@@ -50,6 +50,11 @@ class ModelServiceStub:
                 request_serializer=nanoserve_dot_v1_dot_model__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=nanoserve_dot_v1_dot_model__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.CheckConstraint = channel.unary_unary(
+                '/nanoserve.v1.ModelService/CheckConstraint',
+                request_serializer=nanoserve_dot_v1_dot_model__pb2.CheckConstraintRequest.SerializeToString,
+                response_deserializer=nanoserve_dot_v1_dot_model__pb2.CheckConstraintResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -79,6 +84,15 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckConstraint(self, request, context):
+        """What would be enforced of a constraint, without generating anything.
+        Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
+        of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +110,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=nanoserve_dot_v1_dot_model__pb2.DetokenizeRequest.FromString,
                     response_serializer=nanoserve_dot_v1_dot_model__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'CheckConstraint': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckConstraint,
+                    request_deserializer=nanoserve_dot_v1_dot_model__pb2.CheckConstraintRequest.FromString,
+                    response_serializer=nanoserve_dot_v1_dot_model__pb2.CheckConstraintResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +199,33 @@ class ModelService:
             '/nanoserve.v1.ModelService/Detokenize',
             nanoserve_dot_v1_dot_model__pb2.DetokenizeRequest.SerializeToString,
             nanoserve_dot_v1_dot_model__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckConstraint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nanoserve.v1.ModelService/CheckConstraint',
+            nanoserve_dot_v1_dot_model__pb2.CheckConstraintRequest.SerializeToString,
+            nanoserve_dot_v1_dot_model__pb2.CheckConstraintResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,11 @@ class ModelServiceStub:
     """Text of token ids.
     Errors: INVALID_ARGUMENT (INVALID_REQUEST), NOT_FOUND (MODEL_NOT_FOUND).
     """
+    CheckConstraint: _grpc.UnaryUnaryMultiCallable[_model_pb2.CheckConstraintRequest, _model_pb2.CheckConstraintResponse]
+    """What would be enforced of a constraint, without generating anything.
+    Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
+    of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -58,6 +63,11 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Detokenize: _aio.UnaryUnaryMultiCallable[_model_pb2.DetokenizeRequest, _model_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Text of token ids.
     Errors: INVALID_ARGUMENT (INVALID_REQUEST), NOT_FOUND (MODEL_NOT_FOUND).
+    """
+    CheckConstraint: _aio.UnaryUnaryMultiCallable[_model_pb2.CheckConstraintRequest, _model_pb2.CheckConstraintResponse]  # type: ignore[assignment]
+    """What would be enforced of a constraint, without generating anything.
+    Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
+    of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -89,6 +99,17 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_model_pb2.DetokenizeResponse, _abc.Awaitable[_model_pb2.DetokenizeResponse]]:
         """Text of token ids.
         Errors: INVALID_ARGUMENT (INVALID_REQUEST), NOT_FOUND (MODEL_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def CheckConstraint(
+        self,
+        request: _model_pb2.CheckConstraintRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.CheckConstraintResponse, _abc.Awaitable[_model_pb2.CheckConstraintResponse]]:
+        """What would be enforced of a constraint, without generating anything.
+        Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
+        of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

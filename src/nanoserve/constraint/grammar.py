@@ -1,0 +1,114 @@
+"""What a caller may ask for, and the grammar that enforces it."""
+
+import enum
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llguidance import LLMatcher
+
+from nanoserve.request import ConstraintInvalid, ConstraintProblem
+
+# Of a schema, a regex, a grammar, or all choices together. Compiling takes time that grows faster than the text.
+MAX_TEXT_BYTES = 256 * 1024
+MAX_CHOICES = 10_000
+# White space that may stand at one place of a JSON text. Models that are unsure of the next value write it for ever.
+MAX_WHITESPACE = 16
+# JSON's escapes but for \uXXXX: with it a key could be spelled in two ways, and so be given twice.
+_ESCAPES = 'bfnrt"\\'
+# What a Lark grammar may not have: schemas in it would not be checked, and options are the server's.
+_FORBIDDEN_IN_LARK = re.compile(r"%json\b|%llguidance\b")
+
+
+class ConstraintKind(enum.Enum):
+    """What the text of a constraint is. The values are the names of the contract's fields."""
+
+    JSON_SCHEMA = "json_schema"  # a JSON Schema
+    JSON_OBJECT = "json_object"  # nothing: any JSON object is allowed
+    REGEX = "regex"  # a regular expression in the syntax of Rust's regex crate, for the whole of the output
+    GRAMMAR = "grammar"  # a Lark grammar, as llguidance reads them
+    CHOICES = "choices"  # a JSON array of texts, of which the output is one
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the output must be."""
+
+    kind: ConstraintKind
+    text: str = ""
+    # What of a schema cannot be enforced is left out of the grammar, and checked when the output is complete.
+    is_relaxed: bool = False
+
+    @classmethod
+    def of_choices(cls, choices: Sequence[str]) -> "Constraint":
+        """The output is one of these texts."""
+        return cls(ConstraintKind.CHOICES, json.dumps(list(choices)))
+
+
+def check(constraint: Constraint) -> None:
+    """Raise ConstraintInvalid if it is too long to look at, or wrong in a way that needs no compiler to see."""
+    if (size := len(constraint.text.encode("utf-8", "replace"))) > MAX_TEXT_BYTES:
+        raise refusal(constraint.kind, f"has {size} bytes; at most {MAX_TEXT_BYTES} are allowed")
+    match constraint.kind:
+        case ConstraintKind.REGEX | ConstraintKind.GRAMMAR if not constraint.text.strip():
+            raise refusal(constraint.kind, "must not be empty")
+        case ConstraintKind.GRAMMAR if found := _FORBIDDEN_IN_LARK.search(constraint.text):
+            hint = "; a schema is given as json_schema" if found[0] == "%json" else ""
+            raise refusal(constraint.kind, f"{found[0]} is not allowed in a grammar{hint}", keyword=found[0])
+        case ConstraintKind.CHOICES:
+            _check_choices(json.loads(constraint.text))
+
+
+def _check_choices(choices: list[str]) -> None:
+    if not choices:
+        raise refusal(ConstraintKind.CHOICES, "at least one is required")
+    if len(choices) > MAX_CHOICES:
+        raise refusal(ConstraintKind.CHOICES, f"has {len(choices)} entries; at most {MAX_CHOICES} are allowed")
+    seen: dict[str, int] = {}
+    for i, choice in enumerate(choices):
+        if not choice:
+            raise refusal(ConstraintKind.CHOICES, "must not be empty", pointer=f"/{i}")
+        if choice in seen:
+            raise refusal(ConstraintKind.CHOICES, f"is the same as choice {seen[choice]}", pointer=f"/{i}")
+        seen[choice] = i
+
+
+def refusal(kind: ConstraintKind, description: str, *, pointer: str = "", keyword: str = "") -> ConstraintInvalid:
+    """An error about a constraint that has only one thing wrong."""
+    return ConstraintInvalid(f"constraint.{kind.value}", [ConstraintProblem(pointer, keyword, description)])
+
+
+def grammar_of(constraint: Constraint) -> str:
+    """The grammar of anything but a JSON Schema, in llguidance's own form."""
+    match constraint.kind:
+        case ConstraintKind.JSON_OBJECT:
+            return grammar_of_schema('{"type": "object"}')
+        case ConstraintKind.REGEX:
+            return str(LLMatcher.grammar_from_regex(constraint.text))
+        case ConstraintKind.GRAMMAR:
+            return str(LLMatcher.grammar_from_lark(constraint.text))
+        case ConstraintKind.CHOICES:
+            texts = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(constraint.text))
+            return str(LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(texts)))
+    raise ValueError(constraint.kind)
+
+
+def grammar_of_schema(schema: str, *, one_of_as_any_of: bool = False) -> str:
+    """The grammar of a JSON Schema, which may yet prove wrong when it is compiled.
+
+    one_of_as_any_of: where two branches of a oneOf might match one value, both are allowed to. Otherwise such a oneOf
+    is an error of the compiler.
+    """
+    options: Any = {
+        "whitespace_flexible": True,
+        "whitespace_pattern": rf"[ \n\r\t]{{1,{MAX_WHITESPACE}}}",
+        "item_separator": ",",
+        "key_separator": ":",
+        "coerce_one_of": one_of_as_any_of,
+        "lenient": False,
+        "json_allowed_escapes": _ESCAPES,
+        "json_allow_general_unicode_escapes": False,
+    }
+    return str(LLMatcher.grammar_from_json_schema(schema, overrides=options))

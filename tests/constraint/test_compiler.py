@@ -1,0 +1,292 @@
+"""What may be asked besides schemas, the matcher, the cache and the threads."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from nanoserve.config import BUILTIN_MODEL
+from nanoserve.constraint import compiler as compiler_module
+from nanoserve.constraint.compiler import ConstraintCompiler
+from nanoserve.constraint.grammar import MAX_CHOICES, MAX_TEXT_BYTES, Constraint, ConstraintKind
+from nanoserve.constraint.matcher import make_masks
+from nanoserve.constraint.vocabulary import tokenizer_of_tokens
+from nanoserve.engine.text import TextCodec
+from nanoserve.request import ConstraintInvalid
+
+ANY_OBJECT = Constraint(ConstraintKind.JSON_OBJECT)
+
+
+def regex(text):
+    return Constraint(ConstraintKind.REGEX, text)
+
+
+def grammar(text):
+    return Constraint(ConstraintKind.GRAMMAR, text)
+
+
+def allowed(masks, row):
+    return set(np.nonzero(np.unpackbits(masks[row].view(np.uint8), bitorder="little"))[0].tolist())
+
+
+def byte_compiler(**options):
+    """A token for each byte, and 256 = EOS. Makes one for each test, whose cache is empty."""
+    tokens = [*(bytes([i]) for i in range(256)), b"<eos>"]
+    return ConstraintCompiler(
+        lambda: tokenizer_of_tokens(tokens, [256], [256], lambda t: [*t.encode()]), 257, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("constraint", "good", "bad"),
+    [
+        (ANY_OBJECT, ['{"a": [1, "b"]}', "{}"], ["[]", "1", '{"a"}']),
+        (regex("[a-c]+x?"), ["abc", "ax"], ["x", "abcxx", "abcd"]),
+        (regex("^abc$"), ["abc"], ["abcd"]),
+        (grammar('start: "x" (A | start)\nA: /[0-9]+/'), ["x12", "xxx3"], ["12", "x"]),
+        (Constraint.of_choices(["a", "ab", 'q"\\\n', "é\u2028"]), ["a", "ab", 'q"\\\n', "é\u2028"], ["b", "", "abb"]),
+    ],
+)
+def test_each_kind_allows_what_it_says(compiler, accepts, constraint, good, bad):
+    compiled = compiler.compile(constraint)
+    assert [text for text in [*good, *bad] if accepts(compiled, text)] == good
+    assert compiled.keywords == ()
+
+
+@pytest.mark.parametrize(
+    ("constraint", "told"),
+    [
+        (regex(""), "constraint.regex: must not be empty"),
+        (regex("a(?=b)"), "look-around"),
+        (regex("(a"), "unclosed group"),
+        (regex("a" * (MAX_TEXT_BYTES + 1)), "has 262145 bytes; at most 262144 are allowed"),
+        (regex("(" * 20_000), "regex parse error"),
+        (grammar(" "), "constraint.grammar: must not be empty"),
+        (grammar('start: "a" foo'), 'unknown name: "foo"'),
+        (grammar('foo: "a"'), "no start rule found"),
+        (grammar("start: " + "(" * 20_000), "too deeply nested"),
+        (grammar("start: start"), "allows no output"),
+        (grammar('start: %json {"not": {}}'), "%json is not allowed in a grammar; a schema is given as json_schema"),
+        (grammar('%llguidance {}\nstart: "a"'), "%llguidance is not allowed"),
+        (Constraint.of_choices([]), "constraint.choices: at least one is required"),
+        (Constraint.of_choices(["a", ""]), "constraint.choices: /1 must not be empty"),
+        (Constraint.of_choices(["a", "b", "a"]), "constraint.choices: /2 is the same as choice 0"),
+        (Constraint.of_choices(map(str, range(MAX_CHOICES + 1))), "has 10001 entries; at most 10000 are allowed"),
+    ],
+)
+def test_what_is_wrong_is_told(compiler, constraint, told):
+    with pytest.raises(ConstraintInvalid) as caught:
+        compiler.compile(constraint)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        regex("((a{1,1000}){1,1000}){1,1000}"),
+        regex("(x+x+)+y"),
+        regex("[^a]{300}b.{300}|.{400}c"),
+        regex("|".join(f"x{i}y{{1,9}}" for i in range(15_000))),
+        grammar("start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(15_000)) + 'a15000: "x"'),
+        grammar("start: A0\n" + "".join(f"A{i}: A{i + 1}\n" for i in range(15_000)) + 'A15000: "x"'),
+        Constraint.of_choices([f"choice {i}" for i in range(MAX_CHOICES)]),
+    ],
+    ids=["repetition", "nested", "states", "alternatives", "rules", "terminals", "choices"],
+)
+def test_hostile_ones_are_compiled_or_refused_in_time(compiler, constraint):
+    """Neither does one end the process."""
+    try:
+        compiled = compiler.compile(constraint)
+    except ConstraintInvalid:
+        return
+    assert compiled.compile_s + compiled.first_mask_s < compiler_module.COMPILE_TIMEOUT_S
+
+
+# ---------------------------------------------------------------------------------------------- the matcher
+
+
+def test_a_mask_has_the_tokens_that_may_be_next(compiler, codec, vocab_size):
+    masks = make_masks(3, vocab_size)
+    assert masks.shape == (3, (vocab_size + 31) // 32)
+    compiler.compile(Constraint.of_choices(["a", "ab"])).matcher().fill(masks, 1)
+    spelled = {codec.token_bytes(token_id) for token_id in allowed(masks, 1)}
+    assert spelled == {b"a", b"ab"}
+    assert (masks[[0, 2]] == -1).all()
+
+
+def test_what_has_no_token_is_never_allowed(compiler, codec, vocab_size):
+    masks = make_masks(1, vocab_size)
+    compiler.compile(regex("(?s:.*)")).matcher().fill(masks, 0)
+    assert max(allowed(masks, 0)) < codec.vocab_size
+
+
+def test_special_tokens_are_no_text(compiler, codec, vocab_size):
+    masks = make_masks(1, vocab_size)
+    compiler.compile(regex("(?s:.+)")).matcher().fill(masks, 0)
+    assert not allowed(masks, 0) & codec.special_token_ids
+
+
+def test_a_model_with_fewer_tokens_than_its_tokenizer_gets_masks_of_its_own_width(codec):
+    vocab_size = codec.vocab_size - 100
+    narrow = ConstraintCompiler(lambda: codec.grammar_tokenizer(vocab_size, [codec.eos_token_id]), vocab_size)
+    masks = make_masks(1, vocab_size)
+    narrow.compile(regex("a+")).matcher().fill(masks, 0)
+    assert masks.any()
+
+
+def test_an_output_may_end_before_it_must():
+    matcher = byte_compiler().compile(Constraint.of_choices(["a", "ab"])).matcher()
+    masks = make_masks(1, 257)
+    assert (matcher.may_end, matcher.is_complete) == (False, False)
+    assert matcher.consume(b"a") == 1
+    assert (matcher.may_end, matcher.is_complete) == (True, False)
+    matcher.fill(masks, 0)
+    assert allowed(masks, 0) == {ord("b"), 256}
+    assert matcher.consume(b"b") == 1
+    assert (matcher.may_end, matcher.is_complete) == (True, True)
+    matcher.fill(masks, 0)
+    assert allowed(masks, 0) == {256}
+
+
+def test_eos_ends_it():
+    matcher = byte_compiler().compile(regex("a*")).matcher()
+    assert matcher.consume([97, 256, 97]) == 2
+    assert matcher.is_complete
+    assert matcher.failure == ""
+
+
+def test_a_wrong_token_is_not_consumed_and_does_no_harm():
+    matcher = byte_compiler().compile(regex("abc")).matcher()
+    assert matcher.consume(b"axc") == 1
+    assert matcher.consume(b"bc") == 2
+    assert matcher.is_complete
+
+
+def test_tokens_can_be_taken_back():
+    matcher = byte_compiler().compile(regex("ab|ac")).matcher()
+    matcher.consume(b"ab")
+    matcher.rollback(1)
+    assert matcher.consume(b"c") == 1
+    matcher.rollback(2)
+    assert matcher.consume(b"ab") == 2
+    with pytest.raises(ValueError, match="cannot take back 3 tokens"):
+        matcher.rollback(3)
+    assert matcher.failure
+
+
+def test_forced_tokens_are_what_must_come():
+    matcher = byte_compiler().compile(regex("a(bc|bd)")).matcher()
+    assert bytes(matcher.forced()) == b"ab"
+    matcher.consume(b"ab")
+    assert matcher.forced() == []
+
+
+def test_a_matcher_goes_on_from_tokens_and_matchers_are_apart():
+    compiled = byte_compiler().compile(regex("abcd"))
+    one, other = compiled.matcher(b"ab"), compiled.matcher()
+    assert one.consume(b"cd") == 2
+    assert other.consume(b"cd") == 0
+    with pytest.raises(ValueError, match="token 1 of 2 is not allowed"):
+        compiled.matcher(b"ax")
+
+
+def test_a_character_may_be_split_over_tokens():
+    matcher = byte_compiler().compile(Constraint.of_choices(["é"])).matcher()
+    assert matcher.consume(b"\xc3") == 1
+    assert not matcher.may_end
+    assert matcher.consume(b"\xa9") == 1
+    assert matcher.is_complete
+
+
+# -------------------------------------------------------------------------------------- cache and threads
+
+
+def test_the_same_constraint_is_compiled_once():
+    compiler = byte_compiler()
+    one = compiler.compile(regex("a"))
+    assert compiler.compile(regex("a")) is one
+    assert compiler.num_cached_bytes == one.num_bytes
+    relaxed = Constraint(ConstraintKind.JSON_SCHEMA, "{}", is_relaxed=True)
+    strict = Constraint(ConstraintKind.JSON_SCHEMA, "{}")
+    assert compiler.compile(relaxed) is not compiler.compile(strict)
+
+
+def test_the_cache_is_bounded_in_bytes_and_forgets_the_oldest_use():
+    size = byte_compiler().compile(regex("a")).num_bytes
+    compiler = byte_compiler(max_cache_bytes=2 * size)
+    one, two = compiler.compile(regex("a")), compiler.compile(regex("b"))
+    assert compiler.compile(regex("a")) is one
+    compiler.compile(regex("c"))
+    assert compiler.num_cached_bytes == 2 * size
+    assert compiler.compile(regex("a")) is one
+    assert compiler.compile(regex("b")) is not two
+
+
+def test_a_refusal_is_not_kept():
+    compiler = byte_compiler()
+    for _ in range(2):
+        with pytest.raises(ConstraintInvalid):
+            compiler.compile(regex("("))
+    assert compiler.num_cached_bytes == 0
+
+
+def test_many_threads_may_compile_and_match_at_once():
+    compiler = byte_compiler()
+    start = threading.Barrier(8)
+
+    def run(number):
+        start.wait()
+        texts = [f"{(number + i) % 5}" for i in range(20)]
+        compiled = [compiler.compile(regex(f"x{text}+")) for text in texts]
+        counts = [each.matcher().consume(f"x{text}9".encode()) for each, text in zip(compiled, texts, strict=True)]
+        return compiled, counts
+
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(run, range(8)))
+    assert len({id(each) for compiled, _ in results for each in compiled}) == 5
+    assert {count for _, counts in results for count in counts} == {2}
+
+
+def test_who_waits_too_long_is_told(monkeypatch):
+    """And the one that takes long does not stand in the way of others."""
+    monkeypatch.setattr(compiler_module, "COMPILE_TIMEOUT_S", 0.2)
+    may_go_on = threading.Event()
+    compile_one = ConstraintCompiler._compile
+
+    def slow(self, constraint):
+        if constraint.text == "slow":
+            may_go_on.wait()
+        return compile_one(self, constraint)
+
+    monkeypatch.setattr(ConstraintCompiler, "_compile", slow)
+    compiler = byte_compiler()
+    with pytest.raises(ConstraintInvalid, match=r"takes longer than 0.2 s"):
+        compiler.compile(regex("slow"))
+    monkeypatch.setattr(compiler_module, "COMPILE_TIMEOUT_S", 10)
+    assert compiler.compile(regex("quick")).matcher().consume(b"quick") == 5
+    may_go_on.set()
+    assert compiler.compile(regex("slow")).matcher().consume(b"slow") == 4
+
+
+# ------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_a_tokenizer_of_another_kind_gives_the_same_masks(compiler, vocab_size, monkeypatch):
+    """One that is not of the tokenizers library is known by the bytes of its tokens."""
+    codec = TextCodec.load(BUILTIN_MODEL)
+    monkeypatch.setattr(codec, "_backend", None)
+    other = ConstraintCompiler(lambda: codec.grammar_tokenizer(vocab_size, [codec.eos_token_id]), vocab_size)
+    masks = make_masks(2, vocab_size)
+    constraint = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "object", "required": ["name"]}')
+    for row, each in enumerate((compiler, other)):
+        matcher = each.compile(constraint).matcher(codec.encode('{"na', add_special_tokens=False))
+        matcher.fill(masks, row)
+    assert allowed(masks, 0) == allowed(masks, 1)
+    assert allowed(masks, 0)
+
+
+def test_a_model_without_eos_ends_where_nothing_can_follow(codec):
+    endless = ConstraintCompiler(lambda: codec.grammar_tokenizer(codec.vocab_size, []), codec.vocab_size)
+    matcher = endless.compile(regex("ab")).matcher(codec.encode("ab", add_special_tokens=False))
+    assert matcher.is_complete
