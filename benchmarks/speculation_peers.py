@@ -49,7 +49,9 @@ def llama_cpp(model: str, *, guesses: bool) -> Generate:
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
     lookup = LlamaPromptLookupDecoding(max_ngram_size=3, num_pred_tokens=NUM_GUESSES) if guesses else None
-    llm = Llama(model, n_ctx=MAX_CONTEXT, n_threads=os.cpu_count(), draft_model=lookup, verbose=False)
+    # Without logits_all it fails where a guess was wrong.
+    options = {"draft_model": lookup, "logits_all": True} if guesses else {}
+    llm = Llama(model, n_ctx=MAX_CONTEXT, n_threads=os.cpu_count(), verbose=False, **options)
 
     def generate(prompt: Sequence[int], num_tokens: int) -> None:
         for _ in islice(llm.generate(prompt, temp=0.0), num_tokens):

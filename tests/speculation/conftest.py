@@ -4,7 +4,7 @@ from families import VOCAB_SIZE, save_tiny_model
 from nanoserve.config import ModelOptions
 from nanoserve.model.loader import load_model
 from nanoserve.speculation import speculator
-from nanoserve.speculation.payoff import Prospect
+from nanoserve.speculation.payoff import Prospect, StepTimes
 
 
 @pytest.fixture(scope="session")
@@ -37,5 +37,8 @@ def whatever_it_costs(monkeypatch):
     """With a model of this size no draft pays."""
     monkeypatch.setattr(speculator, "may_pay", lambda _times, _num, most: most > 0)
     monkeypatch.setattr(speculator, "choose_counts", lambda _times, _num, chances: list(map(len, chances)))
-    monkeypatch.setattr(speculator, "may_guess_more", lambda *others: any(prospect.room for prospect in others[-1]))
+    monkeypatch.setattr(
+        speculator, "may_guess_more", lambda *others, **_: any(prospect.room for prospect in others[-1])
+    )
+    monkeypatch.setattr(StepTimes, "expect", lambda *_: 1.0)
     monkeypatch.setattr(Prospect, "worth", lambda prospect, *_: prospect.room * 100)

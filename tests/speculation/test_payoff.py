@@ -52,6 +52,11 @@ def test_guesses_pay_where_a_step_waits_for_memory_and_not_where_it_computes():
     assert choose_counts(times_of(steep), 1, [chances(0.9, 5)]) == [0]
 
 
+def test_guesses_that_would_hardly_pay_are_left_out():
+    assert choose_counts(times_of(lambda size: 0.03 if size == 1 else 0.045), 1, [chances(0.6, 1)]) == [0]
+    assert choose_counts(times_of(lambda size: 0.03 if size == 1 else 0.045), 1, [chances(0.9, 1)]) == [1]
+
+
 def test_the_likelier_guesses_come_first():
     # Four tokens more are free, and all others are not.
     times = times_of(lambda size: 0.03 if size <= 6 else 0.03 * size)

@@ -22,6 +22,9 @@ MAX_STEP_DRAFTS = 256
 NUM_FIRST_STEPS = 3
 # Weight of the newest step in the mean.
 NEWEST_STEP = 0.2
+# Guesses are computed if they promise so many times the tokens a second. What promises less may as well cost: times
+# differ from step to step, and sequences that guess right leave those that do not behind, in smaller steps.
+MIN_GAIN = 1.1
 # A mean is forgotten after so many steps without a new one, and whatever is not known is tried again.
 FORGOTTEN_AFTER = 2000
 # Weight of the newest draft in a share.
@@ -194,7 +197,7 @@ def choose_counts(times: StepTimes, num_tokens: int, chances: Sequence[Sequence[
     """
     gains = sorted(((chance, i) for i, draft in enumerate(chances) for chance in draft), key=lambda gain: -gain[0])
     del gains[MAX_STEP_DRAFTS:]
-    best_rate, best_num, made = num_tokens / times.expect(num_tokens), 0, float(num_tokens)
+    best_rate, best_num, made = MIN_GAIN * num_tokens / times.expect(num_tokens), 0, float(num_tokens)
     for num, (gain, _) in enumerate(gains, start=1):
         made += gain
         rate = made / times.expect(num_tokens + num)
@@ -228,13 +231,20 @@ class Prospect:
 
 
 def may_guess_more(
-    times: StepTimes, pass_times: StepTimes, num_tokens: int, made: float, prospects: Sequence[Prospect]
+    times: StepTimes,
+    pass_times: StepTimes,
+    num_tokens: int,
+    made: float,
+    prospects: Sequence[Prospect],
+    *,
+    least_rate: float = 0.0,
 ) -> bool:
     """Whether one more pass of a model that guesses pays, or several: each of them takes time too.
 
-    num_tokens: that the step computes as it stands, and made: those that it is expected to make.
+    num_tokens: that the step computes as it stands, and made: those that it is expected to make. least_rate: tokens a
+    second that the step must come to at least.
     """
-    best_rate, seconds = made / times.expect(num_tokens), 0.0
+    best_rate, seconds = max(least_rate, made / times.expect(num_tokens)), 0.0
     for gains in zip_longest(*(prospect.gains for prospect in prospects), fillvalue=None):
         of_pass = [gain for gain in gains if gain is not None]
         made += sum(of_pass)

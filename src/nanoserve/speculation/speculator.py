@@ -9,6 +9,7 @@ from nanoserve.speculation.drafter import Draft, Drafter, ModelDrafter
 from nanoserve.speculation.ngram import NgramDrafter
 from nanoserve.speculation.payoff import (
     MAX_STEP_DRAFTS,
+    MIN_GAIN,
     Acceptance,
     OwnAcceptance,
     Prospect,
@@ -154,10 +155,11 @@ class Speculator:
         }
         made = num_tokens + sum(promise for row, promise in promised.items() if row not in drafts)
         num_tokens += sum(len(draft.token_ids) for row, draft in others.items() if row not in drafts)
+        least_rate = MIN_GAIN * made / self._times.expect(num_tokens)
         open_rows = list(drafts)
         while open_rows:
             prospects = [self._prospect(row, drafts[row], rooms[row]) for row in open_rows]
-            if not may_guess_more(self._times, self._pass_times, num_tokens, made, prospects):
+            if not may_guess_more(self._times, self._pass_times, num_tokens, made, prospects, least_rate=least_rate):
                 break
             guesses = self._pass(model, {row: drafts[row].token_ids for row in open_rows})
             for row, (token_id, evidence) in guesses.items():

@@ -85,7 +85,7 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CheckConstraint(self, request, context):
-        """What would be enforced of a constraint, without generating anything.
+        """What would be enforced of a constraint, without generating anything. Generate takes none yet.
         Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
         of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
         """

@@ -44,7 +44,7 @@ class ModelServiceStub:
     Errors: INVALID_ARGUMENT (INVALID_REQUEST), NOT_FOUND (MODEL_NOT_FOUND).
     """
     CheckConstraint: _grpc.UnaryUnaryMultiCallable[_model_pb2.CheckConstraintRequest, _model_pb2.CheckConstraintResponse]
-    """What would be enforced of a constraint, without generating anything.
+    """What would be enforced of a constraint, without generating anything. Generate takes none yet.
     Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
     of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
     """
@@ -65,7 +65,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Errors: INVALID_ARGUMENT (INVALID_REQUEST), NOT_FOUND (MODEL_NOT_FOUND).
     """
     CheckConstraint: _aio.UnaryUnaryMultiCallable[_model_pb2.CheckConstraintRequest, _model_pb2.CheckConstraintResponse]  # type: ignore[assignment]
-    """What would be enforced of a constraint, without generating anything.
+    """What would be enforced of a constraint, without generating anything. Generate takes none yet.
     Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
     of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
     """
@@ -107,7 +107,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.CheckConstraintRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.CheckConstraintResponse, _abc.Awaitable[_model_pb2.CheckConstraintResponse]]:
-        """What would be enforced of a constraint, without generating anything.
+        """What would be enforced of a constraint, without generating anything. Generate takes none yet.
         Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
         of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
         """
