@@ -11,8 +11,8 @@ guessed from an answer to the same question. Output tokens/s from the first toke
     summary      the text in five sentences
     chat         a question
     wrong        the same, and the caller expects something else from the first token on
-    known        the same, and the caller expects just the answer that comes: what guesses can give at most, and the one
-                 workload that says something of random weights
+    known        the question as it is, not as a chat, and the caller expects just what comes: what guesses can give at
+                 most, and the one workload that says something of random weights
 
 Peers of `make bench-peers` that are installed do repeat, summary and chat, with their own lookup and without: vllm on
 FOLDER, llama.cpp on FILE. --serve: options for our server, such as --serve --draft-model FOLDER.
@@ -75,10 +75,11 @@ def prompts(round_number: int) -> dict[str, tuple[str, str]]:
     }
 
 
-def tokens_per_s(client: Client, prompt: str, **options: Any) -> float:
+def tokens_per_s(client: Client, prompt: str, *, is_chat: bool, **options: Any) -> float:
     """From the first token to the last."""
     first_s, num_first, num = 0.0, 0, 0
-    for delta in client.chat(prompt, temperature=0, ignore_eos=True, **options):
+    ask = client.chat if is_chat else client.generate
+    for delta in ask(prompt, temperature=0, ignore_eos=True, **options):
         num += len(delta.token_ids)
         if not first_s:
             first_s, num_first = time.perf_counter(), num
@@ -93,17 +94,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[
         # Until all is compiled, and steps were measured.
         for what in arguments.workloads:
             prompt, prediction = prompts(len(PEOPLE) - 1)[what]
-            tokens_per_s(client, prompt, max_tokens=arguments.tokens, prediction=prediction)
+            tokens_per_s(client, prompt, is_chat=what != "known", max_tokens=arguments.tokens, prediction=prediction)
         for number in range(arguments.rounds):
             for what in arguments.workloads:
                 prompt, prediction = prompts(number)[what]
                 if what == "known":
-                    answer = client.chat(prompt, temperature=0, ignore_eos=True, max_tokens=arguments.tokens).result()
-                    prediction = list(answer.completions[0].token_ids)
+                    answer = client.generate(prompt, temperature=0, ignore_eos=True, max_tokens=arguments.tokens)
+                    prediction = list(answer.result().completions[0].token_ids)
                 for place, most in enumerate((0, None)):
                     speed = tokens_per_s(
                         client,
                         prompt,
+                        is_chat=what != "known",
                         max_tokens=arguments.tokens,
                         max_draft_tokens=most,
                         prediction=prediction,
@@ -113,12 +115,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[
     return speeds
 
 
+def of_peers(arguments: argparse.Namespace) -> list[str]:
+    return [what for what in arguments.workloads if what in OF_PEERS]
+
+
 def measure_peer(name: str, model: Path, arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
     """The same of a peer, in a process each."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
-    asked = [(what, prompts(number)[what][0]) for number in range(arguments.rounds) for what in OF_PEERS]
+    wanted = of_peers(arguments)
+    asked = [(what, prompts(number)[what][0]) for number in range(arguments.rounds) for what in wanted]
     token_ids = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
@@ -126,7 +133,7 @@ def measure_peer(name: str, model: Path, arguments: argparse.Namespace) -> dict[
         for _, prompt in asked
     ]
     engine = Engine.parse(name)
-    speeds: dict[str, tuple[list[float], list[float]]] = {what: ([], []) for what in OF_PEERS}
+    speeds: dict[str, tuple[list[float], list[float]]] = {what: ([], []) for what in wanted}
     for place, guesses in enumerate(("off", "on")):
         script = Path(__file__).with_name("speculation_peers.py")
         command = [str(PYTHONS[name]), str(script), name, str(model), str(arguments.tokens), guesses]
@@ -163,7 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     show("nanoserve", measure(arguments))
     for name, model in (("vllm", arguments.folder), ("llama.cpp", arguments.gguf)):
-        if model is not None and PYTHONS[name].exists():
+        if model is not None and PYTHONS[name].exists() and of_peers(arguments):
             show(name, measure_peer(name, model, arguments))
 
 

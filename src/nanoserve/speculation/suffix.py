@@ -63,21 +63,21 @@ class SuffixDrafter:
             self._last = (*self._last, token_id)[-CONTEXTS[0] :]
 
     def propose(self, count: int) -> Draft | None:
-        last, probability = self._last, 1.0
+        text, probability = list(self._last), 1.0
         token_ids: list[int] = []
         evidence: list[int] = []
-        while len(token_ids) < count and (found := self._best(last)) is not None:
+        while len(token_ids) < count and (found := self._best(text)) is not None:
             token_id, share = found
             probability *= share
             if probability < MIN_PROBABILITY:
                 break
             token_ids.append(token_id)
             evidence.append(round(share * MAX_EVIDENCE))
-            last = (*last, token_id)[-CONTEXTS[0] :]
+            text.append(token_id)
         return Draft(DraftSource.SUFFIX, token_ids, evidence) if token_ids else None
 
-    def _best(self, last: tuple[int, ...]) -> tuple[int, float] | None:
+    def _best(self, text: list[int]) -> tuple[int, float] | None:
         for length in CONTEXTS:
-            if len(last) >= length and (found := self._counts.best(self._owner, last[-length:])) is not None:
+            if len(text) >= length and (found := self._counts.best(self._owner, tuple(text[-length:]))) is not None:
                 return found
         return None
