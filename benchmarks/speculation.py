@@ -162,7 +162,7 @@ def main() -> None:
     workloads: Sequence[str] = list(prompts(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--tokens", type=int, default=200, help="more than 230 go beyond the text that is repeated")
     parser.add_argument("--rounds", type=int, default=3, choices=range(1, len(PEOPLE)))
     parser.add_argument("--workloads", nargs="+", default=workloads, choices=workloads)
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
