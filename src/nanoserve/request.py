@@ -168,11 +168,15 @@ class DraftTotals:
 
     # At most one a step and sequence.
     num_drafts: int = 0
-    # Their tokens, and those of them that callers got.
+    # Of their tokens.
     num_tokens: int = 0
-    num_accepted: int = 0
     # How often the token at place 0, 1, 2, ... of a draft was right, up to the last place where one was.
     accepted_per_position: tuple[int, ...] = ()
+
+    @property
+    def num_accepted(self) -> int:
+        """Tokens that callers got."""
+        return sum(self.accepted_per_position)
 
     def plus(self, num_tokens: int, num_accepted: int) -> "DraftTotals":
         """With one draft more."""
@@ -180,7 +184,6 @@ class DraftTotals:
         return DraftTotals(
             self.num_drafts + 1,
             self.num_tokens + num_tokens,
-            self.num_accepted + num_accepted,
             tuple(map(sum, per_position)),
         )
 

@@ -8,12 +8,12 @@ import pytest
 
 from nanoserve.config import BUILTIN_MODEL
 from nanoserve.constraint import compiler as compiler_module
-from nanoserve.constraint.compiler import ConstraintCompiler
+from nanoserve.constraint.compiler import MAX_WAITING, NUM_THREADS, ConstraintCompiler
 from nanoserve.constraint.grammar import MAX_CHOICES, MAX_TEXT_BYTES, Constraint, ConstraintKind
 from nanoserve.constraint.matcher import make_masks
 from nanoserve.constraint.vocabulary import tokenizer_of_tokens
 from nanoserve.engine.text import TextCodec
-from nanoserve.request import ConstraintInvalid
+from nanoserve.request import ConstraintInvalid, Overloaded
 
 ANY_OBJECT = Constraint(ConstraintKind.JSON_OBJECT)
 
@@ -153,7 +153,6 @@ def test_eos_ends_it():
     matcher = byte_compiler().compile(regex("a*")).matcher()
     assert matcher.consume([97, 256, 97]) == 2
     assert matcher.is_complete
-    assert matcher.failure == ""
 
 
 def test_a_wrong_token_is_not_consumed_and_does_no_harm():
@@ -163,32 +162,12 @@ def test_a_wrong_token_is_not_consumed_and_does_no_harm():
     assert matcher.is_complete
 
 
-def test_tokens_can_be_taken_back():
-    matcher = byte_compiler().compile(regex("ab|ac")).matcher()
-    matcher.consume(b"ab")
-    matcher.rollback(1)
-    assert matcher.consume(b"c") == 1
-    matcher.rollback(2)
-    assert matcher.consume(b"ab") == 2
-    with pytest.raises(ValueError, match="cannot take back 3 tokens"):
-        matcher.rollback(3)
-    assert matcher.failure
-
-
-def test_forced_tokens_are_what_must_come():
-    matcher = byte_compiler().compile(regex("a(bc|bd)")).matcher()
-    assert bytes(matcher.forced()) == b"ab"
-    matcher.consume(b"ab")
-    assert matcher.forced() == []
-
-
-def test_a_matcher_goes_on_from_tokens_and_matchers_are_apart():
+def test_matchers_of_one_constraint_are_apart():
     compiled = byte_compiler().compile(regex("abcd"))
-    one, other = compiled.matcher(b"ab"), compiled.matcher()
-    assert one.consume(b"cd") == 2
+    one, other = compiled.matcher(), compiled.matcher()
+    assert one.consume(b"abcd") == 4
     assert other.consume(b"cd") == 0
-    with pytest.raises(ValueError, match="token 1 of 2 is not allowed"):
-        compiled.matcher(b"ax")
+    assert (one.is_complete, other.is_complete) == (True, False)
 
 
 def test_a_character_may_be_split_over_tokens():
@@ -206,7 +185,7 @@ def test_the_same_constraint_is_compiled_once():
     compiler = byte_compiler()
     one = compiler.compile(regex("a"))
     assert compiler.compile(regex("a")) is one
-    assert compiler.num_cached_bytes == one.num_bytes
+    assert compiler._num_cached_bytes == one.num_bytes
     relaxed = Constraint(ConstraintKind.JSON_SCHEMA, "{}", is_relaxed=True)
     strict = Constraint(ConstraintKind.JSON_SCHEMA, "{}")
     assert compiler.compile(relaxed) is not compiler.compile(strict)
@@ -218,9 +197,33 @@ def test_the_cache_is_bounded_in_bytes_and_forgets_the_oldest_use():
     one, two = compiler.compile(regex("a")), compiler.compile(regex("b"))
     assert compiler.compile(regex("a")) is one
     compiler.compile(regex("c"))
-    assert compiler.num_cached_bytes == 2 * size
+    assert compiler._num_cached_bytes == 2 * size
     assert compiler.compile(regex("a")) is one
     assert compiler.compile(regex("b")) is not two
+
+
+def test_one_more_than_may_wait_is_refused_and_the_others_are_compiled(monkeypatch):
+    are_busy, may_go_on = threading.Barrier(NUM_THREADS + 1), threading.Event()
+    compile_one = ConstraintCompiler._compile
+
+    def wait(self, constraint):
+        if not may_go_on.is_set():
+            are_busy.wait(60)
+        assert may_go_on.wait(60)
+        return compile_one(self, constraint)
+
+    monkeypatch.setattr(ConstraintCompiler, "_compile", wait)
+    compiler = byte_compiler()
+    futures = [compiler.submit(regex(f"a{{{i + 1}}}")) for i in range(NUM_THREADS)]
+    are_busy.wait(60)
+    futures += [compiler.submit(regex(f"a{{{i + 1}}}b")) for i in range(MAX_WAITING)]
+    with pytest.raises(Overloaded, match=f"{MAX_WAITING} requests wait"):
+        compiler.submit(regex("c"))
+    # What is compiled, or will be, can be asked for.
+    assert compiler.submit(regex("a{1}b")) in futures
+    may_go_on.set()
+    assert all(future.result(60).matcher().consume(b"a") == 1 for future in futures)
+    assert compiler.compile(regex("b")).matcher().consume(b"b") == 1
 
 
 def test_a_refusal_is_not_kept():
@@ -228,7 +231,7 @@ def test_a_refusal_is_not_kept():
     for _ in range(2):
         with pytest.raises(ConstraintInvalid):
             compiler.compile(regex("("))
-    assert compiler.num_cached_bytes == 0
+    assert compiler._num_cached_bytes == 0
 
 
 def test_many_threads_may_compile_and_match_at_once():
@@ -280,7 +283,8 @@ def test_a_tokenizer_of_another_kind_gives_the_same_masks(compiler, vocab_size, 
     masks = make_masks(2, vocab_size)
     constraint = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "object", "required": ["name"]}')
     for row, each in enumerate((compiler, other)):
-        matcher = each.compile(constraint).matcher(codec.encode('{"na', add_special_tokens=False))
+        matcher = each.compile(constraint).matcher()
+        matcher.consume(codec.encode('{"na', add_special_tokens=False))
         matcher.fill(masks, row)
     assert allowed(masks, 0) == allowed(masks, 1)
     assert allowed(masks, 0)
@@ -288,5 +292,6 @@ def test_a_tokenizer_of_another_kind_gives_the_same_masks(compiler, vocab_size, 
 
 def test_a_model_without_eos_ends_where_nothing_can_follow(codec):
     endless = ConstraintCompiler(lambda: codec.grammar_tokenizer(codec.vocab_size, []), codec.vocab_size)
-    matcher = endless.compile(regex("ab")).matcher(codec.encode("ab", add_special_tokens=False))
+    matcher = endless.compile(regex("ab")).matcher()
+    matcher.consume(codec.encode("ab", add_special_tokens=False))
     assert matcher.is_complete

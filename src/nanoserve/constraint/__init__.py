@@ -3,7 +3,7 @@
     Constraint ── schema.py: is every keyword known? ──▶ grammar ── compiler.py ──▶ CompiledConstraint
                                                                                        │ one for each sequence
     the text, when it is over ── CompiledConstraint.outcome ──▶ Outcome                ▼
-                                                      mask of tokens, forced tokens ◀── Matcher ◀── tokens
+                                                                     mask of tokens ◀── Matcher ◀── tokens
 
 The grammars are those of the llguidance library, which does the parsing. What it would pass over in silence is refused
 here, by name.

@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -33,13 +33,15 @@ from nanoserve.constraint.grammar import (
 from nanoserve.constraint.matcher import Matcher, make_masks
 from nanoserve.constraint.outcome import Outcome, Validator
 from nanoserve.constraint.schema import KeywordUse, Schema, SchemaError, Treatment
-from nanoserve.request import ConstraintInvalid, ConstraintProblem
+from nanoserve.request import ConstraintInvalid, ConstraintProblem, Overloaded
 
 # Two, so that one hostile constraint does not hold up all others.
 NUM_THREADS = 2
 # Of address space: only what is used becomes memory. The deepest chain of definitions in 256 KiB takes about 40 MiB.
 STACK_BYTES = 256 << 20
 COMPILE_TIMEOUT_S = 10.0
+# Constraints that may wait for a thread; one more is refused.
+MAX_WAITING = 64
 # Of all compiled constraints that are kept, by _num_bytes.
 MAX_CACHE_BYTES = 256 << 20
 # What else the compiler refuses, a relaxed schema may lose.
@@ -74,12 +76,9 @@ class CompiledConstraint:
     # Of a relaxed schema that was not enforced whole.
     validator: Validator | None = field(repr=False, default=None)
 
-    def matcher(self, token_ids: Sequence[int] = ()) -> Matcher:
-        """A new one, which has consumed these tokens. Raises ValueError if they are not allowed."""
-        matcher = Matcher(self.parser.deep_copy())
-        if (num_consumed := matcher.consume(token_ids)) < len(token_ids):
-            raise ValueError(f"token {num_consumed} of {len(token_ids)} is not allowed")
-        return matcher
+    def matcher(self) -> Matcher:
+        """A new one, at the start."""
+        return Matcher(self.parser.deep_copy())
 
     def outcome(self, text: str, *, is_complete: bool) -> Outcome:
         """What became of an output. is_complete: its matcher may end. Takes long for a long text: off the loop."""
@@ -121,36 +120,34 @@ class ConstraintCompiler:
         self._lock = threading.Lock()
         # By digest, least recently used first: what is compiled, or will be.
         self._cache: OrderedDict[str, Future[CompiledConstraint]] = OrderedDict()
+        # Of what is compiled: at most max_cache_bytes, but for a single one that is larger.
         self._num_cached_bytes = 0
         self._waiting: queue.SimpleQueue[tuple[str, Constraint]] = queue.SimpleQueue()
         self._has_threads = False
 
     def submit(self, constraint: Constraint) -> "Future[CompiledConstraint]":
         """The compiled constraint, when there is one. The future raises ConstraintInvalid, and is not to be cancelled:
-        others may wait for it."""
+        others may wait for it. Raises Overloaded if too many wait."""
         with self._lock:
             self._start_threads()
             key = _digest(constraint)
             if (future := self._cache.get(key)) is not None:
                 self._cache.move_to_end(key)
                 return future
+            if self._waiting.qsize() >= MAX_WAITING:
+                raise Overloaded(MAX_WAITING)
             future = self._cache[key] = Future()
             # A running future cannot be cancelled.
             future.set_running_or_notify_cancel()
-        self._waiting.put((key, constraint))
+            self._waiting.put((key, constraint))
         return future
 
     def compile(self, constraint: Constraint) -> CompiledConstraint:
-        """Wait for it. Raises ConstraintInvalid, also when it takes longer than COMPILE_TIMEOUT_S."""
+        """Wait for it. Raises Overloaded, and ConstraintInvalid, also when it takes longer than COMPILE_TIMEOUT_S."""
         try:
             return self.submit(constraint).result(COMPILE_TIMEOUT_S)
         except TimeoutError:
             raise too_slow(constraint) from None
-
-    @property
-    def num_cached_bytes(self) -> int:
-        """Of what is compiled and kept: at most `max_cache_bytes`, but for a single one that is larger."""
-        return self._num_cached_bytes
 
     # ------------------------------------------------------------------------------------------------- threads
 

@@ -17,7 +17,7 @@ def make_masks(num_rows: int, vocab_size: int) -> Masks:
 class Matcher:
     """Reads the tokens of one sequence, and says what may follow. One thread at a time.
 
-        tokens consumed: │ { │ "a │ ": │        fill: which tokens may stand here        forced: what must
+        tokens consumed: │ { │ "a │ ": │        fill: which tokens may stand here
 
     A token that the grammar does not allow is never consumed, so that what was consumed is always the beginning of some
     output that satisfies the constraint. EOS is consumed like any other token, where the grammar lets the output end.
@@ -37,15 +37,6 @@ class Matcher:
         """Read tokens until one is not allowed. Returns how many were."""
         return self._parser.try_consume_tokens(list(token_ids))
 
-    def rollback(self, num_tokens: int) -> None:
-        """Forget the last tokens that were consumed. Raises ValueError, and fails, if there are not so many."""
-        if not self._parser.rollback(num_tokens):
-            raise ValueError(f"cannot take back {num_tokens} tokens: {self._parser.get_error()}")
-
-    def forced(self) -> list[int]:
-        """Tokens that spell what must come next, as the tokenizer would write it; empty if there is a choice."""
-        return self._parser.compute_ff_tokens()
-
     @property
     def may_end(self) -> bool:
         """What was consumed satisfies the constraint, though more may follow."""
@@ -55,8 +46,3 @@ class Matcher:
     def is_complete(self) -> bool:
         """What was consumed satisfies the constraint, and nothing but EOS may follow."""
         return self._parser.is_stopped() and self._parser.is_accepting() and not self._parser.is_error()
-
-    @property
-    def failure(self) -> str:
-        """Why nothing can be said any more: the grammar took more work than its limits allow. Empty = all is well."""
-        return self._parser.get_error()

@@ -87,7 +87,8 @@ class ModelServiceServicer:
     def CheckConstraint(self, request, context):
         """What would be enforced of a constraint, without generating anything. Generate takes none yet.
         Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
-        of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
+        of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (OVERLOADED):
+        too many constraints wait to be compiled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,8 @@ class ModelServiceStub:
     CheckConstraint: _grpc.UnaryUnaryMultiCallable[_model_pb2.CheckConstraintRequest, _model_pb2.CheckConstraintResponse]
     """What would be enforced of a constraint, without generating anything. Generate takes none yet.
     Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
-    of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
+    of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (OVERLOADED):
+    too many constraints wait to be compiled.
     """
 
 @_typing.type_check_only
@@ -67,7 +68,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     CheckConstraint: _aio.UnaryUnaryMultiCallable[_model_pb2.CheckConstraintRequest, _model_pb2.CheckConstraintResponse]  # type: ignore[assignment]
     """What would be enforced of a constraint, without generating anything. Generate takes none yet.
     Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
-    of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
+    of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (OVERLOADED):
+    too many constraints wait to be compiled.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -109,7 +111,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_model_pb2.CheckConstraintResponse, _abc.Awaitable[_model_pb2.CheckConstraintResponse]]:
         """What would be enforced of a constraint, without generating anything. Generate takes none yet.
         Errors: INVALID_ARGUMENT (INVALID_REQUEST; CONSTRAINT_INVALID with every keyword that cannot be enforced, the first
-        of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND).
+        of them in ErrorInfo.metadata as pointer and keyword), NOT_FOUND (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (OVERLOADED):
+        too many constraints wait to be compiled.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
