@@ -6,7 +6,7 @@ FOLDER: benchmarks/checkpoints/smollm2-135m, of `make benchmarks/checkpoints/smo
 turn: with max_draft_tokens 0, and with as many as it likes. Each answer has a cache salt of its own, so that nothing is
 guessed from an answer to the same question. Output tokens/s from the first token on; medians, and their ratio.
 
-    repeat       a text of some 400 tokens, to be repeated with one word changed
+    repeat       a text of 280 tokens, to be repeated with one word changed
     prediction   the same, and the caller says what is expected
     summary      the text in five sentences
     chat         a question
@@ -162,7 +162,7 @@ def main() -> None:
     workloads: Sequence[str] = list(prompts(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokens", type=int, default=200, help="more than 230 go beyond the text that is repeated")
+    parser.add_argument("--tokens", type=int, default=200, help="SmolLM2 ends its repetition after 212")
     parser.add_argument("--rounds", type=int, default=3, choices=range(1, len(PEOPLE)))
     parser.add_argument("--workloads", nargs="+", default=workloads, choices=workloads)
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
