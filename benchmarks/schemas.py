@@ -26,12 +26,12 @@ import numpy as np
 
 from nanoserve.config import BUILTIN_MODEL
 from nanoserve.constraint.compiler import CompiledConstraint, ConstraintCompiler
-from nanoserve.constraint.grammar import Constraint, ConstraintKind
 from nanoserve.constraint.matcher import make_masks
 from nanoserve.constraint.outcome import Outcome
 from nanoserve.constraint.schema import ENFORCED, UNSUPPORTED
 from nanoserve.engine.text import TextCodec
-from nanoserve.request import ConstraintInvalid
+from nanoserve.errors import ConstraintInvalid
+from nanoserve.request import Constraint, ConstraintKind
 
 SHIPPED = Path(__file__).resolve().parent.parent / "tests" / "constraint" / "schemas.jsonl"
 # In the table of refusals: what is no keyword of the standard, and no annotation that is known.

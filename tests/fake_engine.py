@@ -12,21 +12,13 @@ from contextlib import suppress
 from typing import Any
 
 from nanoserve.constraint.compiler import CompiledConstraint, ConstraintCompiler
-from nanoserve.constraint.grammar import Constraint
 from nanoserve.constraint.vocabulary import tokenizer_of_tokens
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel, Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
+from nanoserve.errors import CancelledByOperator, ContextLengthExceeded, NotReady
 from nanoserve.kv_cache.block_pool import BlockNames
-from nanoserve.request import (
-    CancelledByOperator,
-    ContextLengthExceeded,
-    DraftSource,
-    FinishReason,
-    NotReady,
-    SamplingParams,
-    TokenLogprob,
-)
+from nanoserve.request import Constraint, DraftSource, FinishReason, SamplingParams, TokenLogprob
 from nanoserve.step_record import SchedulerStats
 
 EOS = 256

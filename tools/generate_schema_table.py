@@ -16,11 +16,12 @@ from typing import Any
 
 from nanoserve.config import BUILTIN_MODEL
 from nanoserve.constraint.compiler import CompiledConstraint, ConstraintCompiler
-from nanoserve.constraint.grammar import MAX_TEXT_BYTES, MAX_WHITESPACE, Constraint, ConstraintKind
+from nanoserve.constraint.grammar import MAX_TEXT_BYTES, MAX_WHITESPACE
 from nanoserve.constraint.outcome import Outcome
 from nanoserve.constraint.schema import ANNOTATIONS, ENFORCED, FORMATS, MAX_ENTRIES, MAX_NESTING, UNSUPPORTED
 from nanoserve.engine.text import TextCodec
-from nanoserve.request import ConstraintInvalid
+from nanoserve.errors import ConstraintInvalid
+from nanoserve.request import Constraint, ConstraintKind
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "schemas.md"
 # Files of the suite that are not about the keyword of their name.

@@ -15,7 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanoserve.request import DraftSource, DraftTotals, FinishReason, RequestError, SamplingParams
+from nanoserve.errors import RequestError
+from nanoserve.request import DraftSource, DraftTotals, FinishReason, SamplingParams
 from nanoserve.step_record import Preemption, StepRecord
 
 logger = logging.getLogger(__name__)

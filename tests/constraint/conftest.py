@@ -8,9 +8,9 @@ import pytest
 
 from nanoserve.config import BUILTIN_MODEL
 from nanoserve.constraint.compiler import CompiledConstraint, ConstraintCompiler
-from nanoserve.constraint.grammar import Constraint, ConstraintKind
 from nanoserve.engine.text import TextCodec
-from nanoserve.request import ConstraintInvalid
+from nanoserve.errors import ConstraintInvalid
+from nanoserve.request import Constraint, ConstraintKind
 
 # The model's logits are wider than its tokenizer, as those of many are.
 PADDING = 40

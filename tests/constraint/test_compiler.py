@@ -9,11 +9,12 @@ import pytest
 from nanoserve.config import BUILTIN_MODEL
 from nanoserve.constraint import compiler as compiler_module
 from nanoserve.constraint.compiler import MAX_WAITING, NUM_THREADS, ConstraintCompiler
-from nanoserve.constraint.grammar import MAX_CHOICES, MAX_TEXT_BYTES, Constraint, ConstraintKind
+from nanoserve.constraint.grammar import MAX_CHOICES, MAX_TEXT_BYTES
 from nanoserve.constraint.matcher import make_masks
 from nanoserve.constraint.vocabulary import tokenizer_of_tokens
 from nanoserve.engine.text import TextCodec
-from nanoserve.request import ConstraintInvalid, Overloaded
+from nanoserve.errors import ConstraintInvalid, Overloaded
+from nanoserve.request import Constraint, ConstraintKind
 
 ANY_OBJECT = Constraint(ConstraintKind.JSON_OBJECT)
 

@@ -6,7 +6,7 @@ import pytest
 
 from nanoserve.constraint.outcome import Outcome
 from nanoserve.constraint.schema import ANNOTATIONS, MAX_ENTRIES, MAX_NESTING, Treatment
-from nanoserve.request import ConstraintInvalid
+from nanoserve.errors import ConstraintInvalid
 
 PERSON = {
     "type": "object",

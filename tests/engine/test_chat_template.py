@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nanoserve.engine.chat_template import Chat, ChatTemplate, any_of
 from nanoserve.engine.text import TextCodec
-from nanoserve.request import InvalidRequest
+from nanoserve.errors import InvalidRequest
 
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "<|im_end|>x"]
 

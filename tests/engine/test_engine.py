@@ -7,23 +7,26 @@ import pytest
 from engine_bench import BLOCK, PROMPT, SECONDS, VOCAB, byte_codec, running, two_right_drafts
 from fake_executor import expected_completion
 
-from nanoserve.constraint.grammar import Constraint, ConstraintKind
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import LONG_PROMPT_CHARS, RollingSum
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, RequestStream, Started
-from nanoserve.request import (
+from nanoserve.errors import (
     CancelledByOperator,
     ConstraintInvalid,
     ContextLengthExceeded,
     DeadlineExceeded,
-    DraftCounts,
-    DraftSource,
-    DraftTotals,
     EngineFailure,
-    FinishReason,
     InvalidRequest,
     NotReady,
     Overloaded,
+)
+from nanoserve.request import (
+    Constraint,
+    ConstraintKind,
+    DraftCounts,
+    DraftSource,
+    DraftTotals,
+    FinishReason,
     Request,
     RequestStarted,
     SamplingParams,

@@ -19,12 +19,13 @@ from nanoserve_client.v1.admin_pb2 import (
     TimelineWait,
 )
 
+from nanoserve.errors import Overloaded, RequestError
 from nanoserve.flight_recorder import recorder as flight_recorder
 from nanoserve.flight_recorder import timeline as timelines
 from nanoserve.flight_recorder.recorder import FlightRecorder
 from nanoserve.flight_recorder.timeline import WAIT_REASONS
 from nanoserve.observer import CallRecord, Observer, Observers, RequestRecord
-from nanoserve.request import Overloaded, RequestError, SamplingParams
+from nanoserve.request import SamplingParams
 from nanoserve.step_record import Preemption, StepRecord, Wait, WaitReason
 
 ROWS, BLOCKS = admin_pb2.WAIT_REASON_ROWS, admin_pb2.WAIT_REASON_BLOCKS

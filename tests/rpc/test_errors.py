@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanoserve_client.v1 import generation_pb2 as pb
 
-from nanoserve import request
-from nanoserve.request import (
+import nanoserve.errors
+from nanoserve.errors import (
     CancelledByOperator,
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -63,8 +63,8 @@ async def test_each_error_has_its_code_and_reason(served, failure_of, error, cod
 def test_the_table_has_every_error_of_the_vocabulary():
     known = {
         cls
-        for cls in vars(request).values()
-        if isinstance(cls, type) and issubclass(cls, request.RequestError) and not cls.__subclasses__()
+        for cls in vars(nanoserve.errors).values()
+        if isinstance(cls, type) and issubclass(cls, nanoserve.errors.RequestError) and not cls.__subclasses__()
     }
     assert known == set(errors._TABLE)
 

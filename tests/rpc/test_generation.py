@@ -11,8 +11,9 @@ from nanoserve_client.v1 import generation_pb2 as pb
 from nanoserve_client.v1 import model_pb2
 
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
+from nanoserve.errors import EngineFailure
 from nanoserve.observer import Observers
-from nanoserve.request import EngineFailure, FinishReason, SamplingParams, TokenLogprob
+from nanoserve.request import FinishReason, SamplingParams, TokenLogprob
 from nanoserve.rpc import messages
 from nanoserve.rpc.call import Calls
 from nanoserve.rpc.generation import GenerationService

@@ -7,7 +7,7 @@ import pytest
 from nanoserve_client.v1 import admin_pb2, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 
-from nanoserve.request import NotReady
+from nanoserve.errors import NotReady
 from nanoserve.rpc import model
 
 

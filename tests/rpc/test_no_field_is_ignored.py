@@ -12,7 +12,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 
-from nanoserve.request import InvalidRequest, ModelNotFound
+from nanoserve.errors import InvalidRequest, ModelNotFound
 from nanoserve.rpc import validate
 
 MODEL = FakeEngine().model

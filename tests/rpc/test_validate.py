@@ -10,7 +10,8 @@ from google.protobuf.duration_pb2 import Duration
 from nanoserve_client.v1 import admin_pb2, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 
-from nanoserve.request import InvalidRequest, ModelNotFound, SamplingParams
+from nanoserve.errors import InvalidRequest, ModelNotFound
+from nanoserve.request import SamplingParams
 from nanoserve.rpc import validate
 
 MODEL = FakeEngine().model

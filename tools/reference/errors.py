@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 from google.rpc import status_pb2
 from nanoserve_client.errors import from_status
 
-from nanoserve.request import (
+from nanoserve.errors import (
     CancelledByOperator,
     ConstraintInvalid,
     ConstraintProblem,

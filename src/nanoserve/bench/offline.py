@@ -21,7 +21,8 @@ from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import CommandError, start_logging, write
 from nanoserve.config import ENGINE_SECTIONS, Options, SchedulerConfig
-from nanoserve.request import RequestError, SamplingParams, Stage
+from nanoserve.errors import RequestError
+from nanoserve.request import SamplingParams, Stage
 
 if TYPE_CHECKING:
     from nanoserve.engine.engine import Engine

@@ -22,18 +22,12 @@ from dataclasses import dataclass, field
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from nanoserve.constraint.grammar import (
-    Constraint,
-    ConstraintKind,
-    check,
-    grammar_of,
-    grammar_of_schema,
-    refusal,
-)
+from nanoserve.constraint.grammar import check, grammar_of, grammar_of_schema, refusal
 from nanoserve.constraint.matcher import Matcher, make_masks
 from nanoserve.constraint.outcome import Outcome, Validator
 from nanoserve.constraint.schema import KeywordUse, Schema, SchemaError, Treatment
-from nanoserve.request import ConstraintInvalid, ConstraintProblem, Overloaded
+from nanoserve.errors import ConstraintInvalid, ConstraintProblem, Overloaded
+from nanoserve.request import Constraint, ConstraintKind
 
 # Two, so that one hostile constraint does not hold up all others.
 NUM_THREADS = 2

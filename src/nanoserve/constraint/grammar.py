@@ -1,15 +1,13 @@
 """What a caller may ask for, and the grammar that enforces it."""
 
-import enum
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llguidance import LLMatcher
 
-from nanoserve.request import ConstraintInvalid, ConstraintProblem
+from nanoserve.errors import ConstraintInvalid, ConstraintProblem
+from nanoserve.request import Constraint, ConstraintKind
 
 # Of a schema, a regex, a grammar, or all choices together. Compiling takes time that grows faster than the text.
 MAX_TEXT_BYTES = 256 * 1024
@@ -20,31 +18,6 @@ MAX_WHITESPACE = 16
 _ESCAPES = 'bfnrt"\\'
 # What a Lark grammar may not have: schemas in it would not be checked, and options are the server's.
 _FORBIDDEN_IN_LARK = re.compile(r"%json\b|%llguidance\b")
-
-
-class ConstraintKind(enum.Enum):
-    """What the text of a constraint is. The values are the names of the contract's fields."""
-
-    JSON_SCHEMA = "json_schema"  # a JSON Schema
-    JSON_OBJECT = "json_object"  # nothing: any JSON object is allowed
-    REGEX = "regex"  # a regular expression in the syntax of Rust's regex crate, for the whole of the output
-    GRAMMAR = "grammar"  # a Lark grammar, as llguidance reads them
-    CHOICES = "choices"  # a JSON array of texts, of which the output is one
-
-
-@dataclass(frozen=True, slots=True)
-class Constraint:
-    """What the output must be."""
-
-    kind: ConstraintKind
-    text: str = ""
-    # What of a schema cannot be enforced is left out of the grammar, and checked when the output is complete.
-    is_relaxed: bool = False
-
-    @classmethod
-    def of_choices(cls, choices: Sequence[str]) -> "Constraint":
-        """The output is one of these texts."""
-        return cls(ConstraintKind.CHOICES, json.dumps(list(choices)))
 
 
 def check(constraint: Constraint) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from nanoserve.request import InvalidRequest, Violation
+from nanoserve.errors import InvalidRequest, Violation
 
 # Around what spells a token. Unicode keeps these two for such uses, and no text has them. Some templates write them as
 # Python and JSON escape them.

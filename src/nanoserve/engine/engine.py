@@ -19,36 +19,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, CompiledConstraint, ConstraintCompiler, too_slow
-from nanoserve.constraint.grammar import Constraint
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
 from nanoserve.engine.stream import RequestStream, StreamEvent
 from nanoserve.engine.text import TextCodec
+from nanoserve.errors import (
+    CancelledByOperator,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    RequestError,
+    Violation,
+)
 from nanoserve.kv_cache.block_pool import BlockNames
 from nanoserve.observer import Observers, RequestRecord
 from nanoserve.request import (
     Abort,
     CacheReset,
-    CancelledByOperator,
-    ContextLengthExceeded,
-    DeadlineExceeded,
+    Constraint,
     DraftSource,
     EngineEnded,
-    EngineFailure,
     Event,
     Failure,
-    InvalidRequest,
-    NotReady,
     ObserveSteps,
-    Overloaded,
     Request,
-    RequestError,
     RequestFailed,
     RequestStarted,
     ResetCache,
     SamplingParams,
     SequenceOutput,
-    Violation,
 )
 from nanoserve.step_record import SchedulerStats, StepRecord
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanoserve.engine.text import TextCodec, TextStream
+from nanoserve.errors import RequestError
 from nanoserve.request import (
     DraftCounts,
     DraftSource,
     DraftTotals,
     FinishReason,
     Request,
-    RequestError,
     RequestStarted,
     SamplingParams,
     SequenceOutput,

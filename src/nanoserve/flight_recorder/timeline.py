@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from nanoserve_client.v1 import admin_pb2
 from nanoserve_client.v1.generation_pb2 import FINISH_REASON_UNSPECIFIED
 
+from nanoserve.errors import Overloaded
 from nanoserve.observer import CallRecord, Chunk, RequestRecord
-from nanoserve.request import Overloaded
 from nanoserve.rpc.messages import FINISH_REASONS, duration, timestamp
 from nanoserve.step_record import Preemption, Wait, WaitReason
 

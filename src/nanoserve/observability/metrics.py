@@ -8,9 +8,10 @@ from functools import partial
 
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
+from nanoserve.errors import Rejection
 from nanoserve.observability import conventions as names
 from nanoserve.observer import CallRecord, Observer, RequestRecord
-from nanoserve.request import DraftSource, DraftTotals, Rejection
+from nanoserve.request import DraftSource, DraftTotals
 from nanoserve.step_record import StepRecord
 
 # What turns a call away.

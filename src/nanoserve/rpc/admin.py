@@ -8,7 +8,7 @@ from typing import Protocol
 from nanoserve_client.v1 import admin_pb2
 
 from nanoserve.engine.engine import Engine
-from nanoserve.request import NotRecorded, RequestNotFound
+from nanoserve.errors import NotRecorded, RequestNotFound
 from nanoserve.rpc import messages, validate
 from nanoserve.rpc.call import Call
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import grpc
 
 from nanoserve.config import ConfigError, ServerConfig
-from nanoserve.request import PermissionDenied, RequestError, Unauthenticated
+from nanoserve.errors import PermissionDenied, RequestError, Unauthenticated
 from nanoserve.rpc.call import Call, Calls, Context, Metadata, digest, principal_of
 
 ADMIN_SERVICE = "nanoserve.v1.AdminService"

@@ -23,8 +23,8 @@ from google.protobuf.message_factory import GetMessageClass
 from nanoserve_client.transport import MAX_REQUEST_ID_CHARS, REQUEST_ID_CHARS, REQUEST_ID_HEADER
 
 from nanoserve.engine.engine import ServedModel
+from nanoserve.errors import InvalidRequest, Violation
 from nanoserve.observer import CallRecord, Observers
-from nanoserve.request import InvalidRequest, Violation
 from nanoserve.rpc.errors import status_of
 
 # Smaller messages are checked and converted on the event loop; a thread would cost more than it saves.

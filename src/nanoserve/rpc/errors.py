@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from nanoserve.request import (
+from nanoserve.errors import (
     CancelledByOperator,
     ConstraintInvalid,
     ContextLengthExceeded,

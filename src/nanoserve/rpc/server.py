@@ -26,8 +26,8 @@ from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
 from nanoserve.config import ConfigError, ServerConfig, address_of
 from nanoserve.engine.engine import Engine
+from nanoserve.errors import NotReady
 from nanoserve.observer import Observers
-from nanoserve.request import NotReady
 from nanoserve.rpc.admin import AdminService, Recorder
 from nanoserve.rpc.auth import ApiKeyInterceptor, ApiKeys, read_api_keys, read_tls_credentials
 from nanoserve.rpc.call import Calls

@@ -16,10 +16,10 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
-from nanoserve.constraint.grammar import Constraint, ConstraintKind
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel
-from nanoserve.request import SAMPLING_RANGES, InvalidRequest, ModelNotFound, Range, SamplingParams, Violation
+from nanoserve.errors import InvalidRequest, ModelNotFound, Violation
+from nanoserve.request import SAMPLING_RANGES, Constraint, ConstraintKind, Range, SamplingParams
 
 # Checking stops here: a message of 16 MiB has room for millions of violations.
 MAX_VIOLATIONS = 1000
