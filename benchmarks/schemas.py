@@ -27,7 +27,7 @@ import numpy as np
 from nanoserve.config import BUILTIN_MODEL
 from nanoserve.constraint.compiler import CompiledConstraint, ConstraintCompiler
 from nanoserve.constraint.matcher import make_masks
-from nanoserve.constraint.outcome import Outcome
+from nanoserve.constraint.outcome import Outcome, outcome_of
 from nanoserve.constraint.schema import ENFORCED, UNSUPPORTED
 from nanoserve.engine.text import TextCodec
 from nanoserve.errors import ConstraintInvalid
@@ -88,12 +88,12 @@ class Walker:
         matcher = compiled.matcher()
         for token_id in self._codec.encode(text, add_special_tokens=False):
             start_s = time.perf_counter()
-            matcher.fill(self._masks, 0)
+            matcher.fill(self._masks)
             mask_s.append(time.perf_counter() - start_s)
             word = int(np.uint32(self._masks[0, token_id // 32].view(np.uint32)))
             if not word >> token_id % 32 & 1:
                 return False
-            assert matcher.consume([token_id]) == 1, "the mask allows what the matcher does not"
+            assert matcher.read([token_id]) == 1, "the mask allows what the matcher does not"
         return matcher.may_end
 
 
@@ -108,10 +108,10 @@ def measure(case: dict[str, Any], walker: Walker, report: Report, *, is_relaxed:
         is_known = first.keyword in ENFORCED | UNSUPPORTED
         report.refused[first.keyword if is_known else UNKNOWN if first.keyword else first.description] += 1
         return
-    report.num_enforced += compiled.validator is None
-    report.num_relaxed += compiled.validator is not None
-    report.compile_s.append(compiled.compile_s)
-    report.first_mask_s.append(compiled.first_mask_s)
+    report.num_enforced += not compiled.report.relaxed
+    report.num_relaxed += bool(compiled.report.relaxed)
+    report.compile_s.append(compiled.report.compile_s)
+    report.first_mask_s.append(compiled.report.first_mask_s)
     for test in case["tests"]:
         texts = spellings(test["data"])
         accepted = [walker.accepts(compiled, text, report.mask_s) for text in texts]
@@ -120,7 +120,9 @@ def measure(case: dict[str, Any], walker: Walker, report: Report, *, is_relaxed:
             report.valid_refused += [] if all(accepted) else [case["name"]]
         else:
             report.num_invalid += 1
-            is_unseen = compiled.outcome(texts[0], is_complete=True) is not Outcome.RELAXED_INVALID
+            is_relaxed = bool(compiled.report.relaxed)
+            outcome = outcome_of(constraint, texts[0], satisfies=True, is_relaxed=is_relaxed)
+            is_unseen = outcome is not Outcome.RELAXED_VIOLATED
             report.invalid_accepted += [case["name"]] if any(accepted) and is_unseen else []
 
 

@@ -165,7 +165,7 @@ class Scripted:
     def num_places(self, row):
         return len(self._next(row))
 
-    def choose(self, places, num_tokens, model):  # noqa: ARG002
+    def choose(self, places, num_tokens, model, guide):  # noqa: ARG002
         return {row: self._next(row)[:room] for row, room in places.items() if room}
 
     def learn(self, row, num_tried, num_right):  # noqa: ARG002

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanoserve.config import SchedulerConfig
+from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.engine.core import EngineCore
 from nanoserve.engine.detokenizer import _ByteLevel
 from nanoserve.engine.engine import Engine, ServedModel
@@ -87,7 +88,9 @@ class Bench:
             max_context_tokens=max_context_tokens,
             cache_identity="model",
         )
-        self.core = EngineCore(self.scheduler, self.executor)
+        self.codec = byte_codec()
+        compiler = ConstraintCompiler(lambda: self.codec.grammar_tokenizer(VOCAB, tuple(eos)), VOCAB)
+        self.core = EngineCore(self.scheduler, self.executor, compiler)
         model = ServedModel(
             "fake",
             0.0,
@@ -100,7 +103,6 @@ class Bench:
             draft_sources=(),
             draft_model="",
         )
-        self.codec = byte_codec()
         limits = {"max_waiting": max_waiting, "step_timeout_s": step_timeout_s}
         self.engine = Engine(self.core, self.codec, model, **limits, observers=observers)
         self.engine.start()

@@ -11,14 +11,14 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any
 
-from nanoserve.constraint.compiler import CompiledConstraint, ConstraintCompiler
+from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.constraint.vocabulary import tokenizer_of_tokens
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel, Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
 from nanoserve.errors import CancelledByOperator, ContextLengthExceeded, NotReady
 from nanoserve.kv_cache.block_pool import BlockNames
-from nanoserve.request import Constraint, DraftSource, FinishReason, SamplingParams, TokenLogprob
+from nanoserve.request import Constraint, ConstraintReport, DraftSource, FinishReason, SamplingParams, TokenLogprob
 from nanoserve.step_record import SchedulerStats
 
 EOS = 256
@@ -76,8 +76,8 @@ class FakeEngine:
         finally:
             self.num_open -= 1
 
-    async def compile_constraint(self, constraint: Constraint) -> CompiledConstraint:
-        return await asyncio.wrap_future(COMPILER.submit(constraint))
+    async def compile_constraint(self, constraint: Constraint) -> ConstraintReport:
+        return (await asyncio.wrap_future(COMPILER.submit(constraint))).report
 
     async def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool | None = None) -> tuple[list[int], str]:
         self.added_special_tokens = add_special_tokens

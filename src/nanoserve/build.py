@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from nanoserve.checkpoint import of_draft_model
 from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, ConfigError, ModelOptions, Options, format_size
+from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.engine.core import EngineCore
 from nanoserve.engine.engine import Engine, ServedModel
 from nanoserve.engine.scheduler import Scheduler
@@ -127,7 +128,10 @@ def assemble(
         draft_sources=draft_sources,
         draft_model=Path(options.model.draft_model or "").name,
     )
-    return Built(EngineCore(scheduler, runner), codec, served)
+    compiler = ConstraintCompiler(
+        lambda: codec.grammar_tokenizer(model.facts.vocab_size, eos_token_ids), model.facts.vocab_size
+    )
+    return Built(EngineCore(scheduler, runner, compiler), codec, served)
 
 
 def build_runner(

@@ -10,7 +10,7 @@ from typing import ClassVar
 class Violation:
     """One thing wrong with a request."""
 
-    # Path of the field in the contract, such as "sampling.top_p" or "chat.messages[0].role".
+    # Path of the field in the contract, such as "stopping.strings[0]" or "chat.messages[0].role".
     field: str
     # What is wrong and what is allowed.
     description: str
@@ -70,6 +70,7 @@ class ConstraintInvalid(Rejection):
 
     def __init__(self, field: str, problems: list[ConstraintProblem]) -> None:
         """field: path of the constraint in the contract. problems: at least one."""
+        self.field = field
         self.problems = problems
         self.violations = [Violation(field, str(problem)) for problem in problems]
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
@@ -79,6 +80,10 @@ class ConstraintInvalid(Rejection):
             "keyword": first.keyword[:MAX_PLACE_CHARS],
             "violations": len(problems),
         }
+
+    def __reduce__(self) -> tuple[type["ConstraintInvalid"], tuple[str, list[ConstraintProblem]]]:
+        """It travels between processes."""
+        return type(self), (self.field, self.problems)
 
 
 class ContextLengthExceeded(Rejection):
@@ -109,11 +114,16 @@ class Overloaded(Rejection):
 
     reason = "OVERLOADED"
 
-    def __init__(self, max_waiting: int, retry_after_s: float = 1.0) -> None:
+    def __init__(self, max_waiting: int, retry_after_s: float | None = 1.0) -> None:
         super().__init__(f"the queue is full ({max_waiting} requests wait); retry later")
+        self.max_waiting = max_waiting
         self.retry_after_s = retry_after_s
         # A caller who sends more at once than may wait learns that another attempt is of no use.
         self.facts = {"max_waiting": max_waiting}
+
+    def __reduce__(self) -> tuple[type["Overloaded"], tuple[int, float | None]]:
+        """It travels between processes."""
+        return type(self), (self.max_waiting, self.retry_after_s)
 
 
 class NotReady(Rejection):

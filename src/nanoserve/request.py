@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any, Protocol, overload
 
+from nanoserve.errors import Rejection, RequestError
 from nanoserve.step_record import StepRecord
 
 
@@ -25,6 +26,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_tokens
     CONTEXT = "context"  # the context window is full
     TIME_LIMIT = "time_limit"  # the soft time limit
+    COMPLETE = "complete"  # its constraint allows nothing more
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,45 @@ class Constraint:
         return cls(ConstraintKind.CHOICES, json.dumps(list(choices)))
 
 
+class Treatment(enum.Enum):
+    """What became of a keyword."""
+
+    ENFORCED = "enforced"  # the grammar holds to it
+    RELAXED = "relaxed"  # left out of the grammar, as the caller allowed
+    ANNOTATION = "annotation"  # it says nothing of the value
+    REFUSED = "refused"  # it cannot be enforced, and the caller did not allow to leave it out
+
+
+@dataclass(frozen=True, slots=True)
+class KeywordUse:
+    """One keyword at one place of a schema."""
+
+    # Of the schema that has it, from the root on.
+    pointer: str
+    keyword: str
+    treatment: Treatment
+    # Why it is relaxed or refused; else empty.
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintReport:
+    """What is told of a constraint that was compiled."""
+
+    # What became of each keyword of its schema; empty for the other kinds.
+    keywords: tuple[KeywordUse, ...]
+    # Of the grammar as llguidance takes it.
+    num_grammar_bytes: int
+    # Seconds to make it, and to compute the mask of the first token.
+    compile_s: float
+    first_mask_s: float
+
+    @property
+    def relaxed(self) -> tuple[KeywordUse, ...]:
+        """Keywords that are checked when the output is complete, and not before."""
+        return tuple(use for use in self.keywords if use.treatment is Treatment.RELAXED)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request as the scheduler takes it: tokenized, every default filled in."""
@@ -177,6 +218,8 @@ class DraftSource(enum.Enum):
     PREDICTION = "prediction"
     # What a smaller model would say.
     DRAFT_MODEL = "draft_model"
+    # What a constraint leaves no choice about.
+    GRAMMAR = "grammar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +276,8 @@ class Admission:
     end_token_ids: frozenset[int]
     # Whose text may be used to guess this one's: the request's cache_salt.
     owner: str = ""
+    # What the completion must be; None = anything. It lives in this process alone.
+    grammar: "Grammar | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +380,8 @@ class Failure(enum.Enum):
     CORRUPT = "corrupt"
     # What the request asks for leaves no token that could be drawn. The cache is right.
     NO_TOKEN = "no token"
+    # Following the request's constraint takes more than its limits allow. The cache is right.
+    CONSTRAINT = "constraint"
     # The step raised: it has no results at all.
     STEP = "step"
     # The request's hard deadline passed.
@@ -351,8 +398,12 @@ class SequenceResult:
     logprobs: Sequence[TokenLogprob] = ()
     # As many as `num_prompt_logprobs`.
     prompt_logprobs: Sequence[TokenLogprob] = ()
-    # CORRUPT or NO_TOKEN; then all of the above is empty.
+    # CORRUPT, NO_TOKEN or CONSTRAINT; then all of the above is empty.
     failure: Failure | None = None
+    # The completion satisfies its constraint, if it ends here.
+    satisfies: bool = False
+    # Its constraint allows no further token.
+    is_over: bool = False
     # Drafts that were computed, and their source.
     num_drafted: int = 0
     draft_source: DraftSource | None = None
@@ -381,6 +432,8 @@ class RequestStarted:
     time_s: float
     # Prompt tokens read from the prefix cache.
     num_cached_tokens: int
+    # Keywords of its constraint that are checked at the end alone.
+    relaxed: tuple[KeywordUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,14 +453,16 @@ class SequenceOutput:
     num_preemptions: int = 0
     # None = nothing was guessed.
     draft: DraftCounts | None = None
+    # What was generated so far satisfies the request's constraint.
+    satisfies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
-    """The request ended without a result."""
+    """The request ended without a result: a failure, or it was turned away because of its constraint."""
 
     request_id: str
-    reason: Failure
+    reason: Failure | Rejection
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,7 +477,15 @@ class EngineEnded:
     """The step loop is gone: nothing that was posted, or will be, is answered any more."""
 
 
-Event = RequestStarted | SequenceOutput | RequestFailed | CacheReset | StepRecord | EngineEnded
+@dataclass(frozen=True, slots=True)
+class ConstraintCompiled:
+    """Answers a CompileConstraint."""
+
+    number: int
+    result: ConstraintReport | RequestError
+
+
+Event = RequestStarted | SequenceOutput | RequestFailed | CacheReset | ConstraintCompiled | StepRecord | EngineEnded
 
 
 # ------------------------------------------------------------------- what the scheduler is told besides requests
@@ -446,7 +509,15 @@ class ObserveSteps:
     """Report a StepRecord of each step from now on."""
 
 
-Message = Request | Abort | ResetCache | ObserveSteps
+@dataclass(frozen=True, slots=True)
+class CompileConstraint:
+    """Say what a constraint comes to. Answered by one ConstraintCompiled of the same number."""
+
+    number: int
+    constraint: Constraint
+
+
+Message = Request | Abort | ResetCache | CompileConstraint | ObserveSteps
 
 
 # ---------------------------------------------------------------------------------------- how the start goes
@@ -490,6 +561,16 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """End what works for it in the background. Nothing is called after this."""
+
+
+class Grammar(Protocol):
+    """A compiled constraint, ready for any number of completions: see constraint/compiler.py."""
+
+    @property
+    def report(self) -> ConstraintReport: ...
+
+    def matcher(self, token_ids: Sequence[int]) -> Any:
+        """A constraint.matcher.Matcher that has read these tokens of the completion."""
 
 
 # Who is told how the start goes. Called on any thread.

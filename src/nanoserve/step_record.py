@@ -57,6 +57,7 @@ class WaitReason(enum.Enum):
     TOKENS = "tokens"  # the step's token budget was spent
     PREFIX = "prefix"  # another sequence of the step computes what its prompt begins with
     BATCH = "batch"  # static batching: the batch has begun
+    CONSTRAINT = "constraint"  # its constraint is compiled
 
 
 @dataclass(frozen=True, slots=True)

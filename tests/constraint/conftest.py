@@ -47,7 +47,7 @@ def accepts(codec: TextCodec) -> Callable[[CompiledConstraint, str], bool]:
     def run(compiled: CompiledConstraint, text: str) -> bool:
         token_ids = codec.encode(text, add_special_tokens=False)
         matcher = compiled.matcher()
-        return matcher.consume(token_ids) == len(token_ids) and matcher.may_end
+        return matcher.read(token_ids) == len(token_ids) and matcher.may_end
 
     return run
 

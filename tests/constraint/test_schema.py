@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from nanoserve.constraint.outcome import Outcome
-from nanoserve.constraint.schema import ANNOTATIONS, MAX_ENTRIES, MAX_NESTING, Treatment
+from nanoserve.constraint.outcome import Outcome, outcome_of
+from nanoserve.constraint.schema import ANNOTATIONS, MAX_ENTRIES, MAX_NESTING
 from nanoserve.errors import ConstraintInvalid
+from nanoserve.request import Constraint, ConstraintKind, Treatment
 
 PERSON = {
     "type": "object",
@@ -17,7 +18,7 @@ PERSON = {
 
 
 def treatments(compiled):
-    return {(use.pointer, use.keyword): use.treatment for use in compiled.keywords}
+    return {(use.pointer, use.keyword): use.treatment for use in compiled.report.keywords}
 
 
 @pytest.mark.parametrize("text", ['{"name":"Ann","age":3}', '{ "name" : "Ann",\n  "age": 3 }', '{"name":"Ann"}'])
@@ -89,7 +90,7 @@ def test_annotations_are_taken(compile_schema, accepts):
     schema = {name: values.get(name, {}) for name in ANNOTATIONS - {"id", "$vocabulary"}}
     compiled = compile_schema({**schema, "x-own": 1, "_off": 2, "type": "null"})
     assert accepts(compiled, "null")
-    assert [use.keyword for use in compiled.keywords if use.treatment is Treatment.ENFORCED] == ["type"]
+    assert [use.keyword for use in compiled.report.keywords if use.treatment is Treatment.ENFORCED] == ["type"]
 
 
 @pytest.mark.parametrize("name", ["unknown", "idn-email", "regex", "foo", "binary"])
@@ -285,26 +286,30 @@ def test_a_relaxed_schema_lists_what_is_not_enforced(compile_schema, accepts):
         ("/properties/either", "oneOf"),
         ("", "foo"),
     }
-    assert all(bool(use.why) == (use.treatment is Treatment.RELAXED) for use in compiled.keywords)
+    assert all(bool(use.why) == (use.treatment is Treatment.RELAXED) for use in compiled.report.keywords)
     assert not accepts(compiled, '{"tags":[1]}')
 
 
 @pytest.mark.parametrize(
     ("text", "outcome"),
-    [('{"tags":["a","b"]}', Outcome.RELAXED_VALID), ('{"tags":["a","a"]}', Outcome.RELAXED_INVALID)],
+    [('{"tags":["a","b"]}', Outcome.RELAXED_OK), ('{"tags":["a","a"]}', Outcome.RELAXED_VIOLATED)],
 )
 def test_what_was_relaxed_is_validated_at_the_end(compile_schema, accepts, text, outcome):
-    compiled = compile_schema({"properties": {"tags": {"uniqueItems": True}}}, is_relaxed=True)
+    schema = {"properties": {"tags": {"uniqueItems": True}}}
+    compiled = compile_schema(schema, is_relaxed=True)
     assert accepts(compiled, text)
-    assert compiled.outcome(text, is_complete=True) is outcome
-    assert compiled.outcome(text[:-1], is_complete=False) is Outcome.TRUNCATED
+    assert compiled.report.relaxed
+    constraint = Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema), is_relaxed=True)
+    assert outcome_of(constraint, text, satisfies=True, is_relaxed=True) is outcome
+    assert outcome_of(constraint, text[:-1], satisfies=False, is_relaxed=True) is Outcome.TRUNCATED
 
 
 def test_a_schema_that_is_enforced_whole_is_satisfied_by_what_its_grammar_allows(compile_schema):
+    constraint = Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(PERSON))
     for is_relaxed in (False, True):
-        compiled = compile_schema(PERSON, is_relaxed=is_relaxed)
-        assert compiled.outcome('{"name":"Ann"}', is_complete=True) is Outcome.SATISFIED
-        assert compiled.outcome('{"name', is_complete=False) is Outcome.TRUNCATED
+        assert not compile_schema(PERSON, is_relaxed=is_relaxed).report.relaxed
+    assert outcome_of(constraint, '{"name":"Ann"}', satisfies=True, is_relaxed=False) is Outcome.SATISFIED
+    assert outcome_of(constraint, '{"name', satisfies=False, is_relaxed=False) is Outcome.TRUNCATED
 
 
 def test_a_relaxed_schema_forbids_no_more_than_the_whole_one(compile_schema, accepts):

@@ -7,6 +7,7 @@ import pytest
 from fake_executor import FakeExecutor, expected_completion, num_tokens
 
 from nanoserve.config import SchedulerConfig
+from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.engine.core import EngineCore
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.kv_cache.block_pool import BlockPool
@@ -63,7 +64,7 @@ class Bench:
             max_context_tokens=128,
             cache_identity="model",
         )
-        self.core = EngineCore(scheduler, self.executor)
+        self.core = EngineCore(scheduler, self.executor, ConstraintCompiler(lambda: None, 1000))
         self.events = queue.Queue()
 
     def deliver(self, events):

@@ -105,10 +105,10 @@ async def test_the_clients_ask_alike(served):
 
     def ask():
         with Client(target) as client:
-            return client.check_constraint(json_schema=SCHEMA, relaxed=True)
+            return client.check_constraint(schema=SCHEMA, relaxed=True)
 
     async with AsyncClient(target) as client:
-        check = await client.check_constraint(json_schema=json.dumps(SCHEMA), relaxed=True)
+        check = await client.check_constraint(schema=json.dumps(SCHEMA), relaxed=True)
         assert await asyncio.to_thread(ask) == check
         assert not check.enforced
         assert check.keywords[0].treatment is KeywordTreatment.RELAXED
@@ -116,7 +116,7 @@ async def test_the_clients_ask_alike(served):
         assert check.compile_s > 0
         assert check.first_mask_s > 0
         with pytest.raises(InvalidRequest) as caught:
-            await client.check_constraint(json_schema=SCHEMA)
+            await client.check_constraint(schema=SCHEMA)
         assert caught.value.reason == "CONSTRAINT_INVALID"
         assert caught.value.metadata["pointer"] == "/properties/tags"
         assert caught.value.metadata["keyword"] == "uniqueItems"
@@ -126,7 +126,9 @@ async def test_the_clients_ask_alike(served):
             await client.check_constraint(json_object=True, model="other")
 
 
-@pytest.mark.parametrize("options", [{}, {"json_object": False}, {"regex": "a", "choices": ["b"]}, {"schema": "{}"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"json_object": False}, {"regex": "a", "choices": ["b"]}, {"json_schema": "{}"}]
+)
 async def test_the_client_takes_one_constraint(served, options):
     async with AsyncClient(f"127.0.0.1:{served.port}") as client:
         with pytest.raises(TypeError):

@@ -123,6 +123,8 @@ BASES = {
             ),
             stopping=pb.Stopping(time_limit=Duration(seconds=5)),
         ),
+        pb.GenerateRequest(text="hi", constraint=pb.Constraint(json_schema="{}")),
+        pb.GenerateRequest(text="hi", constraint=pb.Constraint(choices=pb.Choices(texts=["a"]))),
         pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1])),
     ],
     model_pb2.TokenizeRequest: [

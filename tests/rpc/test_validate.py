@@ -1,7 +1,7 @@
 """Proto to domain: what is refused, and what is taken over."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from fake_engine import EOS, FakeEngine
@@ -17,17 +17,9 @@ from nanoserve.rpc import validate
 MODEL = FakeEngine().model
 
 
-class Wanted(NamedTuple):
-    """What validate.generation() returns."""
-
-    prompt: Any
-    params: SamplingParams
-    add_special_tokens: bool | None
-
-
-def generation(**fields: Any) -> Wanted:
+def generation(**fields: Any) -> validate.Asked:
     fields = fields if {"text", "chat", "token_ids"} & set(fields) else {"text": "hi", **fields}
-    return Wanted(*validate.generation(json_format.ParseDict(fields, pb.GenerateRequest()), MODEL))
+    return validate.generation(json_format.ParseDict(fields, pb.GenerateRequest()), MODEL)
 
 
 def violations(convert, *args) -> dict[str, str]:
@@ -337,7 +329,7 @@ def test_a_time_limit_is_a_valid_duration_above_zero(seconds, nanos, allowed):
     limit = Duration(seconds=seconds, nanos=nanos)
     request = pb.GenerateRequest(text="hi", stopping=pb.Stopping(time_limit=limit))
     if allowed:
-        assert Wanted(*validate.generation(request, MODEL)).params.time_limit_s == seconds + nanos / 1e9
+        assert validate.generation(request, MODEL).params.time_limit_s == seconds + nanos / 1e9
     else:
         assert list(refused_message(request)) == ["stopping.time_limit"]
 

@@ -2,7 +2,7 @@
 
     Constraint ── schema.py: is every keyword known? ──▶ grammar ── compiler.py ──▶ CompiledConstraint
                                                                                        │ one for each sequence
-    the text, when it is over ── CompiledConstraint.outcome ──▶ Outcome                ▼
+    the text, when it is over ── Validator ──▶ Outcome                                 ▼
                                                                      mask of tokens ◀── Matcher ◀── tokens
 
 The grammars are those of the llguidance library, which does the parsing. What it would pass over in silence is refused

@@ -11,23 +11,27 @@ limits end it, and whoever waits for it does so no longer than COMPILE_TIMEOUT_S
 import functools
 import hashlib
 import json
+import logging
 import queue
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from nanoserve.constraint.grammar import check, grammar_of, grammar_of_schema, refusal
-from nanoserve.constraint.matcher import Matcher, make_masks
-from nanoserve.constraint.outcome import Outcome, Validator
-from nanoserve.constraint.schema import KeywordUse, Schema, SchemaError, Treatment
+from nanoserve.constraint.matcher import Matcher
+from nanoserve.constraint.outcome import Validator
+from nanoserve.constraint.schema import Schema, SchemaError
 from nanoserve.errors import ConstraintInvalid, ConstraintProblem, Overloaded
-from nanoserve.request import Constraint, ConstraintKind
+from nanoserve.request import Constraint, ConstraintKind, ConstraintReport, KeywordUse
+
+logger = logging.getLogger(__name__)
 
 # Two, so that one hostile constraint does not hold up all others.
 NUM_THREADS = 2
@@ -57,35 +61,18 @@ LIMITS = LLParserLimits(
 class CompiledConstraint:
     """A constraint that is ready for any number of sequences. Any thread."""
 
-    constraint: Constraint
-    # What became of each keyword of the schema; empty for the other kinds.
-    keywords: tuple[KeywordUse, ...]
-    # Of the grammar as llguidance takes it.
-    num_grammar_bytes: int
-    # Seconds to make it, and to compute the mask of the first token.
-    compile_s: float
-    first_mask_s: float
-    # At its start. Never consumes a token.
+    report: ConstraintReport
+    # At its start. Never reads a token.
     parser: LLMatcher = field(repr=False)
-    # Of a relaxed schema that was not enforced whole.
-    validator: Validator | None = field(repr=False, default=None)
 
-    def matcher(self) -> Matcher:
-        """A new one, at the start."""
-        return Matcher(self.parser.deep_copy())
-
-    def outcome(self, text: str, *, is_complete: bool) -> Outcome:
-        """What became of an output. is_complete: its matcher may end. Takes long for a long text: off the loop."""
-        if not is_complete:
-            return Outcome.TRUNCATED
-        if self.validator is None:
-            return Outcome.SATISFIED
-        return Outcome.RELAXED_VALID if self.validator.accepts(text) else Outcome.RELAXED_INVALID
+    def matcher(self, token_ids: Sequence[int] = ()) -> Matcher:
+        """A new one, which has read these tokens of the completion."""
+        return Matcher(self.parser, token_ids)
 
     @property
     def num_bytes(self) -> int:
         """An estimate of the memory it takes, of which the grammar's text is the best sign."""
-        return BYTES_EACH + BYTES_PER_GRAMMAR_BYTE * self.num_grammar_bytes
+        return BYTES_EACH + BYTES_PER_GRAMMAR_BYTE * self.report.num_grammar_bytes
 
 
 # Measured over 704 schemas of MaskBench: 176 KiB each, for 1.8 KiB of grammar.
@@ -163,6 +150,8 @@ class ConstraintCompiler:
             try:
                 compiled = self._compile(constraint)
             except Exception as error:
+                if not isinstance(error, ConstraintInvalid):
+                    logger.exception("a constraint could not be compiled")
                 with self._lock:
                     del self._cache[key]
                 future.set_exception(error)
@@ -198,31 +187,17 @@ class ConstraintCompiler:
                 raise refusal(constraint.kind, _first_lines(error))
         compile_s = time.perf_counter() - start_s
         start_s = time.perf_counter()
-        masks = make_masks(1, self._vocab_size)
-        Matcher(parser).fill(masks, 0)
-        first_mask_s = time.perf_counter() - start_s
-        if (error := parser.get_error()) or not masks.any():
+        first = parser.deep_copy()
+        mask = np.frombuffer(first.compute_bitmask(), dtype=np.int32)[: -(-self._vocab_size // 32)]
+        if (error := first.get_error()) or not mask.any():
             too_much = "" if error.startswith("NoExtension") else _first_lines(error)
             raise refusal(constraint.kind, too_much or "allows no output: no token can be the first")
-        uses = schema.uses if schema else []
-        return CompiledConstraint(
-            constraint,
-            tuple(uses),
-            len(grammar),
-            compile_s,
-            first_mask_s,
-            parser,
-            self._validator(constraint, uses),
-        )
-
-    def _validator(self, constraint: Constraint, uses: list[KeywordUse]) -> Validator | None:
-        """None if the grammar enforces all there is."""
-        if all(use.treatment is not Treatment.RELAXED for use in uses):
-            return None
-        try:
-            return Validator(constraint.text)
-        except ValueError as error:
-            raise refusal(constraint.kind, f"cannot be checked: {_first_lines(str(error))}") from None
+        first_mask_s = time.perf_counter() - start_s
+        uses = tuple(schema.uses if schema else ())
+        report = ConstraintReport(uses, len(grammar), compile_s, first_mask_s)
+        if report.relaxed:
+            _check_validator(constraint)
+        return CompiledConstraint(report, parser)
 
     def _compile_schema(self, constraint: Constraint) -> tuple[Schema, str, LLMatcher]:
         kind = constraint.kind
@@ -273,6 +248,14 @@ class ConstraintCompiler:
             if self._tokenizer is None:
                 self._tokenizer = self._make_tokenizer()
             return self._tokenizer
+
+
+def _check_validator(constraint: Constraint) -> None:
+    """Raise ConstraintInvalid if outputs could not be checked at their end."""
+    try:
+        Validator(constraint.text)
+    except ValueError as error:
+        raise refusal(constraint.kind, f"cannot be checked: {_first_lines(str(error))}") from None
 
 
 def too_slow(constraint: Constraint) -> ConstraintInvalid:

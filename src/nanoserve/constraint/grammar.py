@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, regex_to_lark
 
 from nanoserve.errors import ConstraintInvalid, ConstraintProblem
 from nanoserve.request import Constraint, ConstraintKind
@@ -14,6 +14,8 @@ MAX_TEXT_BYTES = 256 * 1024
 MAX_CHOICES = 10_000
 # White space that may stand at one place of a JSON text. Models that are unsure of the next value write it for ever.
 MAX_WHITESPACE = 16
+# Of a regex: these mean what they do in the patterns of JSON Schema, and not any digit of any script.
+_ASCII_CLASSES = "dw"
 # JSON's escapes but for \uXXXX: with it a key could be spelled in two ways, and so be given twice.
 _ESCAPES = 'bfnrt"\\'
 # What a Lark grammar may not have: schemas in it would not be checked, and options are the server's.
@@ -59,7 +61,7 @@ def grammar_of(constraint: Constraint) -> str:
         case ConstraintKind.JSON_OBJECT:
             return grammar_of_schema('{"type": "object"}')
         case ConstraintKind.REGEX:
-            return str(LLMatcher.grammar_from_regex(constraint.text))
+            return str(LLMatcher.grammar_from_regex(regex_to_lark(constraint.text, _ASCII_CLASSES)))
         case ConstraintKind.GRAMMAR:
             return str(LLMatcher.grammar_from_lark(constraint.text))
         case ConstraintKind.CHOICES:

@@ -1,4 +1,4 @@
-"""How far one sequence has come in its grammar, and which tokens may be next."""
+"""How far one completion has come in its grammar, and the masks that tell which tokens may be next."""
 
 from collections.abc import Sequence
 
@@ -9,40 +9,75 @@ from llguidance import LLMatcher
 Masks = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 
 
-def make_masks(num_rows: int, vocab_size: int) -> Masks:
-    """Masks that allow every token: int32 [num_rows, ceil(vocab_size / 32)]."""
-    return np.full((num_rows, (vocab_size + 31) // 32), -1, dtype=np.int32)
-
-
 class Matcher:
-    """Reads the tokens of one sequence, and says what may follow. One thread at a time.
+    """Reads the tokens of one completion, and says what may follow. One thread at a time.
 
-        tokens consumed: │ { │ "a │ ": │        fill: which tokens may stand here
+        tokens read: │ { │ "a │ ": │        fill: which tokens may stand here
 
-    A token that the grammar does not allow is never consumed, so that what was consumed is always the beginning of some
-    output that satisfies the constraint. EOS is consumed like any other token, where the grammar lets the output end.
+    A token that the grammar does not allow is never read, so that what was read is always the beginning of some output
+    that satisfies the constraint. EOS is read like any other token, where the grammar lets the output end.
     """
 
-    def __init__(self, parser: LLMatcher) -> None:
-        """parser: at its start, and owned by the matcher from now on."""
-        self._parser = parser
+    def __init__(self, parser: LLMatcher, token_ids: Sequence[int] = ()) -> None:
+        """parser: at its start; it is copied. token_ids: what is read already."""
+        self._start = parser
+        self._parser = parser.deep_copy()
+        # All that was read: a parser that ran into its limits cannot go back.
+        self._token_ids: list[int] = []
+        self.read(token_ids)
 
-    def fill(self, masks: Masks, row: int) -> None:
-        """Write into a row of `masks` which tokens may be next; of a complete output, EOS alone."""
-        # A tokenizer may have more tokens than the model.
-        words = np.frombuffer(self._parser.compute_bitmask(), dtype=np.int32)
-        masks[row] = words[: masks.shape[1]]
+    def fill(self, masks: Masks, drafted: Sequence[int] = ()) -> None:
+        """Write which tokens may be next: into the first of `masks` after what was read, and into the following ones
+        after each token of `drafted` besides. masks: int32 [1 + len(drafted), number of words].
 
-    def consume(self, token_ids: Sequence[int]) -> int:
-        """Read tokens until one is not allowed. Returns how many were."""
-        return self._parser.try_consume_tokens(list(token_ids))
+        Of a complete output EOS alone may be next. Behind a drafted token that is not allowed, and where following the
+        grammar takes more than its limits allow, nothing may.
+        """
+        masks[:] = 0
+        num_read = 0
+        for mask, token_id in zip(masks, [*drafted, None], strict=True):
+            # A tokenizer may have more tokens than the model.
+            words = np.frombuffer(self._parser.compute_bitmask(), dtype=np.int32)
+            if self._parser.is_error():
+                # What is in such a mask means nothing.
+                break
+            mask[:] = words[: len(mask)]
+            if token_id is None or not self._parser.try_consume_tokens([token_id]):
+                break
+            num_read += 1
+        if self._parser.is_error():
+            self._parser = self._start.deep_copy()
+            self._parser.try_consume_tokens(self._token_ids)
+        elif num_read:
+            self._parser.rollback(num_read)
+
+    def read(self, token_ids: Sequence[int]) -> int:
+        """Read tokens until one is not allowed, or the output is complete. Returns how many were."""
+        for num_read, token_id in enumerate(token_ids):
+            if self.is_complete or not self._parser.try_consume_tokens([token_id]):
+                return num_read
+            self._token_ids.append(token_id)
+        return len(token_ids)
+
+    def count_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens may follow, one after the other."""
+        return self._parser.validate_tokens(list(token_ids))
+
+    def forced(self) -> list[int]:
+        """The tokens that spell what must follow, as the tokenizer would. Others may spell the same."""
+        return self._parser.compute_ff_tokens()
 
     @property
     def may_end(self) -> bool:
-        """What was consumed satisfies the constraint, though more may follow."""
+        """What was read satisfies the constraint, though more may follow."""
         return self._parser.is_accepting()
 
     @property
     def is_complete(self) -> bool:
-        """What was consumed satisfies the constraint, and nothing but EOS may follow."""
+        """What was read satisfies the constraint, and nothing but EOS may follow."""
         return self._parser.is_stopped() and self._parser.is_accepting() and not self._parser.is_error()
+
+
+def make_masks(num_rows: int, vocab_size: int) -> Masks:
+    """int32 [num_rows, ceil(vocab_size / 32)]; every token is forbidden."""
+    return np.zeros((num_rows, (vocab_size + 31) // 32), dtype=np.int32)

@@ -7,7 +7,6 @@ The compiler refuses more, such as patterns that look ahead, without saying wher
 Places are JSON pointers (RFC 6901). The semantics are those of draft 2020-12, with what older drafts call otherwise.
 """
 
-import enum
 import json
 import re
 import time
@@ -16,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
+
+from nanoserve.request import KeywordUse, Treatment
 
 # Levels of JSON. llguidance reads 128, and the schema is put into another one to find a place in it.
 MAX_NESTING = 100
@@ -100,27 +101,6 @@ _TELLTALES = (
     ("range", ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")),
     ("Regex is empty", ("allOf", "pattern", "format", "minLength", "maxLength", "enum", "const")),
 )
-
-
-class Treatment(enum.Enum):
-    """What became of a keyword."""
-
-    ENFORCED = "enforced"  # the grammar holds to it
-    RELAXED = "relaxed"  # left out of the grammar, as the caller allowed
-    ANNOTATION = "annotation"  # it says nothing of the value
-    REFUSED = "refused"  # it cannot be enforced, and the caller did not allow to leave it out
-
-
-@dataclass(frozen=True, slots=True)
-class KeywordUse:
-    """One keyword at one place of a schema."""
-
-    # Of the schema that has it, from the root on.
-    pointer: str
-    keyword: str
-    treatment: Treatment
-    # Why it is relaxed or refused; else empty.
-    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,25 @@ Two queues tie it to the event loop, and nothing else is shared: messages come i
 `deliver` callback, once a step for all requests together.
 """
 
+import contextlib
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, CompiledConstraint, ConstraintCompiler
 from nanoserve.engine.scheduler import Scheduler
+from nanoserve.errors import EngineFailure, Rejection, RequestError
 from nanoserve.request import (
     Abort,
     CacheReset,
+    CompileConstraint,
+    Constraint,
+    ConstraintCompiled,
     EngineEnded,
     Event,
     Executor,
@@ -23,6 +30,7 @@ from nanoserve.request import (
     Message,
     ObserveSteps,
     Request,
+    RequestFailed,
     ResetCache,
 )
 from nanoserve.step_record import SchedulerStats
@@ -48,7 +56,14 @@ class CoreState:
         return time.monotonic() - self.last_progress_s if self.is_busy else 0.0
 
 
-# Takes a step's events, of which there may be none; must not block.
+class _Wake:
+    """A constraint is compiled, or will not be."""
+
+
+# While requests wait for nothing but their constraints, their deadlines are looked at so often.
+COMPILE_CHECK_S = 0.5
+
+# Takes a step's events, of which there may be none; must not block. Any thread.
 Deliver = Callable[[list[Event]], None]
 
 
@@ -78,11 +93,12 @@ class EngineCore:
     Any thread may call `post`, `start` and `stop` and read the properties; all the rest happens on the engine thread.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, compiler: ConstraintCompiler) -> None:
         self._scheduler = scheduler
         self._executor = executor
+        self._compiler = compiler
         # None = stop.
-        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Message | _Wake | None] = queue.SimpleQueue()
         self._deliver: Deliver = lambda _: None
         self._thread = threading.Thread(target=self._run, name="nanoserve-engine", daemon=True)
         self._has_ended = False
@@ -132,17 +148,25 @@ class EngineCore:
             self._deliver([EngineEnded()])
             self._executor.close()
 
-    def _take_messages(self) -> Iterator[Message | None]:
+    def _take_messages(self) -> Iterator["Message | _Wake | None"]:
         """All that was posted; waits for the first if there is no work."""
         if not self._scheduler.has_work:
-            yield self._messages.get()
+            with contextlib.suppress(queue.Empty):
+                yield self._messages.get(timeout=COMPILE_CHECK_S if self._scheduler.is_compiling else None)
+            self._scheduler.keep_time(time.monotonic())
         while not self._messages.empty():
             yield self._messages.get()
 
-    def _obey(self, message: Message) -> None:
+    def _obey(self, message: "Message | _Wake") -> None:
         match message:
-            case Request():
+            case Request(constraint=None):
                 self._scheduler.add(message)
+            case Request(constraint=Constraint() as constraint):
+                self._add_when_compiled(message, constraint)
+            case CompileConstraint(number, constraint):
+                self._compile(number, constraint)
+            case _Wake():
+                self._scheduler.keep_time(time.monotonic())
             case Abort(request_id, index):
                 self._scheduler.abort(request_id, index)
             case ResetCache():
@@ -151,6 +175,29 @@ class EngineCore:
                 self._deliver([CacheReset(num_freed_blocks)])
             case ObserveSteps():
                 self._scheduler.is_observed = True
+
+    def _add_when_compiled(self, request: Request, constraint: Constraint) -> None:
+        try:
+            grammar = self._compiler.submit(constraint)
+        except Rejection as error:
+            self._deliver([RequestFailed(request.id, error)])
+            return
+        self._scheduler.add(request, grammar, compile_until_s=time.monotonic() + COMPILE_TIMEOUT_S)
+        grammar.add_done_callback(lambda _: self._messages.put(_Wake()))
+
+    def _compile(self, number: int, constraint: Constraint) -> None:
+        """Answered as soon as it is compiled, or not; whoever asked gives up when that takes too long."""
+
+        def answer(grammar: "Future[CompiledConstraint]") -> None:
+            error = grammar.exception()
+            if error is not None and not isinstance(error, RequestError):
+                error = EngineFailure()
+            self._deliver([ConstraintCompiled(number, error or grammar.result().report)])
+
+        try:
+            self._compiler.submit(constraint).add_done_callback(answer)
+        except Rejection as error:
+            self._deliver([ConstraintCompiled(number, error)])
 
     def _step(self) -> None:
         """Give the model side as many plans as it takes, wait for the oldest, and tell what came of it."""

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, CompiledConstraint, ConstraintCompiler, too_slow
+from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, too_slow
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
 from nanoserve.engine.stream import RequestStream, StreamEvent
@@ -39,7 +39,10 @@ from nanoserve.observer import Observers, RequestRecord
 from nanoserve.request import (
     Abort,
     CacheReset,
+    CompileConstraint,
     Constraint,
+    ConstraintCompiled,
+    ConstraintReport,
     DraftSource,
     EngineEnded,
     Event,
@@ -123,6 +126,7 @@ class _Arrival:
     deadline_s: float | None
     cache_salt: str
     skip_cache_read: bool
+    constraint: Constraint | None
     # An operator ended it while its prompt was encoded.
     is_cancelled: bool = False
     # None until its prompt is encoded; from then on `params` has the seed.
@@ -201,9 +205,6 @@ class Engine:
         # for each other, and not short ones for them.
         self._text_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="nanoserve-text")
         self._long_text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoserve-long-text")
-        self._constraints = ConstraintCompiler(
-            lambda: codec.grammar_tokenizer(model.vocab_size, model.eos_token_ids), model.vocab_size
-        )
         self._ids = itertools.count(1)
         # By number: requests that are not posted yet.
         self._arrivals: dict[int, _Arrival] = {}
@@ -213,6 +214,8 @@ class Engine:
         self._is_idle = asyncio.Event()
         # Set when the core is gone.
         self._has_ended = asyncio.Event()
+        # By number: who waits to hear what a constraint comes to.
+        self._checks: dict[int, asyncio.Future[ConstraintReport]] = {}
         # Of resets of the cache that the core has not answered yet; it answers in their order.
         self._resets: deque[asyncio.Future[int]] = deque()
         self._is_draining = False
@@ -258,6 +261,7 @@ class Engine:
         skip_cache_read: bool = False,
         add_special_tokens: bool | None = None,
         min_delta_tokens: int = 0,
+        constraint: Constraint | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Run a request: Started, PromptLogprobs, Deltas, Finished.
 
@@ -270,7 +274,16 @@ class Engine:
         arrival_s = time.monotonic()
         deadline_s = None if timeout_s is None else arrival_s + timeout_s
         arrival = _Arrival(
-            next(self._ids), label, prompt, params, priority, arrival_s, deadline_s, cache_salt, skip_cache_read
+            next(self._ids),
+            label,
+            prompt,
+            params,
+            priority,
+            arrival_s,
+            deadline_s,
+            cache_salt,
+            skip_cache_read,
+            constraint,
         )
         with self._observed(arrival):
             self._check_admission()
@@ -382,6 +395,7 @@ class Engine:
             time_limit_s=None if params.time_limit_s is None else arrival.arrival_s + params.time_limit_s,
             cache_salt=arrival.cache_salt,
             skip_cache_read=arrival.skip_cache_read,
+            constraint=arrival.constraint,
         )
 
     async def tokenize(
@@ -403,14 +417,18 @@ class Engine:
             raise InvalidRequest([Violation(name, "the prompt has no tokens; at least one is needed")])
         return token_ids, text
 
-    async def compile_constraint(self, constraint: Constraint) -> CompiledConstraint:
-        """Ready for this model's tokens. Raises ConstraintInvalid, also when that would take too long."""
+    async def compile_constraint(self, constraint: Constraint) -> ConstraintReport:
+        """What it comes to for this model. Raises ConstraintInvalid, also when that would take too long."""
+        self._check_ready()
+        number = next(self._ids)
+        report = self._checks[number] = asyncio.get_running_loop().create_future()
+        self._core.post(CompileConstraint(number, constraint))
         try:
-            # Others may wait for the same: it goes on if this one gives up.
-            compiled = asyncio.wrap_future(self._constraints.submit(constraint))
-            return await asyncio.wait_for(asyncio.shield(compiled), COMPILE_TIMEOUT_S)
+            return await asyncio.wait_for(report, COMPILE_TIMEOUT_S)
         except TimeoutError:
             raise too_slow(constraint) from None
+        finally:
+            del self._checks[number]
 
     # ------------------------------------------------------------------------------------------- operator
 
@@ -477,6 +495,8 @@ class Engine:
             match event:
                 case CacheReset(num_freed_blocks):
                     self._answer_reset(num_freed_blocks)
+                case ConstraintCompiled():
+                    self._answer_check(event)
                 case EngineEnded():
                     self._end_all()
                 case StepRecord():
@@ -507,8 +527,12 @@ class Engine:
                     stream.fail(EngineFailure("the model computed NaN or infinity for this request"))
                 case RequestFailed(reason=Failure.NO_TOKEN):
                     stream.fail(EngineFailure("what the request asks for leaves no token that could be drawn"))
+                case RequestFailed(reason=Failure.CONSTRAINT):
+                    stream.fail(EngineFailure("to follow the constraint takes more than its limits allow"))
                 case RequestFailed(reason=Failure.STEP):
                     stream.fail(EngineFailure())
+                case RequestFailed(reason=RequestError() as error):
+                    stream.fail(error)
         except Exception:
             logger.exception("delivery to request %s failed", stream.label)
             self._give_up(stream, EngineFailure())
@@ -518,9 +542,20 @@ class Engine:
         if not future.done():  # its caller may have gone
             future.set_result(num_freed_blocks)
 
+    def _answer_check(self, event: ConstraintCompiled) -> None:
+        report = self._checks.get(event.number)
+        if report is None or report.done():
+            return  # its caller may have gone
+        if isinstance(event.result, ConstraintReport):
+            report.set_result(event.result)
+        else:
+            report.set_exception(event.result)
+
     def _end_all(self) -> None:
         """Nobody must wait for a core that is gone."""
         self._has_ended.set()
+        for number in self._checks:
+            self._answer_check(ConstraintCompiled(number, EngineFailure()))
         for stream in self._streams.values():
             stream.fail(EngineFailure())
         while self._resets:

@@ -16,11 +16,14 @@ import bisect
 import itertools
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from nanoserve.config import SchedulerConfig
+from nanoserve.constraint.compiler import CompiledConstraint, too_slow
 from nanoserve.engine.sequence import Sequence
 from nanoserve.engine.step_notes import StepNotes
+from nanoserve.errors import Rejection
 from nanoserve.kv_cache.block_pool import BlockNames, BlockPool
 from nanoserve.request import (
     Admission,
@@ -82,6 +85,8 @@ class Scheduler:
         self._requests: dict[str, list[Sequence]] = {}
         # In order of rank.
         self._waiting: list[Sequence] = []
+        # By id: requests whose constraint is compiled, which they wait for outside of `_waiting`, and until when.
+        self._compiling: dict[str, tuple[Future[CompiledConstraint], float]] = {}
         self._rows: list[Sequence | None] = [None] * config.max_num_seqs
         # Oldest first.
         self._in_flight: deque[_Step] = deque()
@@ -100,15 +105,26 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._in_flight)
+        """There is something to compute."""
+        return len(self._requests) > len(self._compiling) or bool(self._in_flight)
+
+    @property
+    def is_compiling(self) -> bool:
+        """A request waits for its constraint."""
+        return bool(self._compiling)
 
     @property
     def num_in_flight(self) -> int:
         """Steps that are planned and not committed."""
         return len(self._in_flight)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Its prompt must leave room for a token in the context, if it wants one."""
+    def add(
+        self, request: Request, grammar: "Future[CompiledConstraint] | None" = None, *, compile_until_s: float = 0.0
+    ) -> None:
+        """Queue a request. Its prompt must leave room for a token in the context, if it wants one.
+
+        grammar: of its constraint. It waits for it, while others pass, until time.monotonic() is compile_until_s.
+        """
         assert 0 < len(request.prompt_token_ids) <= self._max_context_tokens - (request.params.max_tokens != 0)
         arrival = next(self._arrivals)
         sequences = [
@@ -122,7 +138,10 @@ class Scheduler:
             for index in range(request.params.n)
         ]
         self._requests[request.id] = sequences
-        self._enqueue(sequences[0])
+        if grammar is None:
+            self._enqueue(sequences[0])
+        else:
+            self._compiling[request.id] = grammar, compile_until_s
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its sequences that has begun to generate, without an event.
@@ -161,7 +180,7 @@ class Scheduler:
 
         An empty plan is no step: nothing can be computed before a step in flight is committed, if there is one.
         """
-        self._expire(now)
+        self.keep_time(now)
         if self._drains and self._in_flight:
             return StepPlan([])
         self._drains = False
@@ -180,6 +199,9 @@ class Scheduler:
             self._notes.start_s = now
             if self._waiting:
                 self._notes.waits(self._waiting[0], wait_reason, self._running(), step)
+            elif self._compiling:
+                head = min((self._requests[id][0] for id in self._compiling), key=lambda s: s.rank)
+                self._notes.waits(head, WaitReason.CONSTRAINT, self._running(), step)
         if step:
             self._in_flight.append(_Step(plan, list(step), self._notes))
             self._notes = StepNotes()
@@ -234,7 +256,8 @@ class Scheduler:
             self._waiting.pop(num_passed)
             if not sequence.has_started:
                 sequence.has_started = True
-                self._events.append(RequestStarted(sequence.request.id, now, sequence.num_computed_tokens))
+                relaxed = sequence.grammar.report.relaxed if sequence.grammar is not None else ()
+                self._events.append(RequestStarted(sequence.request.id, now, sequence.num_computed_tokens, relaxed))
             self._schedule_running(sequence, step)
         return WaitReason.PREFIX if num_passed else obstacle or WaitReason.TOKENS
 
@@ -330,6 +353,7 @@ class Scheduler:
                 num_prompt_tokens=len(request.prompt_token_ids),
                 end_token_ids=request.eos_token_ids | request.params.stop_token_ids,
                 owner=request.cache_salt,
+                grammar=sequence.grammar,
             )
         num_prompt_logprobs = 0
         if request.params.prompt_logprobs is not None and sequence.index == 0:
@@ -349,6 +373,27 @@ class Scheduler:
             num_prompt_logprobs=num_prompt_logprobs,
             num_drafts=num_drafts,
         )
+
+    def keep_time(self, now: float) -> None:
+        """Do what no step is needed for: end what has run out of time, and queue what is compiled by now."""
+        self._expire(now)
+        self._enqueue_compiled(now)
+
+    def _enqueue_compiled(self, now: float) -> None:
+        """Let those wait with the others whose constraint is compiled, and turn away those whose is wrong."""
+        for request_id, (grammar, compile_until_s) in list(self._compiling.items()):
+            sequences = self._requests[request_id]
+            if grammar.done():
+                if (error := grammar.exception()) is not None:
+                    self._fail(request_id, error if isinstance(error, Rejection) else Failure.STEP)
+                else:
+                    del self._compiling[request_id]
+                    for sequence in sequences:
+                        sequence.grammar = grammar.result()
+                    self._enqueue(sequences[0])
+            elif now >= compile_until_s:
+                assert sequences[0].request.constraint is not None
+                self._fail(request_id, too_slow(sequences[0].request.constraint))
 
     def _expire(self, now: float) -> None:
         for request_id, sequences in list(self._requests.items()):
@@ -411,7 +456,8 @@ class Scheduler:
                     sibling.has_started = True
                     self._enqueue(sibling)
         assert len(outcome.token_ids) <= scheduled.num_drafts + 1
-        kept, reason = self._append(sequence, outcome.token_ids)
+        kept, reason = self._append(sequence, outcome)
+        sequence.satisfies = outcome.satisfies and kept == len(outcome.token_ids)
         # The last token that was drawn is still to be computed; those before it were drafts, and right.
         num_right = max(0, kept - 1)
         sequence.num_computed_tokens -= scheduled.num_drafts - num_right
@@ -432,9 +478,9 @@ class Scheduler:
         for i in range(start // self._block_size, num_full):
             self.pool.register(sequence.block_ids[i], sequence.block_hashes[i])
 
-    def _append(self, sequence: Sequence, token_ids: list[int]) -> tuple[int, FinishReason | None]:
+    def _append(self, sequence: Sequence, outcome: SequenceResult) -> tuple[int, FinishReason | None]:
         """Add sampled tokens up to the one that ends the sequence; returns how many, and why it ended."""
-        request = sequence.request
+        request, token_ids = sequence.request, outcome.token_ids
         if request.params.max_tokens == 0 and token_ids:
             return 0, FinishReason.LENGTH
         for kept, token_id in enumerate(token_ids, start=1):
@@ -443,6 +489,8 @@ class Scheduler:
                 return kept, FinishReason.EOS
             if token_id in request.params.stop_token_ids:
                 return kept, FinishReason.STOP
+            if outcome.is_over and kept == len(token_ids):
+                return kept, FinishReason.COMPLETE
             if len(sequence.token_ids) - len(request.prompt_token_ids) == request.params.max_tokens:
                 return kept, FinishReason.LENGTH
             if len(sequence.token_ids) == self._max_context_tokens:
@@ -478,6 +526,7 @@ class Scheduler:
             stop_token_id=sequence.token_ids[-1] if ended_by_token else None,
             num_preemptions=sequence.num_preemptions,
             draft=draft,
+            satisfies=sequence.satisfies,
         )
 
     # ------------------------------------------------------------------------------------------ parts
@@ -491,7 +540,7 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence) -> None:
         bisect.insort(self._waiting, sequence, key=lambda s: s.rank)
 
-    def _fail(self, request_id: str, reason: Failure) -> None:
+    def _fail(self, request_id: str, reason: Failure | Rejection) -> None:
         self._events.append(RequestFailed(request_id, reason))
         self.abort(request_id)
 
@@ -501,6 +550,7 @@ class Scheduler:
             self._release(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
+        self._compiling.pop(sequence.request.id, None)
         siblings = self._requests[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from nanoserve.request import Request
+from nanoserve.request import Grammar, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +31,10 @@ class Sequence:
     num_preemptions: int = 0
     # Places that the model side would fill with guesses.
     num_drafts: int = 0
+    # What its completion must be; None = anything, or it is still compiled.
+    grammar: Grammar | None = None
+    # The completion so far satisfies its constraint.
+    satisfies: bool = False
     # Of the prompt's tokens, the first included, which has none.
     num_prompt_logprobs: int = 1
 

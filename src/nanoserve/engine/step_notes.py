@@ -67,6 +67,8 @@ class StepNotes:
                 behind = max(step, key=lambda s: step[s], default=None)
             case WaitReason.ROWS | WaitReason.BATCH:
                 behind = min(running, key=lambda s: s.rank, default=None)
+            case WaitReason.CONSTRAINT:
+                behind = None
         self.wait = Wait(head.request.id, head.index, reason, behind.request.id if behind else "")
 
     def record(self, number: int, end_s: float, after: SchedulerStats, *, has_failed: bool) -> StepRecord:

@@ -7,12 +7,14 @@ It lives on the event loop, between `Engine`, which pushes what a step gave, and
 
 import asyncio
 import copy
+import dataclasses
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from nanoserve.constraint.outcome import Outcome, outcome_of
 from nanoserve.engine.text import TextCodec, TextStream
 from nanoserve.errors import RequestError
 from nanoserve.request import (
@@ -20,6 +22,7 @@ from nanoserve.request import (
     DraftSource,
     DraftTotals,
     FinishReason,
+    KeywordUse,
     Request,
     RequestStarted,
     SamplingParams,
@@ -76,6 +79,10 @@ class Finished:
     preemptions: int
     # Only sources that guessed.
     drafts: Mapping[DraftSource, DraftTotals] = field(default_factory=dict)
+    # By sequence, if there is a constraint.
+    outcomes: Sequence[Outcome] = ()
+    # Keywords of it that were only checked at the end.
+    relaxed: Sequence[KeywordUse] = ()
 
 
 StreamEvent = Started | PromptLogprobs | Delta | Finished
@@ -124,6 +131,7 @@ class RequestStream:
         """label: the caller's name for the request. goes_on: its text continues that of the prompt. keeps_text: `texts`
         has all that was generated, until the request ends."""
         self.request = request
+        self._codec = codec
         self.label = label
         self.progress = Progress()
         self._min_delta_tokens = min_delta_tokens
@@ -137,6 +145,11 @@ class RequestStream:
         self._events: deque[StreamEvent] = deque()
         # Unread output, by sequence.
         self._pending: dict[int, Delta] = {}
+        # Sequences that satisfy the request's constraint, as far as it was enforced.
+        self._satisfied: set[int] = set()
+        self._relaxed: Sequence[KeywordUse] = ()
+        # By sequence, all that was generated: kept where it is checked at the end.
+        self._checked: list[list[int]] = []
         self._error: RequestError | None = None
         self._finished: Finished | None = None
         self._news = asyncio.Event()
@@ -155,6 +168,9 @@ class RequestStream:
         """The request runs."""
         self.progress.started_s = event.time_s
         self.progress.num_cached_tokens = event.num_cached_tokens
+        self._relaxed = event.relaxed
+        if event.relaxed:
+            self._checked = [[] for _ in range(self.request.params.n)]
         prompt, params = self.request.prompt_token_ids, self.request.params
         self._events.append(Started(len(prompt), event.num_cached_tokens, params))
         if params.prompt_logprobs is not None:
@@ -182,6 +198,8 @@ class RequestStream:
                 token_ids = token_ids[: piece.num_tokens]
                 stopped = finish_reason is None
                 finish_reason, stop_token_id = FinishReason.STOP, None
+        if self._checked:
+            self._checked[output.index] += token_ids
         delta.token_ids += token_ids
         delta.logprobs += output.logprobs[: len(token_ids)]
         delta.finish_reason, delta.stop_token_id = finish_reason, stop_token_id
@@ -192,6 +210,10 @@ class RequestStream:
             progress.first_token_s = progress.first_token_s or output.time_s
             progress.last_token_s = output.time_s
         if finish_reason is not None:
+            # What a stop string or token cuts off was a part of what the grammar saw.
+            is_cut = finish_reason is FinishReason.STOP and not self.request.params.include_stop
+            if output.satisfies and not is_cut and len(token_ids) == len(output.token_ids):
+                self._satisfied.add(output.index)
             progress.finish_reasons[output.index] = finish_reason
             progress.num_preemptions += output.num_preemptions
             if len(progress.finish_reasons) == self.request.params.n:
@@ -218,6 +240,7 @@ class RequestStream:
             decode_s=(progress.last_token_s or first_token_s) - first_token_s,
             preemptions=progress.num_preemptions,
             drafts=progress.drafts,
+            relaxed=self._relaxed,
         )
 
     # ------------------------------------------------------------------------------------ the caller's side
@@ -235,8 +258,19 @@ class RequestStream:
             if self._error is not None:
                 raise self._error
             if self._finished is not None:
-                yield self._finished
+                outcomes = [await self._outcome(index) for index in range(self.request.params.n)]
+                yield dataclasses.replace(self._finished, outcomes=[each for each in outcomes if each is not None])
                 return
+
+    async def _outcome(self, index: int) -> Outcome | None:
+        """Of a sequence that has ended; None without a constraint."""
+        if (constraint := self.request.constraint) is None:
+            return None
+        satisfies, is_relaxed = index in self._satisfied, bool(self._relaxed)
+        if not satisfies or not is_relaxed:
+            return outcome_of(constraint, "", satisfies=satisfies, is_relaxed=is_relaxed)
+        text = self._codec.decode(self._checked[index], skip_special_tokens=True)
+        return await asyncio.to_thread(outcome_of, constraint, text, satisfies=True, is_relaxed=True)
 
     def _take(self) -> list[StreamEvent]:
         events: list[StreamEvent] = list(self._events)

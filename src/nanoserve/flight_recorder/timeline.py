@@ -25,6 +25,7 @@ WANTED = {
     WaitReason.TOKENS: "a step with room for more tokens",
     WaitReason.PREFIX: "its prefix to be cached",
     WaitReason.BATCH: "the batch to end",
+    WaitReason.CONSTRAINT: "its constraint to be compiled",
 }
 
 

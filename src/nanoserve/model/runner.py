@@ -9,14 +9,17 @@ runs only for positions whose logits are wanted.
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 
 import torch
 from torch import Tensor
 
+from nanoserve.constraint.matcher import Masks
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model.draft_model import DraftModel
+from nanoserve.model.grammars import Grammars
 from nanoserve.model.loader import LoadedModel
 from nanoserve.model.paged_model import PagedModel
 from nanoserve.model.rows import Rows
@@ -92,6 +95,7 @@ class ModelRunner:
                 *draft, self._rows, sampler, model.facts.vocab_size, max_context_tokens, threads=threads
             )
         self._sampler = sampler
+        self._grammars = Grammars(model.facts.vocab_size)
         self._threads = threads
         self._speculator = speculator
         self._plans: deque[StepPlan] = deque()
@@ -108,8 +112,12 @@ class ModelRunner:
         self._rows.take(sequences)
         if self.draft_model is not None:
             self.draft_model.take(sequences)
+        for s in sequences:
+            if s.admission is not None:
+                self._grammars.admit(s.row, s.admission)
         parts = self._parts(sequences)
         start_s = time.perf_counter()
+        self._grammars.begin({part.sequence.row: part.draft for part in parts if part.sequence.samples})
         try:
             hidden = self.model.run(
                 [part.sequence.row for part in parts],
@@ -132,6 +140,7 @@ class ModelRunner:
         )
 
     def close(self) -> None:
+        self._grammars.close()
         for model in self.models:
             model.cache.close()
 
@@ -166,7 +175,8 @@ class ModelRunner:
         drafts: dict[int, list[int]] = {}
         if self._speculator is not None and any(s.num_drafts for s in sequences):
             places = {s.row: s.num_drafts for s in sequences}
-            drafts = self._speculator.choose(places, sum(s.num_known for s in sequences), self.draft_model)
+            num_known = sum(s.num_known for s in sequences)
+            drafts = self._speculator.choose(places, num_known, self.draft_model, self._grammars)
             # A caller's prediction, or another model's draft, may hold what this model does not know.
             is_known = range(self.model.vocab_size).__contains__
             drafts = {row: list(takewhile(is_known, draft)) for row, draft in drafts.items()}
@@ -209,9 +219,11 @@ class ModelRunner:
         members = [part for part in parts if part.sequence.samples and not part.is_corrupt]
         if not members:
             return {}
+        masks = self._grammars.masks()
         places = [
-            Place(part.sequence.row, part.end + i, tuple(part.draft[:i]))
+            Place(row, part.end + i, tuple(part.draft[:i]), masks[row][i] if row in masks else None)
             for part in members
+            for row in [part.sequence.row]
             for i in range(len(part.draft) + 1)
         ]
         lines = [part.first + part.sequence.num_known - 1 + i for part in members for i in range(len(part.draft) + 1)]
@@ -220,10 +232,22 @@ class ModelRunner:
         drawn = {}
         for part in members:
             result = _keep_right(part.draft, list(islice(outcomes, len(part.draft) + 1)))
-            drawn[part.sequence.row] = self._learn(part, result)
+            drawn[part.sequence.row] = self._learn(part, self._follow(part, result, masks))
         self._sampler.keep({row: result.token_ids for row, result in drawn.items()})
         self._rows.write((part.sequence.row, part.end, drawn[part.sequence.row].token_ids) for part in members)
         return drawn
+
+    def _follow(self, part: _Part, result: SequenceResult, masks: Mapping[int, Masks]) -> SequenceResult:
+        """Tell the grammar what was drawn. Returns the result up to where the output is complete."""
+        row = part.sequence.row
+        if row not in masks:
+            return result
+        if result.failure is Failure.NO_TOKEN and not masks[row][0].any():
+            return SequenceResult(failure=Failure.CONSTRAINT)
+        token_ids = self._grammars.keep(row, result.token_ids)
+        may_end, must_end = self._grammars.state(row)
+        logprobs = result.logprobs[: len(token_ids)]
+        return replace(result, token_ids=token_ids, logprobs=logprobs, satisfies=may_end, is_over=must_end)
 
     def _learn(self, part: _Part, result: SequenceResult) -> SequenceResult:
         """Tell the drafters what was drawn. Returns the result with what there is to say of drafts."""

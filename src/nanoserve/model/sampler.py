@@ -1,7 +1,7 @@
 """From logits to tokens: one batched step over rows that each have their own parameters.
 
-    raw logits ─▶ penalties ─▶ logit_bias ─▶ min_tokens mask ─▶ greedy ──────────────────────────────▶ token
-         │                                                  └─▶ temperature ─▶ top_k ─▶ top_p ─▶ min_p ─▶ draw
+    raw logits ─▶ penalties ─▶ logit_bias ─▶ min_tokens, constraint ─▶ greedy ────────────────────────────▶ token
+         │                                                        └─▶ temperature ─▶ top_k ─▶ top_p ─▶ min_p ─▶ draw
          └──▶ log-probabilities, ranks, alternatives
 
 The sampler owns what sampling must remember of each row: its parameters, and which tokens it has seen if a penalty
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -73,6 +74,8 @@ class Place:
     position: int
     # The last of those, if they are drafts: nobody has said yet that they are right.
     drafted: tuple[int, ...] = ()
+    # A bit for each token that its constraint allows here, as in constraint.matcher.Masks; None = all are allowed.
+    allowed: "np.ndarray[tuple[int], np.dtype[np.int32]] | None" = None
 
 
 class Sampler:
@@ -130,7 +133,7 @@ class Sampler:
         """Indices of the places that need more than the argmax of their raw logits, with what they need."""
         groups: dict[_Path, list[int]] = {}
         for i, (state, place) in enumerate(targets):
-            path = state.path(place.position)
+            path = state.path(place)
             if path is not _Path.ARGMAX:
                 groups.setdefault(path, []).append(i)
         for path, members in groups.items():
@@ -174,11 +177,16 @@ class _Row:
         is_penalized = penalties != (1, 0, 0)
         self.seen = _SeenTokens(admission, vocab_size) if is_penalized else None
 
-    def path(self, position: int) -> _Path:
-        """The work that drawing the token at this position takes."""
+    def path(self, place: Place) -> _Path:
+        """The work that drawing the token at this place takes."""
         params = self.params
         if params.temperature == 0:
-            is_edited = self.seen is not None or len(self.bias) > 0 or self.forbids_end(position)
+            is_edited = (
+                self.seen is not None
+                or len(self.bias) > 0
+                or self.forbids_end(place.position)
+                or place.allowed is not None
+            )
             return _Path.GREEDY if is_edited else _Path.ARGMAX
         if 0 < params.top_k < self.vocab_size:
             return _Path.TOP_K if params.top_k <= NUM_CANDIDATES else _Path.LARGE_TOP_K
@@ -296,8 +304,28 @@ def _forbid_early_end(scores: Tensor, targets: list[_Target]) -> None:
         scores[_cells(scores, forbidden)] = -torch.inf
 
 
+def _apply_constraints(scores: Tensor, targets: list[_Target]) -> None:
+    """Only tokens that the constraint allows."""
+    masks = {line: place.allowed for line, (_, place) in enumerate(targets) if place.allowed is not None}
+    if not masks:
+        return
+    words = ~np.stack(list(masks.values()))  # [n, num_words]
+    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=scores.shape[1])
+    cells = torch.from_numpy(bits).bool().to(scores.device)  # [n, vocab], True = forbidden
+    if len(masks) == len(targets):
+        scores.masked_fill_(cells, -torch.inf)
+    else:
+        lines = torch.tensor(list(masks), device=scores.device)
+        scores[lines] = scores[lines].masked_fill_(cells, -torch.inf)
+
+
 # In this order; each changes scores [m, vocab] in place.
-EDITS: tuple[Callable[[Tensor, list[_Target]], None], ...] = (_apply_penalties, _apply_bias, _forbid_early_end)
+EDITS: tuple[Callable[[Tensor, list[_Target]], None], ...] = (
+    _apply_penalties,
+    _apply_bias,
+    _forbid_early_end,
+    _apply_constraints,
+)
 
 
 def _cells(scores: Tensor, token_ids: dict[int, Tensor]) -> tuple[Tensor, Tensor]:

@@ -27,16 +27,17 @@ class GenerationService:
     async def Generate(self, request: generation_pb2.GenerateRequest, call: Call) -> None:
         arrival_s = time.time()
         engine = self._engine()
-        prompt, params, add_special_tokens = await off_loop(validate.generation, request, engine.model)
+        asked = await off_loop(validate.generation, request, engine.model)
         events = engine.generate(
-            prompt,
-            params,
+            asked.prompt,
+            asked.params,
             label=call.request_id,
             priority=request.priority,
             timeout_s=call.context.time_remaining(),
             cache_salt=_cache_salt(call.principal, request.cache.salt),
             skip_cache_read=request.cache.skip_read,
-            add_special_tokens=add_special_tokens,
+            add_special_tokens=asked.add_special_tokens,
+            constraint=asked.constraint,
             min_delta_tokens=request.output.min_delta_tokens,
         )
         async with contextlib.aclosing(events):

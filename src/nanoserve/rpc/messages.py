@@ -6,21 +6,20 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
-from nanoserve.constraint.compiler import CompiledConstraint
-from nanoserve.constraint.schema import Treatment
+from nanoserve.constraint.outcome import Outcome
 from nanoserve.engine.engine import ServedModel, Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
-from nanoserve.request import DraftSource, FinishReason, SamplingParams, TokenLogprob
+from nanoserve.request import ConstraintReport, DraftSource, FinishReason, SamplingParams, TokenLogprob, Treatment
 
 # Tokens with 20 alternatives each: about 4 ms of the event loop's time, and far below the 4 MiB that clients take.
 PROMPT_LOGPROBS_A_MESSAGE = 64
-# In the answer to CheckConstraint: below the 4 MiB that clients take, however long the pointers are.
+# In an answer: below the 4 MiB that clients take, however long the pointers are.
 MAX_KEYWORD_USES = 1000
 
 # The contract has the same names, with a prefix.
 FINISH_REASONS = {reason: generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 DRAFT_SOURCES = {source: generation_pb2.DraftSource.Value(f"DRAFT_SOURCE_{source.name}") for source in DraftSource}
-
+OUTCOMES = {each: generation_pb2.ConstraintOutcome.Value(f"CONSTRAINT_OUTCOME_{each.name}") for each in Outcome}
 KEYWORD_TREATMENTS: dict[Treatment, "model_pb2.KeywordTreatment.ValueType"] = {
     each: model_pb2.KeywordTreatment.Value(f"KEYWORD_TREATMENT_{each.name}")
     for each in Treatment
@@ -92,6 +91,11 @@ def finished(event: Finished) -> generation_pb2.GenerateResponse:
                 decode=duration(event.decode_s),
                 preemptions=event.preemptions,
             ),
+            constraint_outcomes=[OUTCOMES[each] for each in event.outcomes],
+            unenforced=[
+                generation_pb2.UnenforcedKeyword(pointer=use.pointer, keyword=use.keyword, why=use.why)
+                for use in event.relaxed[:MAX_KEYWORD_USES]
+            ],
         )
     )
 
@@ -110,21 +114,20 @@ def model(served: ServedModel) -> model_pb2.Model:
     )
 
 
-def constraint_check(compiled: CompiledConstraint) -> model_pb2.CheckConstraintResponse:
-    relaxed = [use for use in compiled.keywords if use.treatment is Treatment.RELAXED]
-    others = [use for use in compiled.keywords if use.treatment is not Treatment.RELAXED]
+def constraint_check(report: ConstraintReport) -> model_pb2.CheckConstraintResponse:
+    others = [use for use in report.keywords if use.treatment is not Treatment.RELAXED]
     return model_pb2.CheckConstraintResponse(
-        enforced=not relaxed,
+        enforced=not report.relaxed,
         keywords=[
             model_pb2.KeywordUse(
                 pointer=use.pointer, keyword=use.keyword, treatment=KEYWORD_TREATMENTS[use.treatment], why=use.why
             )
-            for use in [*relaxed, *others][:MAX_KEYWORD_USES]
+            for use in [*report.relaxed, *others][:MAX_KEYWORD_USES]
         ],
-        keyword_count=len(compiled.keywords),
-        grammar_bytes=compiled.num_grammar_bytes,
-        compile=duration(compiled.compile_s),
-        first_mask=duration(compiled.first_mask_s),
+        keyword_count=len(report.keywords),
+        grammar_bytes=report.num_grammar_bytes,
+        compile=duration(report.compile_s),
+        first_mask=duration(report.first_mask_s),
     )
 
 

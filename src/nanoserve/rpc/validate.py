@@ -106,13 +106,20 @@ class Violations:
 # ---------------------------------------------------------------------------------------- one for each RPC
 
 
-def generation(
-    request: generation_pb2.GenerateRequest, model: ServedModel
-) -> tuple[str | list[int] | Chat, SamplingParams, bool | None]:
-    """The prompt, the parameters, and add_special_tokens: None = as is usual for the prompt's kind.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asked:
+    """What a GenerateRequest asks for, as far as it has to be looked at."""
 
-    The rest holds as the message has it. Raises ModelNotFound, else InvalidRequest with every violation.
-    """
+    prompt: str | list[int] | Chat
+    params: SamplingParams
+    # None = as is usual for the prompt's kind.
+    add_special_tokens: bool | None
+    # Of which only the form was checked.
+    constraint: Constraint | None
+
+
+def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> Asked:
+    """The rest holds as the message has it. Raises ModelNotFound, else InvalidRequest with every violation."""
     check_model(request.model, model)
     violations = Violations(request)
     prompt = _prompt(request, model, violations)
@@ -133,8 +140,9 @@ def generation(
         **_output(request.output, violations),
         **_speculation(request, model, violations),
     }
+    constraint = _constraint(request.constraint, violations) if request.HasField("constraint") else None
     violations.raise_if_any()
-    return prompt, dataclasses.replace(model.default_params, **changes), add_special_tokens
+    return Asked(prompt, dataclasses.replace(model.default_params, **changes), add_special_tokens, constraint)
 
 
 def tokenization(request: model_pb2.TokenizeRequest, model: ServedModel) -> tuple[str | Chat, bool | None]:

@@ -36,6 +36,16 @@ class Drafter(Protocol):
         """What may follow the text: at most `count` tokens. None = no idea."""
 
 
+class Guide(Protocol):
+    """Knows of some rows what their text must be like: the grammars of constrained rows."""
+
+    def forced(self, row: int) -> list[int]:
+        """Tokens that spell what must come next."""
+
+    def cut(self, row: int, draft: list[int]) -> list[int]:
+        """The part of a draft that is allowed."""
+
+
 class ModelDrafter(Protocol):
     """Guesses for many rows at once, a token of each in a pass, which takes time: another model.
 

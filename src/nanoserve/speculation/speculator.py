@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nanoserve.request import Admission, DraftSource
-from nanoserve.speculation.drafter import Draft, Drafter, ModelDrafter
+from nanoserve.speculation.drafter import MAX_EVIDENCE, Draft, Drafter, Guide, ModelDrafter
 from nanoserve.speculation.ngram import NgramDrafter
 from nanoserve.speculation.payoff import (
     MAX_STEP_DRAFTS,
@@ -45,6 +45,8 @@ class _Row:
 
     max_draft_tokens: int
     drafters: list[Drafter]
+    # It has a grammar, which may force tokens.
+    is_guided: bool
     acceptance: OwnAcceptance = field(default_factory=OwnAcceptance)
     # The last that was computed.
     draft: Draft | None = None
@@ -75,7 +77,8 @@ class Speculator:
         """A sequence takes the row."""
         wanted = admission.params.max_draft_tokens
         limit = self._max_draft_tokens if wanted is None else min(wanted, self._max_draft_tokens)
-        self._rows[row] = _Row(limit, self._drafters(admission) if limit else [])
+        drafters = self._drafters(admission) if limit else []
+        self._rows[row] = _Row(limit, drafters, is_guided=admission.grammar is not None)
 
     def _drafters(self, admission: Admission) -> list[Drafter]:
         drafters: list[Drafter] = []
@@ -99,24 +102,31 @@ class Speculator:
         """How many tokens may be guessed for the row in the next step. None where guesses could not pay: places take
         blocks."""
         state = self._rows[row]
-        can_guess = state.drafters or DraftSource.DRAFT_MODEL in self._sources
+        can_guess = state.drafters or state.is_guided or DraftSource.DRAFT_MODEL in self._sources
         return state.max_draft_tokens if self._may_pay and can_guess else 0
 
     def choose(
-        self, places: Mapping[int, int], num_tokens: int, model: ModelDrafter | None = None
+        self,
+        places: Mapping[int, int],
+        num_tokens: int,
+        model: ModelDrafter | None = None,
+        guide: Guide | None = None,
     ) -> dict[int, list[int]]:
         """What to compute of the rows' drafts: row -> tokens, for rows that have any.
 
         places: row -> how many tokens the step has room for. num_tokens: that it computes anyway. model: the one that
-        drafts, if there is one.
+        drafts, if there is one. guide: of rows that have a grammar.
         """
         if not may_pay(self._times, num_tokens, most=sum(places.values())):
             return {}
         drafts = {
-            row: draft for row, room in places.items() if room and (draft := self._propose(row, room)) is not None
+            row: draft
+            for row, room in places.items()
+            if room and (draft := self._propose(row, room, guide)) is not None
         }
         if model is not None:
-            drafts |= self._guess_by_model(model, places, num_tokens, drafts)
+            guesses = self._guess_by_model(model, places, num_tokens, drafts)
+            drafts |= {row: cut for row, draft in guesses.items() if (cut := self._cut(guide, row, draft)) is not None}
         chances = [self._chances(row, draft) for row, draft in drafts.items()]
         chosen = {}
         for (row, draft), count in zip(drafts.items(), choose_counts(self._times, num_tokens, chances), strict=True):
@@ -128,10 +138,22 @@ class Speculator:
                 self._acceptance.forgive(draft, state.acceptance)
         return chosen
 
-    def _propose(self, row: int, count: int) -> Draft | None:
-        """Of what the drafters say, what promises the most tokens."""
-        drafts = [draft for drafter in self._rows[row].drafters if (draft := drafter.propose(count)) is not None]
+    def _propose(self, row: int, count: int, guide: Guide | None) -> Draft | None:
+        """Of what the drafters say, and what must be, what promises the most tokens."""
+        state = self._rows[row]
+        drafts = [draft for drafter in state.drafters if (draft := drafter.propose(count)) is not None]
+        if state.is_guided and guide is not None:
+            drafts = [cut for draft in drafts if (cut := self._cut(guide, row, draft)) is not None]
+            if forced := guide.forced(row)[:count]:
+                drafts.append(Draft(DraftSource.GRAMMAR, forced, [MAX_EVIDENCE] * len(forced)))
         return max(drafts, key=lambda draft: sum(self._chances(row, draft)), default=None)
+
+    def _cut(self, guide: Guide | None, row: int, draft: Draft) -> Draft | None:
+        """As much of the draft as the row's grammar allows, if it has one; None if nothing is left."""
+        if guide is None or not self._rows[row].is_guided:
+            return draft
+        token_ids = guide.cut(row, draft.token_ids)
+        return replace(draft, token_ids=token_ids, evidence=draft.evidence[: len(token_ids)]) if token_ids else None
 
     def _chances(self, row: int, draft: Draft) -> list[float]:
         return self._acceptance.chances(draft, self._rows[row].acceptance)

@@ -27,6 +27,7 @@ from nanoserve_client.requests import (
     ChatGenerateOptions,
     ChatMessage,
     ChatOptions,
+    CheckOptions,
     ConstraintOptions,
     GenerateOptions,
     Sampling,
@@ -37,6 +38,7 @@ from nanoserve_client.requests import (
 from nanoserve_client.results import (
     Completion,
     ConstraintCheck,
+    ConstraintOutcome,
     Delta,
     DraftSource,
     DraftUsage,
@@ -50,6 +52,7 @@ from nanoserve_client.results import (
     Timing,
     TokenLogprob,
     Tokens,
+    UnenforcedKeyword,
     Usage,
 )
 from nanoserve_client.transport import CallOptions, Tls
@@ -82,10 +85,12 @@ __all__ = [
     "ChatGenerateOptions",
     "ChatMessage",
     "ChatOptions",
+    "CheckOptions",
     "Client",
     "Completion",
     "ConstraintCheck",
     "ConstraintOptions",
+    "ConstraintOutcome",
     "DeadlineExceeded",
     "Delta",
     "DraftSource",
@@ -132,6 +137,7 @@ __all__ = [
     "ToolCall",
     "Unauthenticated",
     "Unavailable",
+    "UnenforcedKeyword",
     "Usage",
     "WaitReason",
 ]

@@ -8,7 +8,7 @@ import grpc
 
 from nanoserve_client.calls import Account, Calls, GenerateReading, Reading, Unary
 from nanoserve_client.progress import Progress
-from nanoserve_client.requests import ConstraintOptions, Messages, TokenizeOptions
+from nanoserve_client.requests import CheckOptions, Messages, TokenizeOptions
 from nanoserve_client.results import ConstraintCheck, Delta, Model, Result, Started, Stats, Tokens
 from nanoserve_client.transport import CallOptions, Envelope
 from nanoserve_client.v1 import admin_pb2
@@ -48,7 +48,7 @@ class AsyncClient(Calls["AsyncGenerateStream", "AsyncEngineWatch"]):
         """Text of token ids. See Client.detokenize."""
         return await _wait(self._detokenize(token_ids, model, keep_special_tokens, options))
 
-    async def check_constraint(self, **options: Unpack[ConstraintOptions]) -> ConstraintCheck:
+    async def check_constraint(self, **options: Unpack[CheckOptions]) -> ConstraintCheck:
         """What would be enforced of a constraint. See Client.check_constraint."""
         return await _wait(self._check_constraint(options))
 

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from nanoserve_client import requests, transport
 from nanoserve_client.errors import Metadata, NanoserveError
 from nanoserve_client.progress import Progress
-from nanoserve_client.requests import ChatGenerateOptions, ConstraintOptions, GenerateOptions, Messages, TokenizeOptions
+from nanoserve_client.requests import ChatGenerateOptions, CheckOptions, GenerateOptions, Messages, TokenizeOptions
 from nanoserve_client.results import ConstraintCheck, Model, Started, Stats, TokenLogprob, Tokens
 from nanoserve_client.transport import CallOptions, Envelope, Tls
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
@@ -83,7 +83,7 @@ class Calls(abc.ABC, Generic[_Stream, _Watch]):
             TypeError, ValueError: An option that does not exist, or a value that its field cannot hold.
         """
         request = requests.generate_request(prompt, options)
-        return self.generate_raw(request, **requests.call_options(options))
+        return self._generate(request, requests.call_options(options), requests.parser(options))
 
     def chat(self, messages: Messages, **options: Unpack[ChatGenerateOptions]) -> _Stream:
         """Answer a conversation, rendered with the model's chat template.
@@ -98,13 +98,18 @@ class Calls(abc.ABC, Generic[_Stream, _Watch]):
             As `generate`; and ValueError for a role that does not exist.
         """
         request = requests.chat_request(messages, options)
-        return self.generate_raw(request, **requests.call_options(options))
+        return self._generate(request, requests.call_options(options), requests.parser(options))
 
     def generate_raw(self, request: pb.GenerateRequest, **options: Unpack[CallOptions]) -> _Stream:
         """Send a request as the contract has it. Returns and raises as `generate`."""
+        return self._generate(request, options, None)
+
+    def _generate(
+        self, request: pb.GenerateRequest, options: CallOptions, parse: Callable[[str], Any] | None
+    ) -> _Stream:
         call = self._address(request, options)
         responses = self._generation.Generate(request, timeout=call.timeout, metadata=call.metadata)
-        return self._stream(responses, Progress(call.request_id, call.span))
+        return self._stream(responses, Progress(call.request_id, call.span, parse))
 
     def watch_engine(self, *, interval: float | None = None, **options: Unpack[CallOptions]) -> _Watch:
         """Snapshots of the engine, one at once and then one an interval. For operators.
@@ -134,7 +139,7 @@ class Calls(abc.ABC, Generic[_Stream, _Watch]):
         )
         return self._unary(self._models.Detokenize, request, options, lambda response: response.text)
 
-    def _check_constraint(self, options: ConstraintOptions) -> Unary[ConstraintCheck]:
+    def _check_constraint(self, options: CheckOptions) -> Unary[ConstraintCheck]:
         request = requests.check_constraint_request(options)
         return self._unary(self._models.CheckConstraint, request, requests.call_options(options), ConstraintCheck.of)
 

@@ -8,7 +8,7 @@ import grpc
 from nanoserve_client.calls import Calls, GenerateReading, Reading, Unary
 from nanoserve_client.errors import Metadata
 from nanoserve_client.progress import Progress
-from nanoserve_client.requests import ConstraintOptions, Messages, TokenizeOptions
+from nanoserve_client.requests import CheckOptions, Messages, TokenizeOptions
 from nanoserve_client.results import ConstraintCheck, Delta, Model, Result, Stats, Tokens
 from nanoserve_client.transport import CallOptions, Envelope
 from nanoserve_client.v1 import admin_pb2
@@ -64,11 +64,11 @@ class Client(Calls["GenerateStream", "EngineWatch"]):
         """
         return _wait(self._detokenize(token_ids, model, keep_special_tokens, options))
 
-    def check_constraint(self, **options: Unpack[ConstraintOptions]) -> ConstraintCheck:
+    def check_constraint(self, **options: Unpack[CheckOptions]) -> ConstraintCheck:
         """What would be enforced of a constraint; nothing is generated.
 
         Args:
-            **options: See ConstraintOptions.
+            **options: See CheckOptions.
 
         Raises:
             InvalidRequest: The constraint cannot be enforced. `violations` names every keyword that is in the way, and

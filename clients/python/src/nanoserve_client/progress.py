@@ -1,12 +1,24 @@
 """What one stream has said so far. Pure: the two clients' streams read the events, and this makes sense of them."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 
 from nanoserve_client.errors import Metadata, NanoserveError, from_status
-from nanoserve_client.results import Completion, Delta, Result, Started, Timing, TokenLogprob, Usage, drafts_of
+from nanoserve_client.results import (
+    Completion,
+    Delta,
+    Result,
+    Started,
+    Timing,
+    TokenLogprob,
+    UnenforcedKeyword,
+    Usage,
+    constraint_outcome_of,
+    drafts_of,
+)
 from nanoserve_client.tracing import CallSpan
 from nanoserve_client.v1 import generation_pb2 as pb
 
@@ -18,11 +30,15 @@ class Progress:
     time.
     """
 
-    def __init__(self, request_id: str | None, span: CallSpan | None = None) -> None:
+    def __init__(
+        self, request_id: str | None, span: CallSpan | None = None, parse: Callable[[str], Any] | None = None
+    ) -> None:
+        """parse: what makes Completion.parsed of a text."""
         self.started: Started | None = None
         # The caller's label, to name the request by before the server has.
         self._request_id = request_id
         self._span = span
+        self._parse = parse
         self._prompt_logprobs: list[TokenLogprob] = []
         # By sequence, in order of arrival.
         self._deltas: defaultdict[int, list[Delta]] = defaultdict(list)
@@ -83,7 +99,7 @@ class Progress:
         return self._result
 
     def _gather(self) -> Result:
-        completions = [_join(index, deltas) for index, deltas in sorted(self._deltas.items())]
+        completions = [self._join(index, deltas) for index, deltas in sorted(self._deltas.items())]
         if self.started is None or self._finished is None or None in completions:
             raise NanoserveError(
                 grpc.StatusCode.DATA_LOSS,
@@ -103,20 +119,25 @@ class Progress:
                 preemptions=timing.preemptions,
             ),
             prompt_logprobs=tuple(self._prompt_logprobs),
+            unenforced=tuple(
+                UnenforcedKeyword(each.pointer, each.keyword, each.why) for each in self._finished.unenforced
+            ),
         )
 
-
-def _join(index: int, deltas: list[Delta]) -> Completion | None:
-    """The whole sequence; None if it has not ended."""
-    last = deltas[-1]
-    if last.finish_reason is None:
-        return None
-    return Completion(
-        index=index,
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
-        finish_reason=last.finish_reason,
-        stop_string=last.stop_string,
-        stop_token_id=last.stop_token_id,
-    )
+    def _join(self, index: int, deltas: list[Delta]) -> Completion | None:
+        """The whole sequence; None if it has not ended."""
+        last = deltas[-1]
+        if last.finish_reason is None:
+            return None
+        outcomes = self._finished.constraint_outcomes if self._finished is not None else ()
+        return Completion(
+            index=index,
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+            finish_reason=last.finish_reason,
+            stop_string=last.stop_string,
+            stop_token_id=last.stop_token_id,
+            constraint_outcome=constraint_outcome_of(outcomes[index]) if index < len(outcomes) else None,
+            parse=self._parse,
+        )

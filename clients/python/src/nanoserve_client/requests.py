@@ -8,10 +8,10 @@ import inspect
 import json
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any, Literal, Self, TypedDict, cast, get_args
+from typing import Any, Literal, Protocol, Self, TypedDict, cast, get_args
 
 from nanoserve_client.transport import CallOptions, refuse_unknown
 from nanoserve_client.v1 import admin_pb2, model_pb2
@@ -84,8 +84,41 @@ class ChatOptions(TypedDict, total=False):
     parse_special_tokens: bool | None
 
 
-class GenerateOptions(CallOptions, total=False):
-    """What `generate` and `chat` take besides the prompt; CallOptions' keys too.
+class ConstraintOptions(TypedDict, total=False):
+    """What the output must be: at most one of the first five. A key that is absent or None constrains nothing.
+
+    Attributes:
+        schema: A JSON Schema, as a dict or as JSON, or a model class of pydantic, whose schema it is. The output is a
+            JSON text that it allows. `Completion.parsed` is its value, or an instance of the class.
+        json_object: True = the output is any JSON object.
+        regex: A regular expression that the whole output matches, in the syntax of Rust's regex crate: as a text, or
+            compiled, of which the pattern counts alone.
+        grammar: A Lark grammar, as the llguidance library reads it.
+        choices: The output is one of these texts.
+        relaxed: With schema: what of it cannot be enforced is only checked when the output is complete. Default False:
+            such a schema is refused.
+    """
+
+    schema: "str | Mapping[str, Any] | type[PydanticModel] | None"
+    json_object: bool | None
+    regex: str | re.Pattern[str] | None
+    grammar: str | None
+    choices: Sequence[str] | None
+    relaxed: bool | None
+
+
+class PydanticModel(Protocol):
+    """A model class of pydantic, as far as it is used here: the library itself is not needed."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]: ...
+
+    @classmethod
+    def model_validate_json(cls, json_data: str) -> Any: ...
+
+
+class GenerateOptions(CallOptions, ConstraintOptions, total=False):
+    """What `generate` and `chat` take besides the prompt; CallOptions' keys and ConstraintOptions' too.
 
     A key that is absent or None takes the default: for the sampling keys (temperature to repetition_penalty) the
     model's own, which `list_models` shows and `Started.sampling` reports.
@@ -221,26 +254,13 @@ class TokenizeOptions(CallOptions, ChatOptions, total=False):
     add_special_tokens: bool | None
 
 
-class ConstraintOptions(CallOptions, total=False):
-    """What the output must be: exactly one of the first five. And CallOptions' keys.
+class CheckOptions(CallOptions, ConstraintOptions, total=False):
+    """What `check_constraint` takes: ConstraintOptions' keys, CallOptions' keys, and one more.
 
     Attributes:
-        json_schema: A JSON Schema, as a dict or as JSON. The output is a JSON text that it allows.
-        json_object: True = the output is any JSON object.
-        regex: A regular expression that the whole output matches, in the syntax of Rust's regex crate.
-        grammar: A Lark grammar, as the llguidance library reads it.
-        choices: The output is one of these texts.
-        relaxed: With json_schema: what of it cannot be enforced is only checked when the output is complete. Default:
-            the schema is refused.
         model: Name of a served model. Default: the server's.
     """
 
-    json_schema: str | Mapping[str, Any] | None
-    json_object: bool
-    regex: str | None
-    grammar: str | None
-    choices: Sequence[str] | None
-    relaxed: bool
     model: str | None
 
 
@@ -258,6 +278,7 @@ OPTION_NAMES = {
     "stopping.include_match": "include_stop",
     "cache.skip_read": "skip_cache_read",
     "cache.salt": "cache_salt",
+    "constraint.json_schema": "schema",
     "predicted_text": "prediction",
     "predicted_token_ids": "prediction",
 }
@@ -291,6 +312,8 @@ def generate_request(prompt: str | Sequence[int] | pb.Chat, options: GenerateOpt
                 request.MergeFrom(_with_option(name, value))
             except (TypeError, ValueError, OverflowError) as error:
                 raise _misfit(f"{name} is {reprlib.repr(value)}", error) from error
+    if (asked := constraint(options)) is not None:
+        request.constraint.CopyFrom(asked)
     try:
         if isinstance(prompt, str):
             request.text = prompt
@@ -401,28 +424,54 @@ def tokenize_request(prompt: Messages, options: TokenizeOptions) -> model_pb2.To
     return request
 
 
-def check_constraint_request(options: ConstraintOptions) -> model_pb2.CheckConstraintRequest:
+def check_constraint_request(options: CheckOptions) -> model_pb2.CheckConstraintRequest:
     """Raises TypeError for an option that does not exist, and for more or less than one constraint."""
-    refuse_unknown(options, ConstraintOptions.__optional_keys__)
-    return model_pb2.CheckConstraintRequest(model=options.get("model") or "", constraint=constraint(options))
+    refuse_unknown(options, CheckOptions.__optional_keys__)
+    if (asked := constraint(options)) is None:
+        raise TypeError(f"one of {', '.join(_CONSTRAINTS)} is required")
+    return model_pb2.CheckConstraintRequest(model=options.get("model") or "", constraint=asked)
 
 
-def constraint(options: Mapping[str, Any]) -> pb.Constraint:
-    """Of ConstraintOptions. Raises TypeError for more or less than one."""
-    kinds = [field.name for field in pb.Constraint.DESCRIPTOR.oneofs_by_name["kind"].fields]
+# Options of ConstraintOptions, and what each is in the contract.
+_CONSTRAINTS = {
+    "schema": "json_schema",
+    **{name: name for name in ("json_object", "regex", "grammar", "choices")},
+}
+
+
+def constraint(options: Mapping[str, Any]) -> pb.Constraint | None:
+    """Of ConstraintOptions; None if there is none. Raises TypeError for more than one."""
     # An empty text or list is a constraint, which the server refuses; json_object=False is none.
-    given = {kind: options[kind] for kind in kinds if options.get(kind) is not None and options[kind] is not False}
-    if len(given) != 1:
-        raise TypeError(f"exactly one of {', '.join(kinds)} is required, not {', '.join(given) or 'none'}")
-    ((kind, value),) = given.items()
-    message = pb.Constraint(relaxed=options.get("relaxed", False))
-    if kind == "choices":
+    given = {name: options[name] for name in _CONSTRAINTS if options.get(name) not in (None, False)}
+    if len(given) > 1:
+        raise TypeError(f"{' and '.join(given)} are given; at most one of them is possible")
+    if not given:
+        if options.get("relaxed"):
+            raise TypeError("relaxed is for schema")
+        return None
+    ((name, value),) = given.items()
+    message = pb.Constraint(relaxed=bool(options.get("relaxed")))
+    if name == "choices":
         # It is to be set even without any.
         message.choices.SetInParent()
         message.choices.texts.extend(value)
-    else:
-        setattr(message, kind, json.dumps(value) if isinstance(value, Mapping) else value)
+        return message
+    if name == "schema":
+        value = value if isinstance(value, str) else json.dumps(_schema_of(value))
+    setattr(message, _CONSTRAINTS[name], value.pattern if isinstance(value, re.Pattern) else value)
     return message
+
+
+def parser(options: Mapping[str, Any]) -> Callable[[str], Any] | None:
+    """What makes a value of an output under ConstraintOptions. None = it is a text."""
+    schema = options.get("schema")
+    if isinstance(schema, type):
+        return cast(type[PydanticModel], schema).model_validate_json
+    return json.loads if schema is not None or options.get("json_object") else None
+
+
+def _schema_of(value: "Mapping[str, Any] | type[PydanticModel]") -> Mapping[str, Any]:
+    return value.model_json_schema() if isinstance(value, type) else value
 
 
 def watch_request(interval: float | None) -> admin_pb2.WatchEngineRequest:

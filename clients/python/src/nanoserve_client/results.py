@@ -2,7 +2,7 @@
 
 import enum
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
@@ -30,6 +30,8 @@ class FinishReason(enum.Enum):
     CONTEXT = "context"
     # time_limit.
     TIME_LIMIT = "time_limit"
+    # The constraint allows nothing more.
+    COMPLETE = "complete"
     # A reason that a newer server gave, and this client does not know.
     UNKNOWN = "unknown"
 
@@ -150,6 +152,54 @@ class Completion:
     # What ended the sequence, with FinishReason.STOP; the token with EOS too.
     stop_string: str | None
     stop_token_id: int | None
+    # Whether it is what the request's constraint asks for. None = there was no constraint.
+    constraint_outcome: "ConstraintOutcome | None" = None
+    # What makes `parsed` of the text.
+    parse: Callable[[str], Any] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def parsed(self) -> Any:
+        """The text as what the request's constraint says it is: of a schema or json_object the JSON value, or an
+        instance of the pydantic class; of anything else the text itself.
+
+        Raises ValueError if the output was cut off before it was that, or if pydantic finds something wrong with it.
+        """
+        if self.constraint_outcome is ConstraintOutcome.TRUNCATED:
+            raise ValueError(f"the output is cut off ({self.finish_reason.value}): {self.text[-80:]!r}")
+        return self.text if self.parse is None else self.parse(self.text)
+
+
+class ConstraintOutcome(enum.StrEnum):
+    """Whether a completion is what its constraint asks for."""
+
+    # It is.
+    SATISFIED = "satisfied"
+    # It ended before it could be: finish_reason says by what.
+    TRUNCATED = "truncated"
+    # It is: what was not enforced holds too.
+    RELAXED_OK = "relaxed_ok"
+    # What was not enforced does not hold.
+    RELAXED_VIOLATED = "relaxed_violated"
+    # One that a newer server knows, and this client does not.
+    UNKNOWN = "unknown"
+
+
+_OUTCOMES = by_number(ConstraintOutcome, pb.ConstraintOutcome, "CONSTRAINT_OUTCOME_")
+
+
+def constraint_outcome_of(value: "pb.ConstraintOutcome.ValueType") -> ConstraintOutcome:
+    return _OUTCOMES.get(value, ConstraintOutcome.UNKNOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class UnenforcedKeyword:
+    """A keyword of a relaxed schema that was only checked when the output was complete."""
+
+    # JSON pointer to the subschema that has it; empty = the whole schema.
+    pointer: str
+    keyword: str
+    # Why it cannot be enforced.
+    why: str
 
 
 class DraftSource(enum.StrEnum):
@@ -163,6 +213,8 @@ class DraftSource(enum.StrEnum):
     PREDICTION = "prediction"
     # A smaller model.
     DRAFT_MODEL = "draft_model"
+    # What the constraint leaves no choice about.
+    GRAMMAR = "grammar"
     # A source of a newer server, which this client does not know.
     UNKNOWN = "unknown"
 
@@ -236,6 +288,13 @@ class Result:
     timing: Timing
     # One for each prompt token if `prompt_logprobs` was asked for, else empty.
     prompt_logprobs: tuple[TokenLogprob, ...]
+    # With `relaxed`: keywords of the schema that were only checked when the output was complete.
+    unenforced: tuple[UnenforcedKeyword, ...] = ()
+
+    @property
+    def parsed(self) -> Any:
+        """Of the first completion: see Completion.parsed."""
+        return self.completions[0].parsed
 
     @property
     def text(self) -> str:

@@ -41,6 +41,8 @@ class WaitReason(enum.Enum):
     BATCH = "batch"
     # Another sequence of the step computes what its prompt begins with; in the next step that is cached.
     PREFIX = "prefix"
+    # Its constraint is compiled.
+    CONSTRAINT = "constraint"
     # One that a newer server knows, and this client does not.
     UNKNOWN = "unknown"
 

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Required
 
-from nanoserve_client import CallOptions, GenerateOptions
+from nanoserve_client import CallOptions, ConstraintOptions, GenerateOptions
 from nanoserve_client.requests import explanations
 from openai.types import completion_create_params
 from openai.types.chat import (
@@ -64,7 +64,8 @@ LABEL = "A label; it changes no token."
 
 # Options of the client that no field of the same name passes on: OpenAI or vLLM name them otherwise, give them another
 # meaning, or know them for some requests alone, and then they have lines of their own below; or REST has none of them.
-_OTHERWISE = CallOptions.__optional_keys__ | {
+_OTHERWISE = CallOptions.__optional_keys__ | ConstraintOptions.__optional_keys__
+_OTHERWISE |= {
     *("model", "n", "max_tokens", "stop", "logprobs", "prompt_logprobs", "add_special_tokens"),
     *("keep_special_tokens", "include_stop"),
     *("time_limit", "omit_text", "min_delta_tokens", "skip_cache_read", "prediction"),

@@ -76,6 +76,8 @@ class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason
     """Static batching: the batch has begun."""
     WAIT_REASON_PREFIX: _WaitReason.ValueType  # 5
     """Another sequence of the step computes what its prompt begins with; in the next step that is cached."""
+    WAIT_REASON_CONSTRAINT: _WaitReason.ValueType  # 6
+    """Its constraint is compiled; others pass meanwhile."""
 
 class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
     """Why sequences wait. The head of the queue waits for something, all others for the head."""
@@ -92,6 +94,8 @@ WAIT_REASON_BATCH: WaitReason.ValueType  # 4
 """Static batching: the batch has begun."""
 WAIT_REASON_PREFIX: WaitReason.ValueType  # 5
 """Another sequence of the step computes what its prompt begins with; in the next step that is cached."""
+WAIT_REASON_CONSTRAINT: WaitReason.ValueType  # 6
+"""Its constraint is compiled; others pass meanwhile."""
 Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
 
 @_typing.final

@@ -75,6 +75,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The context window is full."""
     FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 5
     """Stopping.time_limit."""
+    FINISH_REASON_COMPLETE: _FinishReason.ValueType  # 6
+    """GenerateRequest.constraint allows nothing more."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a sequence ended."""
@@ -91,7 +93,41 @@ FINISH_REASON_CONTEXT: FinishReason.ValueType  # 4
 """The context window is full."""
 FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 5
 """Stopping.time_limit."""
+FINISH_REASON_COMPLETE: FinishReason.ValueType  # 6
+"""GenerateRequest.constraint allows nothing more."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
+
+class _ConstraintOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConstraintOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConstraintOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONSTRAINT_OUTCOME_UNSPECIFIED: _ConstraintOutcome.ValueType  # 0
+    """Never sent."""
+    CONSTRAINT_OUTCOME_SATISFIED: _ConstraintOutcome.ValueType  # 1
+    """It is."""
+    CONSTRAINT_OUTCOME_TRUNCATED: _ConstraintOutcome.ValueType  # 2
+    """It ended before it could be, by max_tokens, the context, a stop string or token, or the time limit."""
+    CONSTRAINT_OUTCOME_RELAXED_OK: _ConstraintOutcome.ValueType  # 3
+    """It is: what was not enforced holds too."""
+    CONSTRAINT_OUTCOME_RELAXED_VIOLATED: _ConstraintOutcome.ValueType  # 4
+    """What was not enforced does not hold."""
+
+class ConstraintOutcome(_ConstraintOutcome, metaclass=_ConstraintOutcomeEnumTypeWrapper):
+    """Whether a sequence is what its constraint asks for."""
+
+CONSTRAINT_OUTCOME_UNSPECIFIED: ConstraintOutcome.ValueType  # 0
+"""Never sent."""
+CONSTRAINT_OUTCOME_SATISFIED: ConstraintOutcome.ValueType  # 1
+"""It is."""
+CONSTRAINT_OUTCOME_TRUNCATED: ConstraintOutcome.ValueType  # 2
+"""It ended before it could be, by max_tokens, the context, a stop string or token, or the time limit."""
+CONSTRAINT_OUTCOME_RELAXED_OK: ConstraintOutcome.ValueType  # 3
+"""It is: what was not enforced holds too."""
+CONSTRAINT_OUTCOME_RELAXED_VIOLATED: ConstraintOutcome.ValueType  # 4
+"""What was not enforced does not hold."""
+Global___ConstraintOutcome: _TypeAlias = ConstraintOutcome  # noqa: Y015
 
 class _DraftSource:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -109,6 +145,8 @@ class _DraftSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DraftSour
     """GenerateRequest.prediction."""
     DRAFT_SOURCE_DRAFT_MODEL: _DraftSource.ValueType  # 4
     """A smaller model, of the server's --draft-model."""
+    DRAFT_SOURCE_GRAMMAR: _DraftSource.ValueType  # 5
+    """What GenerateRequest.constraint leaves no choice about."""
 
 class DraftSource(_DraftSource, metaclass=_DraftSourceEnumTypeWrapper):
     """Where a guess of the next tokens comes from."""
@@ -123,6 +161,8 @@ DRAFT_SOURCE_PREDICTION: DraftSource.ValueType  # 3
 """GenerateRequest.prediction."""
 DRAFT_SOURCE_DRAFT_MODEL: DraftSource.ValueType  # 4
 """A smaller model, of the server's --draft-model."""
+DRAFT_SOURCE_GRAMMAR: DraftSource.ValueType  # 5
+"""What GenerateRequest.constraint leaves no choice about."""
 Global___DraftSource: _TypeAlias = DraftSource  # noqa: Y015
 
 @_typing.final
@@ -139,6 +179,7 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
@@ -185,6 +226,10 @@ class GenerateRequest(_message.Message):
         """When a sequence ends."""
 
     @_builtins.property
+    def constraint(self) -> Global___Constraint:
+        """What the output must be. Unset = anything. A request waits, while others pass, until it is compiled."""
+
+    @_builtins.property
     def output(self) -> Global___OutputOptions:
         """What is reported."""
 
@@ -205,6 +250,7 @@ class GenerateRequest(_message.Message):
         chat: Global___Chat | None = ...,
         sampling: Global___Sampling | None = ...,
         stopping: Global___Stopping | None = ...,
+        constraint: Global___Constraint | None = ...,
         output: Global___OutputOptions | None = ...,
         cache: Global___CacheOptions | None = ...,
         n: _builtins.int | None = ...,
@@ -214,9 +260,9 @@ class GenerateRequest(_message.Message):
         predicted_text: _builtins.str = ...,
         predicted_token_ids: Global___TokenIds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_max_draft_tokens", b"_max_draft_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "max_draft_tokens", b"max_draft_tokens", "n", b"n", "output", b"output", "predicted_text", b"predicted_text", "predicted_token_ids", b"predicted_token_ids", "prediction", b"prediction", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_max_draft_tokens", b"_max_draft_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "constraint", b"constraint", "max_draft_tokens", b"max_draft_tokens", "n", b"n", "output", b"output", "predicted_text", b"predicted_text", "predicted_token_ids", b"predicted_token_ids", "prediction", b"prediction", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_max_draft_tokens", b"_max_draft_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "max_draft_tokens", b"max_draft_tokens", "model", b"model", "n", b"n", "output", b"output", "predicted_text", b"predicted_text", "predicted_token_ids", b"predicted_token_ids", "prediction", b"prediction", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_max_draft_tokens", b"_max_draft_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "constraint", b"constraint", "max_draft_tokens", b"max_draft_tokens", "model", b"model", "n", b"n", "output", b"output", "predicted_text", b"predicted_text", "predicted_token_ids", b"predicted_token_ids", "prediction", b"prediction", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
@@ -618,7 +664,10 @@ Global___Stopping: _TypeAlias = Stopping  # noqa: Y015
 
 @_typing.final
 class Constraint(_message.Message):
-    """What the output must be. The tokens that would break it are never drawn."""
+    """What the output must be. The tokens that would break it are never drawn, whatever Sampling says of them. An output that
+    is complete ends at once, without EOS, also before Stopping.min_tokens and with Stopping.ignore_eos. Special tokens are
+    no part of it. A stop string ends the output wherever it is; see Finished.constraint_outcomes.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -636,7 +685,9 @@ class Constraint(_message.Message):
     json_object: _builtins.bool
     """Any JSON object. Must be true."""
     regex: _builtins.str
-    """A regular expression that the whole output matches, in the syntax of Rust's regex crate; no look-around."""
+    """A regular expression that the whole output matches, in the syntax of Rust's regex crate; no look-around. As in JSON
+    Schema, \\d and \\w are ASCII.
+    """
     grammar: _builtins.str
     """A Lark grammar as the llguidance library reads it, without %json and %llguidance."""
     relaxed: _builtins.bool
@@ -986,6 +1037,8 @@ class Finished(_message.Message):
 
     USAGE_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_OUTCOMES_FIELD_NUMBER: _builtins.int
+    UNENFORCED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Token counts."""
@@ -994,19 +1047,59 @@ class Finished(_message.Message):
     def timing(self) -> Global___Timing:
         """Where the time went."""
 
+    @_builtins.property
+    def constraint_outcomes(self) -> _containers.RepeatedScalarFieldContainer[Global___ConstraintOutcome.ValueType]:
+        """With GenerateRequest.constraint: what became of each sequence, by its index."""
+
+    @_builtins.property
+    def unenforced(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnenforcedKeyword]:
+        """With Constraint.relaxed: what was not enforced while tokens were drawn, at most 1000."""
+
     def __init__(
         self,
         *,
         usage: Global___Usage | None = ...,
         timing: Global___Timing | None = ...,
+        constraint_outcomes: _abc.Iterable[Global___ConstraintOutcome.ValueType] | None = ...,
+        unenforced: _abc.Iterable[Global___UnenforcedKeyword] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraint_outcomes", b"constraint_outcomes", "timing", b"timing", "unenforced", b"unenforced", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
+
+@_typing.final
+class UnenforcedKeyword(_message.Message):
+    """A keyword of a relaxed schema that was left out while tokens were drawn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POINTER_FIELD_NUMBER: _builtins.int
+    KEYWORD_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    pointer: _builtins.str
+    """JSON pointer (RFC 6901) to the subschema that has it. Empty = the whole schema."""
+    keyword: _builtins.str
+    """Such as "uniqueItems"."""
+    why: _builtins.str
+    """Why it cannot be enforced."""
+    def __init__(
+        self,
+        *,
+        pointer: _builtins.str = ...,
+        keyword: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keyword", b"keyword", "pointer", b"pointer", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnenforcedKeyword: _TypeAlias = UnenforcedKeyword  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):

@@ -56,7 +56,8 @@ class GenerationServiceServicer:
         RPC's deadline ends the request. Clients skip events that they do not know.
 
         Errors, each with google.rpc.ErrorInfo{reason, domain "nanoserve"} and RequestInfo:
-        INVALID_ARGUMENT (INVALID_REQUEST with every violation by field path; CONTEXT_LENGTH_EXCEEDED),
+        INVALID_ARGUMENT (INVALID_REQUEST with every violation by field path; CONTEXT_LENGTH_EXCEEDED; CONSTRAINT_INVALID with
+        JSON pointer and keyword),
         NOT_FOUND (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (OVERLOADED; retry after RetryInfo),
         UNAVAILABLE (NOT_READY: starting or draining), DEADLINE_EXCEEDED (DEADLINE), ABORTED (CANCELLED_BY_OPERATOR),
         INTERNAL (ENGINE_FAILURE), UNAUTHENTICATED.
