@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
+from constrained import COMPILER
 from families import VOCAB_SIZE
 
 from nanoserve.config import SchedulerConfig
@@ -34,7 +35,7 @@ class Outcome:
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
         if output.finish_reason is not None:
-            self.end = output.finish_reason, output.stop_token_id
+            self.end = output.finish_reason, output.stop_token_id, output.satisfies
 
 
 class Engine:
@@ -72,13 +73,21 @@ class Engine:
         self.scheduler.check_invariants()
         return events
 
+    def compile(self):
+        """Wait for the constraints of all requests, so that they are queued in the order of their arrival."""
+        for future, _ in self.scheduler._compiling.values():
+            future.exception()
+        self.scheduler.keep_time(0.0)
+
     def serve(self, requests, cancelled=(), before_step=lambda _: None):
         """Outcomes by (request, index). cancelled: ids of requests that are aborted after a few tokens.
 
         before_step: called with the number of steps so far.
         """
         for request in requests:
-            self.scheduler.add(request)
+            grammar = None if request.constraint is None else COMPILER.submit(request.constraint)
+            self.scheduler.add(request, grammar, compile_until_s=1e9)
+        self.compile()
         outcomes: dict[tuple[str, int], Outcome] = {}
         while self.scheduler.has_work:
             before_step(self.num_steps)
@@ -99,8 +108,8 @@ def serve(model, requests, speculator=None, *, draft_model=None, num_blocks=90, 
     return outcomes, engine.num_steps, engine.num_drafted, engine.num_right
 
 
-def random_requests(count, seed):
-    """Prompts that repeat themselves, and parameters of every kind."""
+def random_requests(count, seed, constraints=(None,)):
+    """Prompts that repeat themselves, and parameters of every kind. constraints: of which each has one."""
     chance = random.Random(seed)
     requests = []
     for i in range(count):
@@ -127,7 +136,8 @@ def random_requests(count, seed):
             max_draft_tokens=chance.choice([None, None, 0, 3]),
         )
         eos = frozenset(chance.choice([[], [2]]))
-        requests.append(Request(f"{i}", prompt, params, eos_token_ids=eos, priority=chance.choice([0, 0, 1])))
+        priority, constraint = chance.choice([0, 0, 1]), constraints[i % len(constraints)]
+        requests.append(Request(f"{i}", prompt, params, eos, priority, constraint=constraint))
     return requests
 
 
