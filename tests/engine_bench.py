@@ -89,8 +89,8 @@ class Bench:
             cache_identity="model",
         )
         self.codec = byte_codec()
-        compiler = ConstraintCompiler(lambda: self.codec.grammar_tokenizer(VOCAB, tuple(eos)), VOCAB)
-        self.core = EngineCore(self.scheduler, self.executor, compiler)
+        self.compiler = ConstraintCompiler(lambda: self.codec.grammar_tokenizer(VOCAB, tuple(eos)), VOCAB)
+        self.core = EngineCore(self.scheduler, self.executor, self.compiler)
         model = ServedModel(
             "fake",
             0.0,

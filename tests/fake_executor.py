@@ -9,6 +9,9 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from nanoserve.constraint.matcher import make_masks
 from nanoserve.request import (
     Admission,
     DraftSource,
@@ -118,6 +121,16 @@ class FakeExecutor:
         results = [self._result(s.row, s.start + s.num_known, s) for s in plan.sequences]
         return StepResult(results, num_threads=2)
 
+    def _next(self, row: int, context: list[int]) -> int:
+        """What the fake model says, of the tokens that the sequence's grammar allows."""
+        admission = self.admissions[row]
+        if admission.grammar is None:
+            return next_token(context, admission.seed, self.vocab_size)
+        masks = make_masks(1, self.vocab_size)
+        admission.grammar.matcher(context[admission.num_prompt_tokens :]).fill(masks)
+        allowed = np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little"))
+        return int(allowed[next_token(context, admission.seed, len(allowed))])
+
     def _guess(self, row: int, context: list[int]) -> list[int]:
         return [] if self._draft is None else self._draft(context, self.admissions[row].seed)
 
@@ -147,21 +160,25 @@ class FakeExecutor:
         drafts += [-1] * (s.num_drafts - len(drafts))
         for position, token in enumerate(drafts, start=length):
             self.slots[self._slot(row, position)] = (token, position)
-        token_ids = [next_token(context, admission.seed, self.vocab_size)]
+        token_ids = [self._next(row, context)]
         for draft in drafts:
             if draft != token_ids[-1]:
                 break
             context.append(draft)
-            token_ids.append(next_token(context, admission.seed, self.vocab_size))
+            token_ids.append(self._next(row, context))
         assert len(self.tokens[row]) == length
         self.tokens[row] += token_ids
         self.num_accepted_drafts += len(token_ids) - 1
         logprobs = [TokenLogprob(t, -0.5, 1) for t in token_ids] if admission.params.logprobs is not None else []
         num_drafts_next = len(self._guess(row, [*context, token_ids[-1]]))
+        generated = [*context, token_ids[-1]][admission.num_prompt_tokens :]
+        matcher = None if admission.grammar is None else admission.grammar.matcher(generated)
         return SequenceResult(
             token_ids,
             logprobs,
             prompt_logprobs,
+            satisfies=matcher is not None and matcher.may_end,
+            is_over=matcher is not None and matcher.is_complete,
             num_drafted=s.num_drafts,
             draft_source=DraftSource.NGRAM if s.num_drafts else None,
             num_drafts_next=num_drafts_next,

@@ -293,8 +293,20 @@ def test_a_tokenizer_of_another_kind_gives_the_same_masks(compiler, vocab_size, 
     assert allowed(masks, 0)
 
 
-def test_a_model_without_eos_ends_where_nothing_can_follow(codec):
-    endless = ConstraintCompiler(lambda: codec.grammar_tokenizer(codec.vocab_size, []), codec.vocab_size)
-    matcher = endless.compile(regex("ab")).matcher()
+@pytest.mark.parametrize("has_backend", [True, False])
+def test_a_model_without_eos_ends_where_nothing_can_follow(monkeypatch, has_backend):
+    """And no token stands for EOS where something can."""
+    codec = TextCodec.load(BUILTIN_MODEL)
+    if not has_backend:
+        monkeypatch.setattr(codec, "_backend", None)
+    vocab_size = codec.vocab_size
+    endless = ConstraintCompiler(lambda: codec.grammar_tokenizer(vocab_size, []), vocab_size)
+    matcher = endless.compile(regex("a+b")).matcher()
     matcher.read(codec.encode("ab", add_special_tokens=False))
     assert matcher.is_complete
+    matcher = endless.compile(regex("a+")).matcher()
+    matcher.read(codec.encode("a", add_special_tokens=False))
+    masks = make_masks(1, vocab_size)
+    matcher.fill(masks)
+    assert matcher.may_end
+    assert {codec.token_bytes(token_id)[:1] for token_id in allowed(masks, 0) if token_id < vocab_size} == {b"a"}

@@ -12,7 +12,6 @@ from nanoserve.engine.engine import LONG_PROMPT_CHARS, RollingSum
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, RequestStream, Started
 from nanoserve.errors import (
     CancelledByOperator,
-    ConstraintInvalid,
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineFailure,
@@ -21,8 +20,6 @@ from nanoserve.errors import (
     Overloaded,
 )
 from nanoserve.request import (
-    Constraint,
-    ConstraintKind,
     DraftCounts,
     DraftSource,
     DraftTotals,
@@ -539,24 +536,3 @@ async def test_a_prompts_blocks_are_named_before_the_step_loop_has_the_request(m
         # By these names a later request finds the first one's blocks.
         [started] = [e for e in await bench.collect(prompt, max_tokens=1) if isinstance(e, Started)]
         assert started.cached_tokens == 4 * BLOCK
-
-
-def regex(text):
-    return Constraint(ConstraintKind.REGEX, text)
-
-
-async def test_what_a_constraint_comes_to_is_found_out_once_for_all_who_ask():
-    async with running() as bench:
-        ask = bench.engine.compile_constraint
-        one, other = await asyncio.gather(ask(regex("ab+")), ask(regex("ab+")))
-        assert one == other
-        assert one.num_grammar_bytes > 0
-        with pytest.raises(ConstraintInvalid, match="unclosed group"):
-            await ask(regex("("))
-
-
-async def test_who_waits_too_long_for_a_constraint_is_told(monkeypatch):
-    monkeypatch.setattr("nanoserve.engine.engine.COMPILE_TIMEOUT_S", 0)
-    async with running() as bench:
-        with pytest.raises(ConstraintInvalid, match="to compile; make it simpler"):
-            await bench.engine.compile_constraint(Constraint(ConstraintKind.JSON_OBJECT))

@@ -52,12 +52,10 @@ class Matcher:
             self._parser.rollback(num_read)
 
     def read(self, token_ids: Sequence[int]) -> int:
-        """Read tokens until one is not allowed, or the output is complete. Returns how many were."""
-        for num_read, token_id in enumerate(token_ids):
-            if self.is_complete or not self._parser.try_consume_tokens([token_id]):
-                return num_read
-            self._token_ids.append(token_id)
-        return len(token_ids)
+        """Read tokens until one is not allowed; behind a complete output none is. Returns how many were."""
+        num_read = self._parser.try_consume_tokens(list(token_ids))
+        self._token_ids += token_ids[:num_read]
+        return num_read
 
     def count_allowed(self, token_ids: Sequence[int]) -> int:
         """How many of these tokens may follow, one after the other."""

@@ -9,8 +9,9 @@ def tokenizer_of_json(tokenizer: str, vocab_size: int, eos_token_ids: Sequence[i
     """From the JSON of a tokenizer of Hugging Face's `tokenizers` library.
 
     vocab_size: of the model's logits. What the tokenizer has no token for is never allowed.
+    eos_token_ids: at least one.
     """
-    return LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+    return LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids))
 
 
 def tokenizer_of_tokens(
@@ -19,9 +20,14 @@ def tokenizer_of_tokens(
     eos_token_ids: Sequence[int],
     encode: Callable[[str], list[int]],
 ) -> LLTokenizer:
-    """From the bytes of every token, for a tokenizer of another kind. encode: only for forced tokens; any thread."""
+    """From the bytes of every token, for a tokenizer of another kind, and for a model that has no EOS.
+
+    Where there is no EOS, an output ends with a token more than there are, which no mask of the model's width holds.
+    encode: only for forced tokens; any thread.
+    """
     if not eos_token_ids:
-        raise ValueError("a model without EOS and with a tokenizer of this kind cannot be constrained")
+        eos_token_ids = [len(tokens)]
+        tokens, special_token_ids = [*tokens, b"<no eos>"], [*special_token_ids, len(tokens)]
     return LLTokenizer(
         TokenizerWrapper(_Tokens(tokens, special_token_ids, eos_token_ids[0], encode)), eos_token=list(eos_token_ids)
     )

@@ -4,7 +4,6 @@ Two queues tie it to the event loop, and nothing else is shared: messages come i
 `deliver` callback, once a step for all requests together.
 """
 
-import contextlib
 import logging
 import queue
 import threading
@@ -57,7 +56,7 @@ class CoreState:
 
 
 class _Wake:
-    """A constraint is compiled, or will not be."""
+    """A constraint is compiled, or will not be; or it is time to look whether somebody's time is over."""
 
 
 # While requests wait for nothing but their constraints, their deadlines are looked at so often.
@@ -151,9 +150,10 @@ class EngineCore:
     def _take_messages(self) -> Iterator["Message | _Wake | None"]:
         """All that was posted; waits for the first if there is no work."""
         if not self._scheduler.has_work:
-            with contextlib.suppress(queue.Empty):
+            try:
                 yield self._messages.get(timeout=COMPILE_CHECK_S if self._scheduler.is_compiling else None)
-            self._scheduler.keep_time(time.monotonic())
+            except queue.Empty:
+                yield _Wake()
         while not self._messages.empty():
             yield self._messages.get()
 

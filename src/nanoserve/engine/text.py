@@ -102,7 +102,7 @@ class TextCodec:
 
     def grammar_tokenizer(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
         """The tokens as grammars are matched with them; takes up to a second. vocab_size: of the model's logits."""
-        if self._backend is not None:
+        if self._backend is not None and eos_token_ids:
             return tokenizer_of_json(self._backend.to_str(), max(vocab_size, self.vocab_size), eos_token_ids)
         tokens = [self.token_bytes(token_id) for token_id in range(vocab_size)]
         encode = partial(self.encode, add_special_tokens=False)
