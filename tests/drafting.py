@@ -13,7 +13,7 @@ from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
-from nanoserve.request import DraftSource, Request, SamplingParams, SequenceOutput
+from nanoserve.request import DraftSource, Request, RequestFailed, SamplingParams, SequenceOutput
 
 BLOCK = 4
 MAX_CONTEXT = 72
@@ -57,6 +57,8 @@ class Engine:
             draft = draft_model, PagedKVCache(draft_model.kv_specs, num_blocks, BLOCK, model.device)
         self.runner = ModelRunner(model, cache, sampler, NUM_ROWS, 64, MAX_CONTEXT, speculator=speculator, draft=draft)
         self.num_steps = self.num_drafted = self.num_right = 0
+        self.failures = {}
+        self.num_worn = 0
 
     def step(self):
         """One step's events. A step takes a second of the scheduler's clock."""
@@ -70,6 +72,10 @@ class Engine:
         self.num_drafted += sum(r.num_drafted for r in result.sequences)
         self.num_right += sum(max(0, len(r.token_ids) - 1) for r in result.sequences)
         events = self.scheduler.commit(result, now)
+        for sequence in self.scheduler.take_worn():
+            self.num_worn += 1
+            self.scheduler.await_grammar(sequence, COMPILER.submit(sequence.request.constraint), 1e9)
+        self.compile()
         self.scheduler.check_invariants()
         return events
 
@@ -86,12 +92,14 @@ class Engine:
         """
         for request in requests:
             grammar = None if request.constraint is None else COMPILER.submit(request.constraint)
-            self.scheduler.add(request, grammar, compile_until_s=1e9)
+            self.scheduler.add(request, grammar, 1e9)
         self.compile()
         outcomes: dict[tuple[str, int], Outcome] = {}
         while self.scheduler.has_work:
             before_step(self.num_steps)
             for event in self.step():
+                if isinstance(event, RequestFailed):
+                    self.failures[event.request_id] = event.reason
                 if isinstance(event, SequenceOutput):
                     outcome = outcomes.setdefault((event.request_id, event.index), Outcome())
                     outcome.add(event)

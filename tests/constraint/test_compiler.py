@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from llguidance import LLParserLimits
 
 from nanoserve.config import BUILTIN_MODEL
 from nanoserve.constraint import compiler as compiler_module
@@ -179,6 +180,46 @@ def test_a_character_may_be_split_over_tokens():
     assert not matcher.may_end
     assert matcher.read(b"\xa9") == 1
     assert matcher.is_complete
+
+
+def test_the_mask_behind_each_drafted_token():
+    """As if they had been read; and they are not."""
+    matcher = byte_compiler().compile(regex("abc|ax")).matcher()
+    masks = make_masks(4, 257)
+    matcher.fill(masks, b"abc")
+    assert [allowed(masks, i) for i in range(4)] == [{97}, {98, 120}, {99}, {256}]
+    matcher.fill(masks, b"ayz")
+    assert [allowed(masks, i) for i in range(4)] == [{97}, {98, 120}, set(), set()]
+    assert matcher.count_allowed(b"abx") == 2
+    assert matcher.read(b"abc") == 3
+
+
+def test_forced_tokens_spell_what_must_follow():
+    matcher = byte_compiler().compile(Constraint.of_choices(["nonesuch", "nobody"])).matcher()
+    assert bytes(matcher.forced()) == b"no"
+    matcher.read(b"non")
+    assert bytes(matcher.forced()) == b"esuch"
+    matcher.read(b"esuch")
+    assert matcher.forced() == []
+
+
+def test_beyond_its_limits_a_matcher_allows_nothing_and_the_next_one_is_compiled_anew(monkeypatch):
+    monkeypatch.setattr(compiler_module, "LIMITS", LLParserLimits(max_lexer_states=30, verbose_errors=False))
+    compiler, constraint = byte_compiler(), regex(r"x(\S+\s+){0,99}y")
+    compiled = compiler.compile(constraint)
+    matcher = compiled.matcher()
+    masks = make_masks(13, 257)
+    matcher.fill(masks, b"xab ab ab ab")
+    assert [bool(mask.any()) for mask in masks][:3] == [True, True, False]
+    matcher.fill(masks[:1])
+    assert not masks[0].any()
+    assert matcher.read(b"x") == 0
+    assert not matcher.may_end
+    assert not matcher.is_complete
+    anew = compiler.compile(constraint)
+    assert anew is not compiled
+    assert anew.matcher().read(b"x") == 1
+    assert compiler.compile(constraint) is anew
 
 
 # -------------------------------------------------------------------------------------- cache and threads

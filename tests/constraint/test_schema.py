@@ -36,6 +36,14 @@ def test_white_space_has_an_end(compile_schema, accepts, spaces, is_allowed):
     assert accepts(compile_schema(PERSON), "{" + " " * spaces + '"name":"Ann"}') is is_allowed
 
 
+def test_a_pattern_does_not_count_far_beside_a_long_length(compile_schema, refused):
+    """The masks of such a string would take a third of a second each."""
+    words = r"^(?:\S+\s+){0,99}\S+$"
+    assert refused({"properties": {"a": {"pattern": words, "maxLength": 5000}}}) == [("/properties/a", "pattern")]
+    for allowed in ({"pattern": words}, {"pattern": words, "maxLength": 500}, {"pattern": "^a+$", "maxLength": 5000}):
+        compile_schema(allowed)
+
+
 def test_every_keyword_is_reported_with_its_place(compile_schema):
     schema = {**PERSON, "title": "A person", "$defs": {"unused": {"not": {}}}}
     found = treatments(compile_schema(schema))

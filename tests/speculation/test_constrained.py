@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import pytest
 from constrained import COMPILER, CONSTRAINTS, decode, is_right
-from drafting import Scripted, assert_equal, random_requests, serve
+from drafting import Engine, Scripted, assert_equal, random_requests, serve
 from families import VOCAB_SIZE
+from llguidance import LLParserLimits
 
-from nanoserve.request import FinishReason
+from nanoserve.constraint.compiler import ConstraintCompiler
+from nanoserve.request import Constraint, ConstraintKind, Failure, FinishReason, Request, SamplingParams
 from nanoserve.speculation.speculator import Speculator
 
 ENDED_BY_ITSELF = (FinishReason.COMPLETE, FinishReason.EOS)
@@ -63,3 +65,48 @@ def test_outputs_are_right_and_the_same_alone(model, name, count, num_blocks):
     for request in some:
         alone, *_ = serve(model, [replace(request, block_hashes=[])])
         assert_equal({key: together[key] for key in alone}, alone)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "limits"),
+    [
+        (Constraint(ConstraintKind.REGEX, r"(\S+\s+){9,99}y"), {"max_lexer_states": 30}),
+        (CONSTRAINTS[3], {"max_items_in_row": 4}),
+    ],
+)
+@pytest.mark.usefixtures("whatever_it_costs")
+def test_a_grammar_that_goes_beyond_its_limits_fails_its_request_alone(model, monkeypatch, constraint, limits):
+    """Seen at a mask, or at a token that the mask allowed."""
+    others = [replace(r, id=f"other {r.id}") for r in random_requests(8, seed=5, constraints=[CONSTRAINTS[0], None])]
+    want, *_ = serve(model, others)
+    monkeypatch.setattr("nanoserve.constraint.compiler.LIMITS", LLParserLimits(**limits, verbose_errors=False))
+    compiler = ConstraintCompiler(COMPILER._make_tokenizer, VOCAB_SIZE)
+    usual = COMPILER.submit
+    monkeypatch.setattr(COMPILER, "submit", lambda c: compiler.submit(c) if c == constraint else usual(c))
+    params = [SamplingParams(temperature=2.0, seed=seed, logit_bias={31: 8.0}) for seed in range(4)]
+    failing = [Request(f"{i}", [5, 6, 7], each, constraint=constraint) for i, each in enumerate(params)]
+    engine = Engine(model, Speculator.of("auto"))
+    got = engine.serve([*failing, *others])
+    assert_equal({key: outcome for key, outcome in got.items() if key in want}, want)
+    assert set(engine.failures.values()) == {Failure.CONSTRAINT}
+    assert engine.failures.keys() <= {request.id for request in failing}
+
+
+def test_what_one_request_after_the_other_makes_of_a_lexer_is_forgotten_when_it_is_full(model, monkeypatch):
+    """Its states are shared by all that have the same constraint, and each of them adds some."""
+    constraint = Constraint(
+        ConstraintKind.REGEX, "|".join(f"{first}[a-z{i}]{{1,40}}" for i, first in enumerate("abcdef"))
+    )
+    params = [SamplingParams(temperature=2.0, seed=seed, max_tokens=40) for seed in range(40)]
+    requests = [Request(f"{i}", [5, 6, 7], each, constraint=constraint) for i, each in enumerate(params)]
+    want, *_ = serve(model, requests)
+    limits = LLParserLimits(max_lexer_states=90, verbose_errors=False)
+    monkeypatch.setattr("nanoserve.constraint.compiler.LIMITS", limits)
+    monkeypatch.setattr("drafting.COMPILER", ConstraintCompiler(COMPILER._make_tokenizer, VOCAB_SIZE))
+    engine = Engine(model)
+    got = {}
+    for request in requests:
+        got |= engine.serve([replace(request, block_hashes=[])])
+    assert engine.num_worn > 0
+    assert not engine.failures
+    assert_equal(got, want)

@@ -49,25 +49,31 @@ MAX_DROPS = 16
 LIMITS = LLParserLimits(
     max_grammar_size=500_000,
     initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=2_000_000,
+    step_lexer_fuel=200_000,
     step_max_items=50_000,
     max_items_in_row=2_000,
-    max_lexer_states=50_000,
+    max_lexer_states=100_000,
     verbose_errors=False,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledConstraint:
-    """A constraint that is ready for any number of sequences. Any thread."""
+    """A constraint that is ready for any number of sequences. Any thread.
+
+    The matchers share a lexer, which keeps every state that one of them has come to. So it may get full, even if each
+    completion needs few: then the constraint is compiled anew for whoever asks next.
+    """
 
     report: ConstraintReport
     # At its start. Never reads a token.
     parser: LLMatcher = field(repr=False)
+    # Set once the lexer is full.
+    is_worn: threading.Event = field(repr=False, default_factory=threading.Event)
 
     def matcher(self, token_ids: Sequence[int] = ()) -> Matcher:
         """A new one, which has read these tokens of the completion."""
-        return Matcher(self.parser, token_ids)
+        return Matcher(self.parser, self.is_worn.set, token_ids)
 
     @property
     def num_bytes(self) -> int:
@@ -113,8 +119,10 @@ class ConstraintCompiler:
             self._start_threads()
             key = _digest(constraint)
             if (future := self._cache.get(key)) is not None:
-                self._cache.move_to_end(key)
-                return future
+                if not future.done() or not future.result().is_worn.is_set():
+                    self._cache.move_to_end(key)
+                    return future
+                self._num_cached_bytes -= future.result().num_bytes
             if self._waiting.qsize() >= MAX_WAITING:
                 raise Overloaded(MAX_WAITING)
             future = self._cache[key] = Future()

@@ -1,6 +1,6 @@
 """How far one completion has come in its grammar, and the masks that tell which tokens may be next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from llguidance import LLMatcher
@@ -16,46 +16,50 @@ class Matcher:
 
     A token that the grammar does not allow is never read, so that what was read is always the beginning of some output
     that satisfies the constraint. EOS is read like any other token, where the grammar lets the output end.
+
+    A matcher whose parser ran into its limits is of no use any more: it allows nothing, and reads nothing.
     """
 
-    def __init__(self, parser: LLMatcher, token_ids: Sequence[int] = ()) -> None:
-        """parser: at its start; it is copied. token_ids: what is read already."""
-        self._start = parser
+    def __init__(self, parser: LLMatcher, wear_out: Callable[[], None], token_ids: Sequence[int] = ()) -> None:
+        """parser: at its start; it is copied, and shares its lexer with the copy. wear_out: called when that is full of
+        states. token_ids: what is read already.
+        """
         self._parser = parser.deep_copy()
-        # All that was read: a parser that ran into its limits cannot go back.
-        self._token_ids: list[int] = []
+        self._wear_out = wear_out
         self.read(token_ids)
 
     def fill(self, masks: Masks, drafted: Sequence[int] = ()) -> None:
         """Write which tokens may be next: into the first of `masks` after what was read, and into the following ones
         after each token of `drafted` besides. masks: int32 [1 + len(drafted), number of words].
 
-        Of a complete output EOS alone may be next. Behind a drafted token that is not allowed, and where following the
-        grammar takes more than its limits allow, nothing may.
+        Of a complete output EOS alone may be next; behind a drafted token that is not allowed, nothing.
         """
         masks[:] = 0
         num_read = 0
         for mask, token_id in zip(masks, [*drafted, None], strict=True):
             # A tokenizer may have more tokens than the model.
             words = np.frombuffer(self._parser.compute_bitmask(), dtype=np.int32)
-            if self._parser.is_error():
+            if self._is_worn():
                 # What is in such a mask means nothing.
-                break
+                return
             mask[:] = words[: len(mask)]
             if token_id is None or not self._parser.try_consume_tokens([token_id]):
                 break
             num_read += 1
-        if self._parser.is_error():
-            self._parser = self._start.deep_copy()
-            self._parser.try_consume_tokens(self._token_ids)
-        elif num_read:
+        if num_read and not self._is_worn():
             self._parser.rollback(num_read)
 
     def read(self, token_ids: Sequence[int]) -> int:
         """Read tokens until one is not allowed; behind a complete output none is. Returns how many were."""
         num_read = self._parser.try_consume_tokens(list(token_ids))
-        self._token_ids += token_ids[:num_read]
+        self._is_worn()
         return num_read
+
+    def _is_worn(self) -> bool:
+        """The parser ran into its limits."""
+        if self._parser.is_error():
+            self._wear_out()
+        return self._parser.is_error()
 
     def count_allowed(self, token_ids: Sequence[int]) -> int:
         """How many of these tokens may follow, one after the other."""

@@ -25,10 +25,14 @@ MAX_ENTRIES = {"oneOf": 1000, "anyOf": 1000, "allOf": 100, "properties": 2000, "
 MAX_ENTRIES |= {"prefixItems": 2000, "items": 2000, "enum": 20_000}
 # The digits of a multipleOf, as an integer, and of all together: their automata have so many states.
 MAX_MULTIPLE = 100_000
+# How far a pattern counts, times the maxLength beside it: holding to both takes so many states, and long for masks.
+MAX_COUNTS = 100_000
 # Patterns that one string must match all: what they have in common takes time that grows without measure.
 MAX_PATTERNS = 12
 # Subschemas that are looked at to count them.
 _MAX_APPLIED = 200
+# As in a{2,5}.
+_COUNTED = re.compile(r"\{(\d{1,9}),?(\d{0,9})\}")
 # Time for finding out where the compiler saw an error.
 MAX_LOCATE_S = 1.0
 
@@ -419,10 +423,19 @@ def _why_not(keyword: str, value: Any, schema: dict[str, Any]) -> str:
             return f"{value!r} is not a format that can be enforced; these are: {', '.join(sorted(FORMATS))}"
         case "const" | "enum" | "properties" | "required" if _has_control_character(value, keyword):
             return "has a control character, which the grammar cannot write"
+        case "pattern" if isinstance(value, str) and (counts := _counts(value, schema)) > MAX_COUNTS:
+            return f"counts so far that with maxLength it takes {counts} states; at most {MAX_COUNTS} are allowed"
         case "minProperties" if isinstance(value, int | float) and value > _num_distinct(schema):
             # The grammar cannot tell whether two further keys are the same.
             return "can be enforced up to the number of required properties, and one more"
     return ""
+
+
+def _counts(pattern: str, schema: dict[str, Any]) -> int:
+    """The largest number of repetitions in a pattern, times maxLength; 0 if one of the two is missing."""
+    limit = schema.get("maxLength")
+    numbers = [int(number) for pair in _COUNTED.findall(pattern) for number in pair if number]
+    return int(limit) * max(numbers, default=0) if isinstance(limit, int | float) else 0
 
 
 def _has_control_character(value: Any, keyword: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, CompiledConstraint, ConstraintCompiler
 from nanoserve.engine.scheduler import Scheduler
+from nanoserve.engine.sequence import Sequence
 from nanoserve.errors import EngineFailure, Rejection, RequestError
 from nanoserve.request import (
     Abort,
@@ -29,7 +30,6 @@ from nanoserve.request import (
     Message,
     ObserveSteps,
     Request,
-    RequestFailed,
     ResetCache,
 )
 from nanoserve.step_record import SchedulerStats
@@ -162,7 +162,7 @@ class EngineCore:
             case Request(constraint=None):
                 self._scheduler.add(message)
             case Request(constraint=Constraint() as constraint):
-                self._add_when_compiled(message, constraint)
+                self._scheduler.add(message, self._grammar(constraint), time.monotonic() + COMPILE_TIMEOUT_S)
             case CompileConstraint(number, constraint):
                 self._compile(number, constraint)
             case _Wake():
@@ -176,14 +176,21 @@ class EngineCore:
             case ObserveSteps():
                 self._scheduler.is_observed = True
 
-    def _add_when_compiled(self, request: Request, constraint: Constraint) -> None:
+    def _compile_anew(self, sequence: Sequence) -> None:
+        """Its grammar is worn."""
+        assert sequence.request.constraint is not None
+        grammar = self._grammar(sequence.request.constraint)
+        self._scheduler.await_grammar(sequence, grammar, time.monotonic() + COMPILE_TIMEOUT_S)
+
+    def _grammar(self, constraint: Constraint) -> "Future[CompiledConstraint]":
+        """When it is done, the loop wakes up for it."""
         try:
             grammar = self._compiler.submit(constraint)
         except Rejection as error:
-            self._deliver([RequestFailed(request.id, error)])
-            return
-        self._scheduler.add(request, grammar, compile_until_s=time.monotonic() + COMPILE_TIMEOUT_S)
+            grammar = Future()
+            grammar.set_exception(error)
         grammar.add_done_callback(lambda _: self._messages.put(_Wake()))
+        return grammar
 
     def _compile(self, number: int, constraint: Constraint) -> None:
         """Answered as soon as it is compiled, or not; whoever asked gives up when that takes too long."""
@@ -194,10 +201,7 @@ class EngineCore:
                 error = EngineFailure()
             self._deliver([ConstraintCompiled(number, error or grammar.result().report)])
 
-        try:
-            self._compiler.submit(constraint).add_done_callback(answer)
-        except Rejection as error:
-            self._deliver([ConstraintCompiled(number, error)])
+        self._grammar(constraint).add_done_callback(answer)
 
     def _step(self) -> None:
         """Give the model side as many plans as it takes, wait for the oldest, and tell what came of it."""
@@ -207,6 +211,8 @@ class EngineCore:
                 break
             self._executor.submit(plan)
         events = self._collect() if self._scheduler.num_in_flight else self._scheduler.settle(time.monotonic())
+        for sequence in self._scheduler.take_worn():
+            self._compile_anew(sequence)
         self._note_progress()
         self._deliver(events)
 

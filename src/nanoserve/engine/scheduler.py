@@ -85,8 +85,10 @@ class Scheduler:
         self._requests: dict[str, list[Sequence]] = {}
         # In order of rank.
         self._waiting: list[Sequence] = []
-        # By id: requests whose constraint is compiled, which they wait for outside of `_waiting`, and until when.
-        self._compiling: dict[str, tuple[Future[CompiledConstraint], float]] = {}
+        # Sequences whose constraint is compiled, which they wait for outside of `_waiting`, and until when.
+        self._compiling: dict[Sequence, tuple[Future[CompiledConstraint], float]] = {}
+        # Sequences without row whose constraint must be compiled anew.
+        self._worn: list[Sequence] = []
         self._rows: list[Sequence | None] = [None] * config.max_num_seqs
         # Oldest first.
         self._in_flight: deque[_Step] = deque()
@@ -106,7 +108,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """There is something to compute."""
-        return len(self._requests) > len(self._compiling) or bool(self._in_flight)
+        return bool(self._waiting or self._in_flight) or any(self._running())
 
     @property
     def is_compiling(self) -> bool:
@@ -119,7 +121,7 @@ class Scheduler:
         return len(self._in_flight)
 
     def add(
-        self, request: Request, grammar: "Future[CompiledConstraint] | None" = None, *, compile_until_s: float = 0.0
+        self, request: Request, grammar: "Future[CompiledConstraint] | None" = None, compile_until_s: float = 0.0
     ) -> None:
         """Queue a request. Its prompt must leave room for a token in the context, if it wants one.
 
@@ -141,7 +143,16 @@ class Scheduler:
         if grammar is None:
             self._enqueue(sequences[0])
         else:
-            self._compiling[request.id] = grammar, compile_until_s
+            self.await_grammar(sequences[0], grammar, compile_until_s)
+
+    def await_grammar(self, sequence: Sequence, grammar: "Future[CompiledConstraint]", until_s: float) -> None:
+        """Queue the sequence, which has no row, when its grammar is there."""
+        self._compiling[sequence] = grammar, until_s
+
+    def take_worn(self) -> list[Sequence]:
+        """Sequences whose grammar is of no use any more: each is to be given a new one."""
+        worn, self._worn = self._worn, []
+        return worn
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its sequences that has begun to generate, without an event.
@@ -200,7 +211,7 @@ class Scheduler:
             if self._waiting:
                 self._notes.waits(self._waiting[0], wait_reason, self._running(), step)
             elif self._compiling:
-                head = min((self._requests[id][0] for id in self._compiling), key=lambda s: s.rank)
+                head = min(self._compiling, key=lambda s: s.rank)
                 self._notes.waits(head, WaitReason.CONSTRAINT, self._running(), step)
         if step:
             self._in_flight.append(_Step(plan, list(step), self._notes))
@@ -381,19 +392,20 @@ class Scheduler:
 
     def _enqueue_compiled(self, now: float) -> None:
         """Let those wait with the others whose constraint is compiled, and turn away those whose is wrong."""
-        for request_id, (grammar, compile_until_s) in list(self._compiling.items()):
-            sequences = self._requests[request_id]
+        for sequence, (grammar, until_s) in list(self._compiling.items()):
+            request = sequence.request
             if grammar.done():
+                del self._compiling[sequence]
                 if (error := grammar.exception()) is not None:
-                    self._fail(request_id, error if isinstance(error, Rejection) else Failure.STEP)
-                else:
-                    del self._compiling[request_id]
-                    for sequence in sequences:
-                        sequence.grammar = grammar.result()
-                    self._enqueue(sequences[0])
-            elif now >= compile_until_s:
-                assert sequences[0].request.constraint is not None
-                self._fail(request_id, too_slow(sequences[0].request.constraint))
+                    self._fail(request.id, error if isinstance(error, Rejection) else Failure.STEP)
+                    continue
+                for each in self._requests[request.id]:
+                    if each is sequence or each.grammar is None:
+                        each.grammar = grammar.result()
+                self._enqueue(sequence)
+            elif now >= until_s:
+                assert request.constraint is not None
+                self._fail(request.id, too_slow(request.constraint))
 
     def _expire(self, now: float) -> None:
         for request_id, sequences in list(self._requests.items()):
@@ -443,6 +455,12 @@ class Scheduler:
     ) -> SequenceOutput | None:
         """Returns what is told of it, if anything."""
         sequence.num_unknown_tokens -= scheduled.samples
+        if outcome.failure is Failure.CONSTRAINT and sequence.num_completion_tokens > sequence.num_worn_tokens:
+            # It may be that others have filled what it shares with them.
+            sequence.num_worn_tokens = sequence.num_completion_tokens
+            self._release(sequence)
+            self._worn.append(sequence)
+            return None
         if outcome.failure is not None:
             if outcome.failure is Failure.CORRUPT:
                 self.pool.forget(sequence.block_ids)
@@ -550,7 +568,9 @@ class Scheduler:
             self._release(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
-        self._compiling.pop(sequence.request.id, None)
+        elif sequence in self._worn:
+            self._worn.remove(sequence)
+        self._compiling.pop(sequence, None)
         siblings = self._requests[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:

@@ -33,6 +33,8 @@ class Sequence:
     num_drafts: int = 0
     # What its completion must be; None = anything, or it is still compiled.
     grammar: Grammar | None = None
+    # Tokens that the completion had when its grammar was worn; -1 = it never was.
+    num_worn_tokens: int = -1
     # The completion so far satisfies its constraint.
     satisfies: bool = False
     # Of the prompt's tokens, the first included, which has none.

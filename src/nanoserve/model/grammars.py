@@ -53,7 +53,7 @@ class Grammars:
 
     def keep(self, row: int, token_ids: list[int]) -> list[int]:
         """These tokens are those of the row, which has a grammar. Returns them up to the one that
-        makes the output complete."""
+        makes the output complete, or takes more than the grammar's limits allow."""
         return token_ids[: self._matchers[row].read(token_ids)]
 
     def state(self, row: int) -> tuple[bool, bool]:

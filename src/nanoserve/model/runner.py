@@ -245,6 +245,8 @@ class ModelRunner:
         if result.failure is Failure.NO_TOKEN and not masks[row][0].any():
             return SequenceResult(failure=Failure.CONSTRAINT)
         token_ids = self._grammars.keep(row, result.token_ids)
+        if result.token_ids and not token_ids:
+            return SequenceResult(failure=Failure.CONSTRAINT)
         may_end, must_end = self._grammars.state(row)
         logprobs = result.logprobs[: len(token_ids)]
         return replace(result, token_ids=token_ids, logprobs=logprobs, satisfies=may_end, is_over=must_end)
