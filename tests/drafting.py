@@ -29,13 +29,15 @@ class Outcome:
     logprobs: list = field(default_factory=list)
     prompt_logprobs: list = field(default_factory=list)
     end: tuple | None = None
+    satisfies: bool = False
 
     def add(self, output):
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
         if output.finish_reason is not None:
-            self.end = output.finish_reason, output.stop_token_id, output.satisfies
+            self.end = output.finish_reason, output.stop_token_id
+            self.satisfies = output.satisfies
 
 
 class Engine:
@@ -154,6 +156,7 @@ def assert_equal(got, want):
     for key, outcome in want.items():
         assert got[key].token_ids == outcome.token_ids, key
         assert got[key].end == outcome.end, key
+        assert got[key].satisfies == outcome.satisfies, key
         for name in ("logprobs", "prompt_logprobs"):
             ours, theirs = getattr(got[key], name), getattr(outcome, name)
             assert len(ours) == len(theirs)

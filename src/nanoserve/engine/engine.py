@@ -273,18 +273,8 @@ class Engine:
         """
         arrival_s = time.monotonic()
         deadline_s = None if timeout_s is None else arrival_s + timeout_s
-        arrival = _Arrival(
-            next(self._ids),
-            label,
-            prompt,
-            params,
-            priority,
-            arrival_s,
-            deadline_s,
-            cache_salt,
-            skip_cache_read,
-            constraint,
-        )
+        asked = (label, prompt, params, priority, arrival_s, deadline_s, cache_salt, skip_cache_read, constraint)
+        arrival = _Arrival(next(self._ids), *asked)
         with self._observed(arrival):
             self._check_admission()
             request = await self._prepare(arrival, add_special_tokens)
