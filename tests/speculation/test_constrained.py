@@ -28,7 +28,7 @@ def check(requests, outcomes):
     for request in requests:
         for index in range(request.params.n):
             outcome = outcomes[request.id, index]
-            reason, stop_token_id, satisfies = outcome.end
+            (reason, stop_token_id), satisfies = outcome.end, outcome.satisfies
             if request.constraint is None:
                 assert not satisfies
                 continue
