@@ -77,9 +77,7 @@ class Walker:
     def __init__(self, model: Path) -> None:
         self._codec = TextCodec.load(model)
         num_tokens, eos = self._codec.vocab_size, self._codec.eos_token_id
-        self.compiler = ConstraintCompiler(
-            lambda: self._codec.grammar_tokenizer(num_tokens, [] if eos is None else [eos]), num_tokens
-        )
+        self.compiler = ConstraintCompiler(lambda: self._codec.vocabulary(num_tokens, [] if eos is None else [eos]))
         self._masks = make_masks(1, num_tokens)
         self.compiler.compile(Constraint(ConstraintKind.JSON_OBJECT))
 

@@ -1,8 +1,8 @@
-"""What constraints cost callers who have one, and those who have none; and what forced tokens give. In turn, one server.
+"""What constraints cost callers who have one, and those who have none; and what forced tokens give.
 
     python benchmarks/structured_output.py FOLDER [--rounds N] [--streams N] [--tokens N] [--workloads NAME ...]
 
-FOLDER: benchmarks/checkpoints/smollm2-135m, of `make benchmarks/checkpoints/smollm2-135m`.
+One server serves all ways in turn. FOLDER: that of `make benchmarks/checkpoints/smollm2-135m`.
 
     streams      --streams callers at once, --tokens each, free and then under a schema: tokens/s of all together
     guesses      the same, where the server may guess: forced tokens come several at a time
@@ -14,6 +14,7 @@ FOLDER: benchmarks/checkpoints/smollm2-135m, of `make benchmarks/checkpoints/smo
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import statistics
 import time
@@ -21,7 +22,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from nanoserve_client import AsyncClient, NanoserveError
+from nanoserve_client import AsyncClient, InvalidRequest
 from served import serving
 
 PROMPT = "Write down what you know of the lighthouses of the northern coast, one after the other."
@@ -153,10 +154,9 @@ async def attack(client: AsyncClient) -> None:
             {"type": "object", "properties": {f"{next(numbers)}" + "x" * 200: {"pattern": "(a|b)*c{1,50}"}}}
             for _ in range(HOSTILE_BRANCHES)
         ]
-        try:
+        with contextlib.suppress(InvalidRequest):
             await client.chat("x", schema={"oneOf": branches}, max_tokens=1).result()
-        except NanoserveError as error:
-            assert error.reason == "CONSTRAINT_INVALID", error
+            raise AssertionError("it is expected to be refused")
 
 
 async def hostile(client: AsyncClient, arguments: argparse.Namespace) -> None:

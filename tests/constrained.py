@@ -7,7 +7,7 @@ import jsonschema_rs
 from families import VOCAB_SIZE
 
 from nanoserve.constraint.compiler import ConstraintCompiler
-from nanoserve.constraint.vocabulary import tokenizer_of_tokens
+from nanoserve.constraint.vocabulary import Vocabulary
 from nanoserve.request import Constraint, ConstraintKind
 
 EOS = 2
@@ -35,7 +35,8 @@ def decode(token_ids: list[int]) -> str:
     return b"".join(TOKENS[token_id] for token_id in token_ids if token_id != EOS).decode()
 
 
-COMPILER = ConstraintCompiler(lambda: tokenizer_of_tokens([*TOKENS, *_UNUSED], _SPECIAL_IDS, [EOS], encode), VOCAB_SIZE)
+VOCABULARY = Vocabulary(VOCAB_SIZE, (EOS,), tokens=(*TOKENS, *_UNUSED), special_token_ids=tuple(_SPECIAL_IDS))
+COMPILER = ConstraintCompiler(lambda: VOCABULARY, encode)
 
 
 def _schema(**schema: object) -> Constraint:

@@ -89,7 +89,7 @@ class Bench:
             cache_identity="model",
         )
         self.codec = byte_codec()
-        self.compiler = ConstraintCompiler(lambda: self.codec.grammar_tokenizer(VOCAB, tuple(eos)), VOCAB)
+        self.compiler = ConstraintCompiler(lambda: self.codec.vocabulary(VOCAB, eos))
         self.core = EngineCore(self.scheduler, self.executor, self.compiler)
         model = ServedModel(
             "fake",

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from nanoserve.constraint.compiler import ConstraintCompiler
-from nanoserve.constraint.vocabulary import tokenizer_of_tokens
+from nanoserve.constraint.vocabulary import Vocabulary
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel, Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
@@ -23,10 +23,8 @@ from nanoserve.step_record import SchedulerStats
 
 EOS = 256
 # A token each byte, and EOS.
-COMPILER = ConstraintCompiler(
-    lambda: tokenizer_of_tokens([*(bytes([i]) for i in range(256)), b"<eos>"], [EOS], [EOS], lambda t: [*t.encode()]),
-    EOS + 1,
-)
+VOCABULARY = Vocabulary(EOS + 1, (EOS,), tokens=(*(bytes([i]) for i in range(256)), b"<eos>"), special_token_ids=(EOS,))
+COMPILER = ConstraintCompiler(lambda: VOCABULARY)
 Events = AsyncGenerator[StreamEvent, None]
 Script = Callable[[SamplingParams], Events]
 

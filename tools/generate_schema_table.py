@@ -89,9 +89,7 @@ class Walker:
     def __init__(self) -> None:
         codec = TextCodec.load(BUILTIN_MODEL)
         self._encode = codec.encode
-        self._compiler = ConstraintCompiler(
-            lambda: codec.grammar_tokenizer(codec.vocab_size, [codec.eos_token_id]), codec.vocab_size
-        )
+        self._compiler = ConstraintCompiler(lambda: codec.vocabulary(codec.vocab_size, [codec.eos_token_id]))
 
     def compile(self, schema: Any, *, is_relaxed: bool) -> CompiledConstraint | None:
         """None if it is refused."""

@@ -3,6 +3,7 @@
 Read this to see what the server is made of. It is the only module that knows both the engine and the model side.
 """
 
+import functools
 import logging
 import threading
 import time
@@ -129,7 +130,8 @@ def assemble(
         draft_model=Path(options.model.draft_model or "").name,
     )
     compiler = ConstraintCompiler(
-        lambda: codec.grammar_tokenizer(model.facts.vocab_size, eos_token_ids), model.facts.vocab_size
+        lambda: codec.vocabulary(model.facts.vocab_size, eos_token_ids),
+        functools.partial(codec.encode, add_special_tokens=False),
     )
     return Built(EngineCore(scheduler, runner, compiler), codec, served)
 

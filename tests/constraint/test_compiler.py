@@ -8,11 +8,12 @@ import pytest
 from llguidance import LLParserLimits
 
 from nanoserve.config import BUILTIN_MODEL
+from nanoserve.constraint import checker
 from nanoserve.constraint import compiler as compiler_module
 from nanoserve.constraint.compiler import MAX_WAITING, NUM_THREADS, ConstraintCompiler
 from nanoserve.constraint.grammar import MAX_CHOICES, MAX_TEXT_BYTES
 from nanoserve.constraint.matcher import make_masks
-from nanoserve.constraint.vocabulary import tokenizer_of_tokens
+from nanoserve.constraint.vocabulary import Vocabulary
 from nanoserve.engine.text import TextCodec
 from nanoserve.errors import ConstraintInvalid, Overloaded
 from nanoserve.request import Constraint, ConstraintKind
@@ -32,12 +33,12 @@ def allowed(masks, row):
     return set(np.nonzero(np.unpackbits(masks[row].view(np.uint8), bitorder="little"))[0].tolist())
 
 
+BYTES = Vocabulary(257, (256,), tokens=(*(bytes([i]) for i in range(256)), b"<eos>"), special_token_ids=(256,))
+
+
 def byte_compiler(**options):
     """A token for each byte, and 256 = EOS. Makes one for each test, whose cache is empty."""
-    tokens = [*(bytes([i]) for i in range(256)), b"<eos>"]
-    return ConstraintCompiler(
-        lambda: tokenizer_of_tokens(tokens, [256], [256], lambda t: [*t.encode()]), 257, **options
-    )
+    return ConstraintCompiler(lambda: BYTES, lambda text: [*text.encode()], **options)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_special_tokens_are_no_text(compiler, codec, vocab_size):
 
 def test_a_model_with_fewer_tokens_than_its_tokenizer_gets_masks_of_its_own_width(codec):
     vocab_size = codec.vocab_size - 100
-    narrow = ConstraintCompiler(lambda: codec.grammar_tokenizer(vocab_size, [codec.eos_token_id]), vocab_size)
+    narrow = ConstraintCompiler(lambda: codec.vocabulary(vocab_size, [codec.eos_token_id]), codec.encode)
     masks = make_masks(1, vocab_size)
     narrow.compile(regex("a+")).matcher().fill(masks)
     assert masks.any()
@@ -204,7 +205,7 @@ def test_forced_tokens_spell_what_must_follow():
 
 
 def test_beyond_its_limits_a_matcher_allows_nothing_and_the_next_one_is_compiled_anew(monkeypatch):
-    monkeypatch.setattr(compiler_module, "LIMITS", LLParserLimits(max_lexer_states=30, verbose_errors=False))
+    monkeypatch.setattr(checker, "LIMITS", LLParserLimits(max_lexer_states=30, verbose_errors=False))
     compiler, constraint = byte_compiler(), regex(r"x(\S+\s+){0,99}y")
     compiled = compiler.compile(constraint)
     matcher = compiled.matcher()
@@ -250,11 +251,11 @@ def test_one_more_than_may_wait_is_refused_and_the_others_are_compiled(monkeypat
     are_busy, may_go_on = threading.Barrier(NUM_THREADS + 1), threading.Event()
     compile_one = ConstraintCompiler._compile
 
-    def wait(self, constraint):
+    def wait(self, *args):
         if not may_go_on.is_set():
             are_busy.wait(60)
         assert may_go_on.wait(60)
-        return compile_one(self, constraint)
+        return compile_one(self, *args)
 
     monkeypatch.setattr(ConstraintCompiler, "_compile", wait)
     compiler = byte_compiler()
@@ -297,20 +298,20 @@ def test_many_threads_may_compile_and_match_at_once():
 
 def test_who_waits_too_long_is_told(monkeypatch):
     """And the one that takes long does not stand in the way of others."""
-    monkeypatch.setattr(compiler_module, "COMPILE_TIMEOUT_S", 0.2)
     may_go_on = threading.Event()
     compile_one = ConstraintCompiler._compile
 
-    def slow(self, constraint):
+    def slow(self, constraint, *args):
         if constraint.text == "slow":
             may_go_on.wait()
-        return compile_one(self, constraint)
+        return compile_one(self, constraint, *args)
 
     monkeypatch.setattr(ConstraintCompiler, "_compile", slow)
     compiler = byte_compiler()
-    with pytest.raises(ConstraintInvalid, match=r"takes longer than 0.2 s"):
-        compiler.compile(regex("slow"))
-    monkeypatch.setattr(compiler_module, "COMPILE_TIMEOUT_S", 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler_module, "COMPILE_TIMEOUT_S", 0.2)
+        with pytest.raises(ConstraintInvalid, match=r"takes longer than 0.2 s"):
+            compiler.compile(regex("slow"))
     assert compiler.compile(regex("quick")).matcher().read(b"quick") == 5
     may_go_on.set()
     assert compiler.compile(regex("slow")).matcher().read(b"slow") == 4
@@ -323,7 +324,7 @@ def test_a_tokenizer_of_another_kind_gives_the_same_masks(compiler, vocab_size, 
     """One that is not of the tokenizers library is known by the bytes of its tokens."""
     codec = TextCodec.load(BUILTIN_MODEL)
     monkeypatch.setattr(codec, "_backend", None)
-    other = ConstraintCompiler(lambda: codec.grammar_tokenizer(vocab_size, [codec.eos_token_id]), vocab_size)
+    other = ConstraintCompiler(lambda: codec.vocabulary(vocab_size, [codec.eos_token_id]), codec.encode)
     masks = make_masks(2, vocab_size)
     constraint = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "object", "required": ["name"]}')
     for row, each in enumerate((compiler, other)):
@@ -341,7 +342,7 @@ def test_a_model_without_eos_ends_where_nothing_can_follow(monkeypatch, has_back
     if not has_backend:
         monkeypatch.setattr(codec, "_backend", None)
     vocab_size = codec.vocab_size
-    endless = ConstraintCompiler(lambda: codec.grammar_tokenizer(vocab_size, []), vocab_size)
+    endless = ConstraintCompiler(lambda: codec.vocabulary(vocab_size, []), codec.encode)
     matcher = endless.compile(regex("a+b")).matcher()
     matcher.read(codec.encode("ab", add_special_tokens=False))
     assert matcher.is_complete

@@ -40,9 +40,9 @@ def gate(monkeypatch):
     opened = threading.Event()
     compile_one = ConstraintCompiler._compile
 
-    def wait(self, constraint):
+    def wait(self, *args):
         assert opened.wait(SECONDS)
-        return compile_one(self, constraint)
+        return compile_one(self, *args)
 
     monkeypatch.setattr(ConstraintCompiler, "_compile", wait)
     yield opened
@@ -204,7 +204,7 @@ async def test_more_constraints_than_may_wait_are_refused(monkeypatch):
 
 async def test_a_fault_of_the_compiler_fails_its_request_alone(monkeypatch):
     async with running() as bench:
-        monkeypatch.setattr(bench.compiler, "_make_tokenizer", lambda: 1 / 0)
+        monkeypatch.setattr(bench.compiler, "_make_vocabulary", lambda: 1 / 0)
         with pytest.raises(EngineFailure):
             await bench.collect(request={"constraint": CHOICES})
         with pytest.raises(EngineFailure):

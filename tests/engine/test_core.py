@@ -64,7 +64,7 @@ class Bench:
             max_context_tokens=128,
             cache_identity="model",
         )
-        self.core = EngineCore(scheduler, self.executor, ConstraintCompiler(lambda: None, 1000))
+        self.core = EngineCore(scheduler, self.executor, ConstraintCompiler(lambda: None))
         self.events = queue.Queue()
 
     def deliver(self, events):

@@ -9,7 +9,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from constrained import COMPILER, CONSTRAINTS, decode, is_right
+from constrained import COMPILER, CONSTRAINTS, VOCABULARY, decode, is_right
 from drafting import Engine, Scripted, assert_equal, random_requests, serve
 from families import VOCAB_SIZE
 from llguidance import LLParserLimits
@@ -79,8 +79,8 @@ def test_a_grammar_that_goes_beyond_its_limits_fails_its_request_alone(model, mo
     """Seen at a mask, or at a token that the mask allowed."""
     others = [replace(r, id=f"other {r.id}") for r in random_requests(8, seed=5, constraints=[CONSTRAINTS[0], None])]
     want, *_ = serve(model, others)
-    monkeypatch.setattr("nanoserve.constraint.compiler.LIMITS", LLParserLimits(**limits, verbose_errors=False))
-    compiler = ConstraintCompiler(COMPILER._make_tokenizer, VOCAB_SIZE)
+    monkeypatch.setattr("nanoserve.constraint.checker.LIMITS", LLParserLimits(**limits, verbose_errors=False))
+    compiler = ConstraintCompiler(lambda: VOCABULARY)
     usual = COMPILER.submit
     monkeypatch.setattr(COMPILER, "submit", lambda c: compiler.submit(c) if c == constraint else usual(c))
     params = [SamplingParams(temperature=2.0, seed=seed, logit_bias={31: 8.0}) for seed in range(4)]
@@ -101,8 +101,8 @@ def test_what_one_request_after_the_other_makes_of_a_lexer_is_forgotten_when_it_
     requests = [Request(f"{i}", [5, 6, 7], each, constraint=constraint) for i, each in enumerate(params)]
     want, *_ = serve(model, requests)
     limits = LLParserLimits(max_lexer_states=90, verbose_errors=False)
-    monkeypatch.setattr("nanoserve.constraint.compiler.LIMITS", limits)
-    monkeypatch.setattr("drafting.COMPILER", ConstraintCompiler(COMPILER._make_tokenizer, VOCAB_SIZE))
+    monkeypatch.setattr("nanoserve.constraint.checker.LIMITS", limits)
+    monkeypatch.setattr("drafting.COMPILER", ConstraintCompiler(lambda: VOCABULARY))
     engine = Engine(model)
     got = {}
     for request in requests:

@@ -22,7 +22,7 @@ _ESCAPES = 'bfnrt"\\'
 _FORBIDDEN_IN_LARK = re.compile(r"%json\b|%llguidance\b")
 
 
-def check(constraint: Constraint) -> None:
+def check_form(constraint: Constraint) -> None:
     """Raise ConstraintInvalid if it is too long to look at, or wrong in a way that needs no compiler to see."""
     if (size := len(constraint.text.encode("utf-8", "replace"))) > MAX_TEXT_BYTES:
         raise refusal(constraint.kind, f"has {size} bytes; at most {MAX_TEXT_BYTES} are allowed")

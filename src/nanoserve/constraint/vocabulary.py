@@ -1,36 +1,40 @@
-"""The model's tokens as llguidance takes them."""
+"""The model's tokens, as plain data that travels between processes, and as llguidance takes them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from llguidance import LLTokenizer, TokenizerWrapper
 
-
-def tokenizer_of_json(tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
-    """From the JSON of a tokenizer of Hugging Face's `tokenizers` library.
-
-    vocab_size: of the model's logits. What the tokenizer has no token for is never allowed.
-    eos_token_ids: at least one.
-    """
-    return LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids))
+# Token ids of a text.
+Encode = Callable[[str], list[int]]
 
 
-def tokenizer_of_tokens(
-    tokens: Sequence[bytes],
-    special_token_ids: Sequence[int],
-    eos_token_ids: Sequence[int],
-    encode: Callable[[str], list[int]],
-) -> LLTokenizer:
-    """From the bytes of every token, for a tokenizer of another kind, and for a model that has no EOS.
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Which bytes each token stands for. Picklable."""
 
-    Where there is no EOS, an output ends with a token more than there are, which no mask of the model's width holds.
-    encode: only for forced tokens; any thread.
-    """
-    if not eos_token_ids:
-        eos_token_ids = [len(tokens)]
-        tokens, special_token_ids = [*tokens, b"<no eos>"], [*special_token_ids, len(tokens)]
-    return LLTokenizer(
-        TokenizerWrapper(_Tokens(tokens, special_token_ids, eos_token_ids[0], encode)), eos_token=list(eos_token_ids)
-    )
+    # Width of the model's logits, and so of masks. What is no token of the tokenizer is never allowed.
+    size: int
+    # None of them = an output ends only where nothing more may follow.
+    eos_token_ids: tuple[int, ...]
+    # The JSON of a tokenizer of Hugging Face's `tokenizers` library, if it is one; else the bytes of every token.
+    json: str = ""
+    tokens: tuple[bytes, ...] = ()
+    # Of `tokens`, those that are no text.
+    special_token_ids: tuple[int, ...] = ()
+
+    def tokenizer(self, encode: Encode | None = None) -> LLTokenizer:
+        """Takes up to a second. encode: that of the model's tokenizer, on any thread; without it a vocabulary of tokens
+        spells what is forced by the longest tokens, which the model might not."""
+        if self.json:
+            return LLTokenizer(self.json, n_vocab=self.size, eos_token=list(self.eos_token_ids))
+        tokens, special, eos = list(self.tokens), list(self.special_token_ids), list(self.eos_token_ids)
+        if not eos:
+            # llguidance needs one: a token more than there are, which no mask of the model's width holds.
+            eos = [len(tokens)]
+            special.append(len(tokens))
+            tokens.append(b"<no eos>")
+        return LLTokenizer(TokenizerWrapper(_Tokens(tokens, special, eos[0], encode)), eos_token=eos)
 
 
 class _Tokens:
@@ -39,16 +43,24 @@ class _Tokens:
     bos_token_id = None
 
     def __init__(
-        self,
-        tokens: Sequence[bytes],
-        special_token_ids: Sequence[int],
-        eos_token_id: int,
-        encode: Callable[[str], list[int]],
+        self, tokens: Sequence[bytes], special_token_ids: Sequence[int], eos_token_id: int, encode: Encode | None
     ) -> None:
         self.tokens = list(tokens)
         self.special_token_ids = list(special_token_ids)
         self.eos_token_id = eos_token_id
         self._encode = encode
+        special = set(special_token_ids)
+        self._ids = {token: i for i, token in enumerate(tokens) if i not in special} if encode is None else {}
+        self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+        if self._encode is not None:
+            return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+        rest, token_ids = text.encode() if isinstance(text, str) else text, []
+        while rest:
+            starts = (rest[:length] for length in range(self._longest, 0, -1))
+            if (token := next((start for start in starts if start in self._ids), None)) is None:
+                break
+            token_ids.append(self._ids[token])
+            rest = rest[len(token) :]
+        return token_ids

@@ -14,14 +14,12 @@ import threading
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llguidance import LLTokenizer
-
 from nanoserve.config import ConfigError
-from nanoserve.constraint.vocabulary import tokenizer_of_json, tokenizer_of_tokens
+from nanoserve.constraint.vocabulary import Vocabulary
 from nanoserve.engine.chat_template import Chat, ChatTemplate, has_marks, without_marks
 from nanoserve.engine.detokenizer import Chain, Step, Window, compile_decoder
 from nanoserve.engine.plain_encoder import PlainEncoder
@@ -100,13 +98,13 @@ class TextCodec:
         token = next((token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)), None)
         return None if token is None else (token, ours.get(token), theirs.get(token))
 
-    def grammar_tokenizer(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
-        """The tokens as grammars are matched with them; takes up to a second. vocab_size: of the model's logits."""
-        if self._backend is not None and eos_token_ids:
-            return tokenizer_of_json(self._backend.to_str(), max(vocab_size, self.vocab_size), eos_token_ids)
-        tokens = [self.token_bytes(token_id) for token_id in range(vocab_size)]
-        encode = partial(self.encode, add_special_tokens=False)
-        return tokenizer_of_tokens(tokens, sorted(self.special_token_ids), eos_token_ids, encode)
+    def vocabulary(self, size: int, eos_token_ids: Sequence[int]) -> Vocabulary:
+        """The tokens as grammars are matched with them; takes up to a second. size: of the model's logits."""
+        eos = tuple(eos_token_ids)
+        if self._backend is not None and eos:
+            return Vocabulary(max(size, self.vocab_size), eos, json=self._backend.to_str())
+        tokens = tuple(self.token_bytes(token_id) for token_id in range(size))
+        return Vocabulary(size, eos, tokens=tokens, special_token_ids=tuple(sorted(self.special_token_ids)))
 
     # ------------------------------------------------------------------------------------------------ encode
 
