@@ -76,24 +76,27 @@ numbers = itertools.count()
 
 
 async def run(client: AsyncClient, prompt: str, tokens: int, **options: Any) -> tuple[float, list[float]]:
-    """Seconds to the first token, and between two steps of tokens, of one answer."""
+    """Seconds to the first token, and between two steps of tokens, of one answer, which has that many."""
     start_s = last_s = time.perf_counter()
-    first_s, gaps = 0.0, []
+    first_s, gaps, num_tokens = 0.0, [], 0
     asked = {"ignore_eos": True, "temperature": 0.8, "seed": next(numbers), **options}
     async for delta in client.chat(prompt, max_tokens=tokens, **asked):
         now = time.perf_counter()
         if not delta.token_ids:
             continue
+        num_tokens += len(delta.token_ids)
         if first_s:
             gaps.append(now - last_s)
         first_s, last_s = first_s or now - start_s, now
+    assert num_tokens == tokens
     return first_s, gaps
 
 
 async def streams(client: AsyncClient, arguments: argparse.Namespace, **options: Any) -> float:
     """Tokens/s of all."""
     start_s = time.perf_counter()
-    await asyncio.gather(*(run(client, f"{PROMPT} {i}", arguments.tokens, **options) for i in range(arguments.streams)))
+    callers = (run(client, f"{PROMPT} {i}", arguments.tokens, **options) for i in range(arguments.streams))
+    await asyncio.gather(*callers)
     return arguments.streams * arguments.tokens / (time.perf_counter() - start_s)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nanoserve.constraint import compiler
 from nanoserve.constraint.outcome import Outcome, outcome_of
 from nanoserve.constraint.schema import ANNOTATIONS, MAX_ENTRIES, MAX_NESTING
 from nanoserve.errors import ConstraintInvalid
@@ -330,8 +331,9 @@ def test_a_contradiction_is_refused_although_relaxed(refused):
     assert refused({"allOf": [{"type": "string"}, {"type": "integer"}]}, is_relaxed=True) == [("", "allOf")]
 
 
-def test_a_grammar_that_is_too_large_is_refused_in_plain_words(compile_schema):
+def test_a_grammar_that_is_too_large_is_refused_in_plain_words(compile_schema, monkeypatch):
     """Of the compiler's own asserts a caller reads nothing."""
+    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 100.0)
     inner = {"type": "object", "properties": {f"p{i}": {} for i in range(1900)}}
     schema = {"properties": {f"q{j}": inner for j in range(11)}}
     with pytest.raises(ConstraintInvalid, match="takes a grammar that is too large; make it simpler"):
