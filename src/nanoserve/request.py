@@ -126,6 +126,7 @@ class ConstraintKind(enum.Enum):
     REGEX = "regex"  # a regular expression in the syntax of Rust's regex crate, for the whole of the output
     GRAMMAR = "grammar"  # a Lark grammar, as llguidance reads them
     CHOICES = "choices"  # a JSON array of texts, of which the output is one
+    DIALECT = "dialect"  # a Lark grammar of reasoning, text and calls, which refers to `parts`: no field of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,15 @@ class Constraint:
     text: str = ""
     # What of a schema cannot be enforced is left out of the grammar, and checked when the output is complete.
     is_relaxed: bool = False
+    # Path in the contract of what it was made of, if that is not `constraint`.
+    field: str = ""
+    # Of a DIALECT: what its grammar refers to as "@name".
+    parts: "tuple[tuple[str, Constraint], ...]" = ()
+
+    @property
+    def path(self) -> str:
+        """Where callers are told that it is."""
+        return self.field or f"constraint.{self.kind.value}"
 
     @classmethod
     def of_choices(cls, choices: Sequence[str]) -> "Constraint":
@@ -162,6 +172,8 @@ class KeywordUse:
     treatment: Treatment
     # Why it is relaxed or refused; else empty.
     why: str = ""
+    # Path in the contract of the schema.
+    field: str = "constraint.json_schema"
 
 
 @dataclass(frozen=True, slots=True)

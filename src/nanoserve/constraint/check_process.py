@@ -51,7 +51,7 @@ class CheckProcess:
             answer: Answer = pipe.recv()
         except (EOFError, OSError):
             self._end()
-            raise refusal(constraint.kind, "takes more than the compiler can do; make it simpler") from None
+            raise refusal(constraint, "takes more than the compiler can do; make it simpler") from None
         if isinstance(answer, ConstraintInvalid):
             raise answer
         if isinstance(answer, str):

@@ -3,12 +3,12 @@
 import functools
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from nanoserve.constraint.grammar import check_form, grammar_of, grammar_of_schema, refusal
+from nanoserve.constraint.grammar import check_form, grammar_of, grammar_of_schema, joined, refusal
 from nanoserve.constraint.outcome import Validator
 from nanoserve.constraint.schema import Schema, SchemaError
 from nanoserve.constraint.vocabulary import Vocabulary
@@ -58,37 +58,41 @@ class ConstraintChecker:
         """Its grammar. Raises ConstraintInvalid."""
         start_s = time.perf_counter()
         check_form(constraint)
-        schema: Schema | None = None
+        uses: list[KeywordUse] = []
         if constraint.kind is ConstraintKind.JSON_SCHEMA:
             schema, grammar, parser = self._check_schema(constraint)
+            uses = [replace(use, field=constraint.path) for use in schema.uses]
         else:
-            grammar = grammar_of(constraint)
+            if constraint.kind is ConstraintKind.DIALECT:
+                parts = {name: self.check(part) for name, part in constraint.parts}
+                uses = [use for part in parts.values() for use in part.report.keywords]
+                grammar = joined(constraint.text, {name: part.grammar for name, part in parts.items()})
+            else:
+                grammar = grammar_of(constraint)
             parser = self._parser(grammar)
             if error := parser.get_error():
-                raise refusal(constraint.kind, _first_lines(error))
+                raise refusal(constraint, _first_lines(error))
         compile_s = time.perf_counter() - start_s
         start_s = time.perf_counter()
         first = parser.deep_copy()
         mask = np.frombuffer(first.compute_bitmask(), dtype=np.int32)[: -(-self._vocabulary.size // 32)]
         if (error := first.get_error()) or not mask.any():
             too_much = "" if error.startswith("NoExtension") else _first_lines(error)
-            raise refusal(constraint.kind, too_much or "allows no output: no token can be the first")
+            raise refusal(constraint, too_much or "allows no output: no token can be the first")
         first_mask_s = time.perf_counter() - start_s
-        uses = tuple(schema.uses if schema else ())
-        report = ConstraintReport(uses, len(grammar), compile_s, first_mask_s)
-        if report.relaxed:
+        report = ConstraintReport(tuple(uses), len(grammar), compile_s, first_mask_s)
+        if report.relaxed and constraint.kind is ConstraintKind.JSON_SCHEMA:
             _check_validator(constraint)
         return CheckedConstraint(grammar, report)
 
     def _check_schema(self, constraint: Constraint) -> tuple[Schema, str, LLMatcher]:
-        kind = constraint.kind
         try:
             schema = Schema(constraint.text)
         except SchemaError as wrong:
-            raise refusal(kind, str(wrong)) from None
+            raise refusal(constraint, str(wrong)) from None
         if refused := schema.refused():
             if not constraint.is_relaxed:
-                raise _refusal_of(refused)
+                raise _refusal_of(constraint, refused)
             schema.relax()
         for _ in range(MAX_DROPS):
             grammar = grammar_of_schema(schema.text)
@@ -103,13 +107,13 @@ class ConstraintChecker:
                 return schema, grammar, parser
             # The compiler's own asserts are about sizes, and come as errors.
             if "too large" in error or error.startswith("panic"):
-                raise refusal(kind, "takes a grammar that is too large; make it simpler")
+                raise refusal(constraint, "takes a grammar that is too large; make it simpler")
             pointer, keyword = schema.locate(error, functools.partial(self._error_of, is_relaxed=constraint.is_relaxed))
             why = _in_plain_words(error)
             if not constraint.is_relaxed or not keyword or "Unsatisfiable" in error:
-                raise refusal(kind, why, pointer=pointer, keyword=keyword)
+                raise refusal(constraint, why, pointer=pointer, keyword=keyword)
             schema.drop(pointer, keyword, why)
-        raise refusal(kind, f"more than {MAX_DROPS} keywords cannot be enforced")
+        raise refusal(constraint, f"more than {MAX_DROPS} keywords cannot be enforced")
 
     def _note_one_ofs(self, schema: Schema) -> None:
         """Find those oneOf in which two branches may match one value."""
@@ -130,12 +134,12 @@ def _check_validator(constraint: Constraint) -> None:
     try:
         Validator(constraint.text)
     except ValueError as error:
-        raise refusal(constraint.kind, f"cannot be checked: {_first_lines(str(error))}") from None
+        raise refusal(constraint, f"cannot be checked: {_first_lines(str(error))}") from None
 
 
-def _refusal_of(refused: list[KeywordUse]) -> ConstraintInvalid:
+def _refusal_of(constraint: Constraint, refused: list[KeywordUse]) -> ConstraintInvalid:
     problems = [ConstraintProblem(use.pointer, use.keyword, use.why) for use in refused]
-    return ConstraintInvalid(f"constraint.{ConstraintKind.JSON_SCHEMA.value}", problems)
+    return ConstraintInvalid(constraint.path, problems)
 
 
 def _in_plain_words(error: str) -> str:

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer
 
@@ -185,10 +186,14 @@ class ConstraintCompiler:
 
 def too_slow(constraint: Constraint) -> ConstraintInvalid:
     """The error of a constraint that is not compiled in time."""
-    return refusal(constraint.kind, f"takes longer than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler")
+    return refusal(constraint, f"takes longer than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler")
 
 
 def _digest(constraint: Constraint) -> str:
     """Of all that the compiled constraint depends on."""
-    asked = [constraint.kind.value, constraint.text, constraint.is_relaxed]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    def spelled(each: Constraint) -> list[Any]:
+        parts = [[name, spelled(part)] for name, part in each.parts]
+        return [each.kind.value, each.text, each.is_relaxed, each.field, parts]
+
+    return hashlib.sha256(json.dumps(spelled(constraint)).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from llguidance import LLMatcher, regex_to_lark
@@ -25,38 +26,39 @@ _FORBIDDEN_IN_LARK = re.compile(r"%json\b|%llguidance\b")
 def check_form(constraint: Constraint) -> None:
     """Raise ConstraintInvalid if it is too long to look at, or wrong in a way that needs no compiler to see."""
     if (size := len(constraint.text.encode("utf-8", "replace"))) > MAX_TEXT_BYTES:
-        raise refusal(constraint.kind, f"has {size} bytes; at most {MAX_TEXT_BYTES} are allowed")
+        raise refusal(constraint, f"has {size} bytes; at most {MAX_TEXT_BYTES} are allowed")
     match constraint.kind:
         case ConstraintKind.REGEX | ConstraintKind.GRAMMAR if not constraint.text.strip():
-            raise refusal(constraint.kind, "must not be empty")
+            raise refusal(constraint, "must not be empty")
         case ConstraintKind.GRAMMAR if found := _FORBIDDEN_IN_LARK.search(constraint.text):
             hint = "; a schema is given as json_schema" if found[0] == "%json" else ""
-            raise refusal(constraint.kind, f"{found[0]} is not allowed in a grammar{hint}", keyword=found[0])
+            raise refusal(constraint, f"{found[0]} is not allowed in a grammar{hint}", keyword=found[0])
         case ConstraintKind.CHOICES:
-            _check_choices(json.loads(constraint.text))
+            _check_choices(constraint)
 
 
-def _check_choices(choices: list[str]) -> None:
+def _check_choices(constraint: Constraint) -> None:
+    choices: list[str] = json.loads(constraint.text)
     if not choices:
-        raise refusal(ConstraintKind.CHOICES, "at least one is required")
+        raise refusal(constraint, "at least one is required")
     if len(choices) > MAX_CHOICES:
-        raise refusal(ConstraintKind.CHOICES, f"has {len(choices)} entries; at most {MAX_CHOICES} are allowed")
+        raise refusal(constraint, f"has {len(choices)} entries; at most {MAX_CHOICES} are allowed")
     seen: dict[str, int] = {}
     for i, choice in enumerate(choices):
         if not choice:
-            raise refusal(ConstraintKind.CHOICES, "must not be empty", pointer=f"/{i}")
+            raise refusal(constraint, "must not be empty", pointer=f"/{i}")
         if choice in seen:
-            raise refusal(ConstraintKind.CHOICES, f"is the same as choice {seen[choice]}", pointer=f"/{i}")
+            raise refusal(constraint, f"is the same as choice {seen[choice]}", pointer=f"/{i}")
         seen[choice] = i
 
 
-def refusal(kind: ConstraintKind, description: str, *, pointer: str = "", keyword: str = "") -> ConstraintInvalid:
+def refusal(constraint: Constraint, description: str, *, pointer: str = "", keyword: str = "") -> ConstraintInvalid:
     """An error about a constraint that has only one thing wrong."""
-    return ConstraintInvalid(f"constraint.{kind.value}", [ConstraintProblem(pointer, keyword, description)])
+    return ConstraintInvalid(constraint.path, [ConstraintProblem(pointer, keyword, description)])
 
 
 def grammar_of(constraint: Constraint) -> str:
-    """The grammar of anything but a JSON Schema, in llguidance's own form."""
+    """The grammar of what refers to no schema, in llguidance's own form."""
     match constraint.kind:
         case ConstraintKind.JSON_OBJECT:
             return grammar_of_schema('{"type": "object"}')
@@ -68,6 +70,15 @@ def grammar_of(constraint: Constraint) -> str:
             texts = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(constraint.text))
             return str(LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(texts)))
     raise ValueError(constraint.kind)
+
+
+def joined(lark: str, parts: Mapping[str, str]) -> str:
+    """One grammar that refers to others by their names."""
+    grammars: list[dict[str, Any]] = [{"lark_grammar": lark}]
+    for name, grammar in parts.items():
+        (only,) = json.loads(grammar)["grammars"]
+        grammars.append({**only, "name": name})
+    return json.dumps({"grammars": grammars})
 
 
 def grammar_of_schema(schema: str, *, one_of_as_any_of: bool = False) -> str:
