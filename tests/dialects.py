@@ -13,7 +13,7 @@ from llguidance import LLMatcher, LLTokenizer
 from nanoserve.constraint.compiler import LIMITS
 from nanoserve.constraint.matcher import Matcher, make_masks
 from nanoserve.constraint.vocabulary import tokenizer_of_tokens
-from nanoserve.dialect.formats import CALLS, REASONING, CallFormat, Dialect, reasoning_format
+from nanoserve.dialect.formats import CALLS, OPEN, REASONING, CallFormat, Dialect, reasoning_format
 from nanoserve.dialect.grammar import Skeleton, skeleton
 from nanoserve.dialect.parser import Arguments, CallBegun, CallEnded, Content, Event, OutputParser, Reasoning
 from nanoserve.dialect.tools import Choosing, Tool, ToolChoice
@@ -42,15 +42,14 @@ class Vocabulary:
 
     def __init__(self, *, has_special: bool) -> None:
         """has_special: all markers of the table are special tokens; otherwise EOS alone is."""
-        texts = [text for each in CALLS for text in texts_of(each)]
+        texts = [text.replace(OPEN, "7") for each in CALLS for text in texts_of(each)]
         texts += [text for each in REASONING for text in (each.start, each.end, each.turn, each.answer, *each.frames)]
         markers = sorted({marker for text in texts for marker in SPECIAL.findall(text)})
         special = ["<eos>", *(markers if has_special else [])]
-        plain = sorted({*"".join(texts), *string.printable.strip(), *" \n"} - {"｜", "▁"})
-        plain += ['",', '"}', '"\n', "}}", "\n</", "é"[:1], *(markers if not has_special else [])]
-        plain += sorted({text.strip() for text in texts if len(text.strip()) > 1} - {*plain, *special})
-        tokens = [*(text.encode() for text in plain), *("｜".encode()[i : i + 1] for i in range(3))]
-        tokens += [bytes([byte]) for byte in "▁é".encode() if bytes([byte]) not in tokens]
+        ends = ['",', '"}', '"\n', "}}", "\n</", '")', '"]']
+        longer = {*ends, *(text.strip() for text in texts if len(text.strip()) > 1), *markers} - {*special}
+        tokens = [bytes([byte]) for byte in sorted({*string.printable.strip().encode(), *"é｜▁ \n".encode()})]
+        tokens += [text.encode() for text in sorted(longer)]
         self.texts = [*tokens, *(text.encode() for text in special)]
         self.ids = {text: len(tokens) + i for i, text in enumerate(special)}
         self.eos_id = self.ids["<eos>"]

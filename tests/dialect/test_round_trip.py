@@ -81,14 +81,50 @@ def check(calls, seed, *, has_special, **asked):
             assert not told.content, (text, told)
     if not asked["parallel"]:
         assert len(told.calls) <= 1
-    return is_whole, told, text
+    return is_whole, told
+
+
+def asked_of(seed):
+    return {
+        "parallel": seed % 3 > 0,
+        "is_reasoning": seed % 5 == 1,
+        "may_reason": seed % 5 == 2,
+        "has_special": seed % 2 == 0,
+    }
+
+
+def check_all(calls, choosing, seeds):
+    """Returns how many outputs came to their end, and how many had calls."""
+    num_whole = num_called = 0
+    for seed in seeds:
+        is_whole, told = check(calls, seed, choosing=choosing, **asked_of(seed))
+        num_whole += is_whole
+        num_called += bool(told.complete)
+    return num_whole, num_called
 
 
 @pytest.mark.parametrize("calls", CALLS, ids=lambda each: each.names[0])
-def test_required_calls_are_read_as_calls_with_valid_arguments(calls):
-    num_whole = 0
-    for seed in range(40):
-        asked = {"parallel": seed % 3 > 0, "is_reasoning": seed % 5 == 1, "may_reason": seed % 5 == 2}
-        is_whole, _, _ = check(calls, seed, has_special=seed % 2 == 0, choosing=Choosing.REQUIRED, **asked)
-        num_whole += is_whole
+def test_calls_that_are_required_are_read_as_calls_with_valid_arguments(calls):
+    num_whole, num_called = check_all(calls, Choosing.REQUIRED, range(40))
     assert num_whole > 10
+    assert num_called > 20
+
+
+@pytest.mark.parametrize("calls", CALLS, ids=lambda each: each.names[0])
+def test_what_is_left_to_the_model_is_read_as_text_and_as_calls(calls):
+    num_whole, _ = check_all(calls, Choosing.AUTO, range(20))
+    assert num_whole > 3
+
+
+@pytest.mark.parametrize("calls", CALLS, ids=lambda each: each.names[0])
+def test_what_may_not_be_a_call_is_none(calls):
+    for seed in range(10):
+        _, told = check(calls, seed, choosing=Choosing.NONE, **asked_of(seed))
+        assert not told.calls
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("choosing", Choosing, ids=lambda each: each.value)
+@pytest.mark.parametrize("calls", CALLS, ids=lambda each: each.names[0])
+def test_many_outputs_are_read_as_what_they_were_meant_to_be(calls, choosing):
+    check_all(calls, choosing, range(1000, 2000))

@@ -12,7 +12,7 @@ from nanoserve.dialect.tools import NAME, Tool
 
 # Keys of the arguments in an object with both.
 _ARGUMENTS = ("arguments", "parameters")
-_NAME_CHARS = re.compile(r"[A-Za-z0-9_.:/\-]+")
+_NAME_CHARS = re.compile(r"[A-Za-z0-9_./\-]+")
 # Of a parameter, between tags and before "=".
 _TAGGED_KEY = re.compile(r'[^<>"]+')
 _KEYWORD = re.compile(r"[^\s=,()\[\]{}\"']+")
@@ -213,8 +213,6 @@ class CallReader:
                     yield from value(source, parts.append)
                     yield from source.literal(f" {end}")
                     is_value = parameter.allows("".join(parts))
-                except Over:
-                    raise
                 except Unread:
                     is_value = False
                 if not is_value:

@@ -10,12 +10,13 @@ A call stands in a frame, and has its arguments in one of four styles:
     KeywordArguments  f(a=1, b=2)
 
 Texts in the table are as the template writes them. Whitespace in them may be missing or be more in what a model writes.
-Next to a tagged value it is one line break, which is not part of the value.
+Next to a tagged value it is one line break, which is not part of the value. OPEN stands for a number or an identifier.
 """
 
 import re
 from dataclasses import dataclass
 
+OPEN = "…"
 # What stands behind a block that a prompt has left open has none of these: they are the markers of another turn.
 _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
@@ -181,10 +182,45 @@ CALLS = (
         closes=("\n</minimax:tool_call>",),
         lead="\n",
     ),
+    # <tool_calls>[{"name": "f", "arguments": {"a": 1}}]</tool_calls>
+    CallFormat(
+        names=("hunyuan_a13b", "jamba", "apriel"),
+        signs=(("<tool_calls>[", "</tool_calls>"),),
+        style=JsonBody(),
+        opens=("<tool_calls>[",),
+        between=", ",
+        closes=("]</tool_calls>",),
+        lead="\n",
+    ),
+    CallFormat(
+        names=("nemotron_json",),
+        signs=(("<TOOLCALL>[", "]</TOOLCALL>"),),
+        style=JsonBody(),
+        opens=("<TOOLCALL>[",),
+        between=", ",
+        closes=("]</TOOLCALL>",),
+        lead="\n",
+    ),
+    CallFormat(
+        names=("granite",),
+        signs=(("<|tool_call|>", "<|start_of_role|>"),),
+        style=JsonBody(),
+        opens=("<|tool_call|>[",),
+        between=", ",
+        closes=("]",),
+    ),
+    CallFormat(
+        names=("phi4_mini_json",),
+        signs=(("functools[",),),
+        style=JsonBody(),
+        opens=("functools[",),
+        between=", ",
+        closes=("]",),
+    ),
     # <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>
     CallFormat(
         names=("hermes",),
-        signs=(("<tool_call>", "</tool_call>", "name", "arguments"),),
+        signs=(("<tool_call>", "</tool_call>", '"name": ', '"arguments": '),),
         style=JsonBody(),
         begin="<tool_call>\n",
         end="\n</tool_call>",
@@ -194,7 +230,7 @@ CALLS = (
     CallFormat(
         names=("mistral",),
         signs=(("[TOOL_CALLS]", "[ARGS]"),),
-        style=JsonArguments(after_names=("[ARGS]", "")),
+        style=JsonArguments(after_names=("[ARGS]", f"[CALL_ID]{OPEN}[ARGS]", "")),
         begin="[TOOL_CALLS]",
         between="",
     ),
@@ -227,6 +263,17 @@ CALLS = (
         end="<｜tool▁call▁end｜>",
         between="",
         closes=("<｜tool▁calls▁end｜>",),
+    ),
+    # <|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>…
+    CallFormat(
+        names=("kimi_k2",),
+        signs=(("<|tool_calls_section_begin|>", "<|tool_call_argument_begin|>"),),
+        style=JsonArguments(after_names=(f":{OPEN}<|tool_call_argument_begin|>", "<|tool_call_argument_begin|>")),
+        opens=("<|tool_calls_section_begin|>",),
+        begin="<|tool_call_begin|>functions.",
+        end="<|tool_call_end|>",
+        between="",
+        closes=("<|tool_calls_section_end|>",),
     ),
     # <|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}
     CallFormat(
@@ -306,7 +353,7 @@ CALLS = (
     ),
 )
 # Formats that share their signs with one above, and are none of the table.
-_OTHERS = ("<tool_sep>", "<｜DSML｜", ">>>all", "<function=example_function_name>{")
+_OTHERS = ("<tool_sep>", "<｜DSML｜", "<|/tool_call|>")
 
 
 # -------------------------------------------------------------------------------------------------------- a dialect

@@ -4,6 +4,8 @@ import json
 import re
 from collections.abc import Callable, Iterable
 
+from nanoserve.dialect.formats import OPEN
+
 # Of whitespace that may stand at one place.
 MAX_SPACE = 16
 SPACE, ANY = "SPACE", "ANY"
@@ -38,8 +40,13 @@ class Lark:
             elif is_exact:
                 parts.append(quoted(part) if part else "")
             else:
-                parts += [f"{SPACE}?" if i.isspace() else quoted(i) for i in re.split(r"(\s+)", part) if i]
+                parts += [self._loosely(each) for each in re.split(rf"(\s+|{OPEN})", part) if each]
         return " ".join(filter(None, parts))
+
+    def _loosely(self, part: str) -> str:
+        if part == OPEN:
+            return self.rule("NUMBER", "/[0-9]{1,4}/")
+        return f"{SPACE}?" if part.isspace() else quoted(part)
 
     def is_special(self, text: str) -> bool:
         """It begins with a special token."""
@@ -49,9 +56,11 @@ class Lark:
     def without(self, texts: Iterable[str], at_start: Iterable[str] = ()) -> str:
         """The body of a terminal for any text that does not contain some texts, nor begin with others. `at_start` has
         expressions of terminals."""
-        excluded = [f"~({ANY} {quoted(text)} {ANY})" for text in sorted({*texts})]
-        excluded += [rf"~(/[ \n\r\t]*/ {start} {ANY})" for start in at_start]
-        return " & ".join([ANY, *excluded])
+        anywhere, first = " | ".join(map(quoted, sorted({*texts}))), " | ".join(at_start)
+        # One negation of all: several would have to be followed at once.
+        excluded = [f"{ANY} ({anywhere})"] if anywhere else []
+        excluded += [rf"/[ \n\r\t]*/ ({first})"] if first else []
+        return f"{ANY} & ~(({' | '.join(excluded)}) {ANY})" if excluded else ANY
 
     def up_to(self, name: str, marker: str, body: str) -> str:
         """An expression for a text of a kind and the marker that ends it.

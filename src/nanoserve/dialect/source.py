@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from nanoserve.dialect.formats import OPEN
+
 T = TypeVar("T")
 Steps = Generator[None, None, T]
 
@@ -22,12 +24,13 @@ MAX_HELD = 1 << 16
 # Whitespace where the format puts some, and a model may write more.
 MAX_SPACE = 64
 _SPACE = re.compile(r"[ \t\r\n]+")
+_ID = re.compile(r"[A-Za-z0-9_\-]+")
 
 
 @functools.cache
 def _parts(text: str) -> list[str]:
-    """Of a text of a format: whitespace, and what stands between."""
-    return [part for part in re.split(r"(\s+)", text) if part]
+    """Of a text of a format: whitespace, what is left open, and what stands between."""
+    return [part for part in re.split(rf"(\s+|{OPEN})", text) if part]
 
 
 class Unread(Exception):
@@ -170,7 +173,10 @@ class Source:
         with self.held() as mark:
             try:
                 for part in _parts(text):
-                    yield from self._some_space() if part.isspace() else self._exactly(part)
+                    if part == OPEN:
+                        yield from self.whole_run(_ID)
+                    else:
+                        yield from self._some_space() if part.isspace() else self._exactly(part)
             except Unread:
                 self.back(mark)
                 raise

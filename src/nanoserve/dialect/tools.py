@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # What every format can write, and no format has to escape.
-NAME = re.compile(r"[A-Za-z0-9_.:/\-]{1,128}")
+NAME = re.compile(r"[A-Za-z0-9_./\-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Tool:
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
-            raise ValueError(f"tool {self.name!r}: a name has 1 to 128 letters, digits or any of _ . : / -")
+            raise ValueError(f"tool {self.name!r}: a name has 1 to 128 letters, digits or any of _ . / -")
 
 
 class Choosing(enum.Enum):
