@@ -27,7 +27,7 @@ class CallReader:
         self._format = calls
         self._source = source
         self._opens = sorted(calls.opens, key=len, reverse=True)
-        self._closes = sorted(filter(None, calls.closes), key=len, reverse=True)
+        self._closes = [f" {each}" for each in sorted(filter(None, calls.closes), key=len, reverse=True)]
         self._names = None if tools is None else [tool.name for tool in tools]
         self._tools = {tool.name: tool for tool in tools or ()}
         # What stands behind the arguments, as far as the style has not read it.
@@ -54,7 +54,7 @@ class CallReader:
             return None
         with self._source.held() as mark:
             try:
-                yield from self._source.literal(self._format.between)
+                yield from self._source.literal(f" {self._format.between}")
                 return (yield from self._opening())
             except Unread:
                 self._source.back(mark)
@@ -208,20 +208,30 @@ class CallReader:
         if not parameter.is_text:
             # Undecided until all of it is there.
             parts: list[str] = []
+            has_ended = False
             with source.held() as mark:
                 try:
                     yield from value(source, parts.append)
                     yield from source.literal(f" {end}")
                     is_value = parameter.allows("".join(parts))
-                except Unread:
-                    is_value = False
+                except Unread as wrong:
+                    is_value, has_ended = False, isinstance(wrong, Over)
                 if not is_value:
                     source.back(mark)
             if is_value:
                 write("".join(parts).strip())
                 return
+            if has_ended:
+                # A quote in a text may have looked like the beginning of a string.
+                parts.clear()
+                yield from self._text_value(end, parts.append)
+                write("".join(parts))
+                return
+        yield from self._text_value(end, write)
+
+    def _text_value(self, end: str, write: Callable[[str], None]) -> Steps[None]:
         write('"')
-        if not (yield from source.until(Markers((end, end.lstrip())), lambda text: write(in_string(text)))):
+        if not (yield from self._source.until(Markers((end, end.lstrip())), lambda text: write(in_string(text)))):
             raise Over
         write('"')
 
@@ -265,10 +275,12 @@ class CallReader:
             write(f'"{in_string(text)}"')
             return
         bare = (yield from source.whole_run(_BARE)).rstrip()
+        if not (yield from source.more()):
+            raise Over
         if not bare:
             raise Unread
         plain = None if parameter.is_text else scalar(bare)
-        write(f'"{in_string(bare)}"' if plain is None else plain)
+        write(f'"{in_string(bare)}"' if plain is None or not parameter.allows(plain) else plain)
 
     def _parameter(self, name: str) -> Parameter:
         return self._parameters.get(name) or Parameter(name, {}, is_required=False)

@@ -135,6 +135,8 @@ class OutputParser:
                 self._is_first = bool(marker)
             if not marker:
                 marker = yield from source.until(self._later, self._say)
+            if not marker:
+                self._say(source.rest())
             if marker in self._frames:
                 self._is_first = True
             elif self._reasoning and marker == self._reasoning.start:
@@ -149,7 +151,8 @@ class OutputParser:
         self._space.clear()
         # Of the block: its beginning.
         self._is_edge = True
-        yield from self._source.until(Markers([reasoning.end]), self._think)
+        if not (yield from self._source.until(Markers([reasoning.end]), self._think)):
+            self._think(self._source.rest())
         self._space.clear()
         self._is_first = self._is_edge = self._is_behind_reasoning = True
 

@@ -202,20 +202,27 @@ class Source:
         return found
 
     def until(self, markers: Markers, write: Callable[[str], None]) -> Steps[str]:
-        """Write all before the next marker, and read it. Empty if the text ends before."""
+        """Write all before the next marker, and read it. Empty if the text ends before; what may have become a marker
+        is then left unread."""
         while True:
             start, found = markers.search(self._text, self._at)
-            begun = len(self._text) if self.is_over else markers.begun(self._text, self._at)
-            stop = min(start, begun)
+            begun = markers.begun(self._text, self._at)
+            stop = start if found and self.is_over else min(start, begun)
             if stop > self._at:
                 write(self._text[self._at : stop])
                 self._at = stop
-            if found and start < begun:
+            if found and (start < begun or self.is_over):
                 self._at += len(found)
                 return found
             if self.is_over:
                 return ""
             yield
+
+    def rest(self) -> str:
+        """Read all that is there."""
+        text = self._text[self._at :]
+        self._at = len(self._text)
+        return text
 
     def _room(self) -> int:
         """Characters that may be read before too many are held."""
