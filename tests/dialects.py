@@ -13,7 +13,18 @@ from llguidance import LLMatcher, LLTokenizer
 from nanoserve.constraint.compiler import LIMITS
 from nanoserve.constraint.matcher import Matcher, make_masks
 from nanoserve.constraint.vocabulary import tokenizer_of_tokens
-from nanoserve.dialect.formats import CALLS, OPEN, REASONING, CallFormat, Dialect, reasoning_format
+from nanoserve.dialect.formats import (
+    CALLS,
+    OPEN,
+    REASONING,
+    CallFormat,
+    Dialect,
+    JsonArguments,
+    JsonBody,
+    KeywordArguments,
+    TaggedArguments,
+    reasoning_format,
+)
 from nanoserve.dialect.grammar import Skeleton, skeleton
 from nanoserve.dialect.parser import Arguments, CallBegun, CallEnded, Content, Event, OutputParser, Reasoning
 from nanoserve.dialect.tools import Choosing, Tool, ToolChoice
@@ -200,3 +211,24 @@ class Told:
 def _number(text: str) -> float:
     """A float: what is drawn at random has exponents that are larger."""
     return min(max(float(text), -1e300), 1e300)
+
+
+def render(calls: CallFormat, made: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Calls as a chat template writes them."""
+    written = []
+    for i, (name, arguments) in enumerate(made):
+        match calls.style:
+            case JsonBody(key):
+                body = json.dumps({"name": name, key: arguments})
+            case JsonArguments(after_names):
+                body = name + after_names[0].replace(OPEN, str(i)) + json.dumps(arguments)
+            case TaggedArguments(after_name, key, value, end):
+                parts = [
+                    f"{key}{each}{value}{text if isinstance(text, str) else json.dumps(text)}{end}"
+                    for each, text in arguments.items()
+                ]
+                body = name + after_name + "\n".join(parts)
+            case KeywordArguments():
+                body = f"{name}({', '.join(f'{each}={json.dumps(text)}' for each, text in arguments.items())})"
+        written.append(calls.begin + body + (calls.end if body[-1] != "\n" else calls.end.lstrip("\n")))
+    return calls.opens[0] + (calls.between or "").join(written) + calls.closes[0]

@@ -289,7 +289,7 @@ CALLS = (
                 "<|message|>",
             )
         ),
-        opens=("<|channel|>commentary to=functions.", "<|channel|>analysis to=functions.", "to=functions."),
+        opens=("<|channel|>commentary to=functions.", "to=functions."),
         between=None,
         is_at_start=True,
     ),

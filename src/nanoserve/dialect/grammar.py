@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nanoserve.dialect.formats import CallFormat, Dialect, JsonArguments, JsonBody, KeywordArguments, TaggedArguments
-from nanoserve.dialect.lark import SPACE, Lark, quoted
+from nanoserve.dialect.lark import SPACE, SPACES, Lark, quoted
 from nanoserve.dialect.parameters import Parameter, ignored_keywords, loosened, parameters, schema_of
 from nanoserve.dialect.tools import Choosing, Tool, ToolChoice
 from nanoserve.errors import ConstraintInvalid, ConstraintProblem
@@ -70,7 +70,7 @@ def skeleton(
 
 
 class _Writer:
-    """Writes the rules of one grammar: `calls` with what opens them and `called` without, `body`, `start`."""
+    """Writes the rules of one grammar: `calls` where no text may stand, `called` where one may, `body`, `start`."""
 
     def __init__(self, dialect: Dialect, tools: Sequence[Tool], special_id: Callable[[str], int | None]) -> None:
         self._reasoning = dialect.reasoning
@@ -87,7 +87,9 @@ class _Writer:
         if (reasoning := self._reasoning) and (is_reasoning or may_reason):
             text = self.lark.up_to("think", reasoning.end, self.lark.without([reasoning.end]))
             turn = self.lark.literal(reasoning.turn)
-            block = f"{text} {turn}" if is_reasoning else f"({self.lark.literal(f' {reasoning.start}')} {text} {turn})?"
+            block = f"{text} {turn}"
+            if not is_reasoning:
+                block = f"({self.lark.opening('thinking', reasoning.start)} {block})?"
         self.lark.rule("start", f"{block} body")
 
     def add_body(self, choice: ToolChoice, *, has_calls: bool, answer: bool) -> None:
@@ -102,8 +104,10 @@ class _Writer:
             lark.rule("body", " | ".join([f"{channel} {SPACE}? @answer", *calls]))
             return
         text = self._text()
-        if calls and self._format and not self._format.is_at_start:
-            calls = [f"{lark.up_to('before', self._format.triggers[0], text)} called"]
+        if calls and self._format:
+            calls = ["called"]
+            if not self._format.is_at_start:
+                calls = [f"{lark.up_to('before', self._format.triggers[0], text)} called"]
         lark.rule("body", " | ".join([f"{channel} {lark.rule('TEXT', text)}", *calls]))
 
     def _text(self) -> str:
@@ -120,7 +124,7 @@ class _Writer:
             elif isinstance(calls.style, KeywordArguments):
                 # A list of anything else may well begin a text.
                 names = " | ".join(quoted(tool.name) for tool in self._tools)
-                first += [rf"{quoted(trigger)} /[ \n\r\t]*/ ({names})" for trigger in calls.triggers]
+                first += [f'{quoted(trigger)} {SPACES} ({names}) {SPACES} "("' for trigger in calls.triggers]
             else:
                 first += map(quoted, calls.triggers)
         return self.lark.without(anywhere, first)
@@ -138,19 +142,35 @@ class _Writer:
             is_loose = choice.choosing is Choosing.AUTO and not self._tools[i].is_strict
             tool = loosened(self._tools[i]) if is_loose else self._tools[i]
             names.append(self.lark.rule(f"call_{i}", self._call(calls, i, tool)))
-        begin = calls.begin + (' { "name" : "' if isinstance(calls.style, JsonBody) else "")
-        rest = self.lark.rule("call", " | ".join(names))
+        begin = calls.begin + ('{ "name" : "' if isinstance(calls.style, JsonBody) else "")
+        more = ""
         if parallel and calls.between is not None:
-            rest += f" ({self.lark.literal(f'{calls.end}{calls.between}{begin}')} call)*"
-        closes = " | ".join(filter(None, (self.lark.literal(calls.end + each) for each in calls.closes)))
-        if closes:
-            rest += f" ({closes})"
+            more += f" ({self.lark.literal(f'{calls.end}{calls.between}{begin}')} call)*"
+        if closes := " | ".join(filter(None, (self.lark.literal(calls.end + each) for each in calls.closes))):
+            more += f" ({closes})"
+        self.lark.rule("call", " | ".join(names))
         opens = [f"{each} {begin}" if each and calls.begin else each + begin for each in calls.opens]
-        first = " | ".join(self.lark.literal(each) for each in opens)
-        self.lark.rule("calls", f"({first}) {rest}")
-        if not calls.is_at_start:
-            self.lark.rule("called", f"{self.lark.literal(opens[0].removeprefix(calls.triggers[0]))} {rest}")
+        self.lark.rule("calls", f"({' | '.join(map(self.lark.literal, opens))}) call{more}")
+        self.lark.rule("called", f"({self._called(calls, opens, allowed)}){more}")
         return True
+
+    def _called(self, calls: CallFormat, opens: list[str], allowed: list[int]) -> str:
+        """The first call where a text might stand instead; other than at the start, without the trigger."""
+        lark = self.lark
+        after = [lark.literal(each.removeprefix(trigger)) for each, trigger in zip(opens, calls.triggers, strict=True)]
+        if not calls.is_at_start:
+            return f"{after[0]} call"
+        ways: list[str] = []
+        for i, (trigger, rest) in enumerate(zip(calls.triggers, after, strict=True)):
+            if not isinstance(calls.style, KeywordArguments) or lark.is_special(trigger):
+                ways.append(f"{lark.opening(f'opening_{i}', trigger)} {rest} call")
+                continue
+            # A list of anything else is a text: only with the bracket of a call it is none.
+            for j in allowed:
+                head = f'{SPACES} {quoted(trigger)} {SPACES} {quoted(self._tools[j].name)} {SPACES} "("'
+                opening = lark.rule(f"opening_{i}_{j}[lazy]", lark.rule(f"OPENING_{i}_{j}", head))
+                ways.append(f'{opening} first_{j}_0 ")"')
+        return " | ".join(ways)
 
     def _call(self, calls: CallFormat, i: int, tool: Tool) -> str:
         """From the name of a tool to the end of its arguments."""

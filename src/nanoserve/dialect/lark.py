@@ -9,6 +9,8 @@ from nanoserve.dialect.formats import OPEN
 # Of whitespace that may stand at one place.
 MAX_SPACE = 16
 SPACE, ANY = "SPACE", "ANY"
+# Within a terminal, where it may be missing.
+SPACES = rf"/[ \n\r\t]{{0,{MAX_SPACE}}}/"
 # What may be a special token.
 _MARKER = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")
 
@@ -52,6 +54,15 @@ class Lark:
         """It begins with a special token."""
         first = next(filter(None, _MARKER.split(text)), "")
         return self._special_id(first) is not None
+
+    def opening(self, name: str, text: str) -> str:
+        """An expression for what else a text of the model's own would begin with, and the whitespace before it.
+
+        The lexer reads as far as any terminal goes. So where a text may stand instead, this has to be one terminal.
+        """
+        if self.is_special(text):
+            return f"{SPACE}? {self.literal(text)}"
+        return self.rule(f"{name}[lazy]", self.rule(name.upper(), f"{SPACES} {quoted(text)}"))
 
     def without(self, texts: Iterable[str], at_start: Iterable[str] = ()) -> str:
         """The body of a terminal for any text that does not contain some texts, nor begin with others. `at_start` has
