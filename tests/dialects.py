@@ -96,11 +96,17 @@ class Vocabulary:
         token_ids = self.encode(text)
         return matcher.consume(token_ids) == len(token_ids) and matcher.may_end
 
-    def draw(self, matcher: Matcher, seed: int, max_tokens: int) -> tuple[str, bool]:
-        """A text of tokens drawn evenly from what is allowed, and whether it came to its end."""
+    def draw(self, matcher: Matcher, seed: int, max_tokens: int, begin: str = "") -> tuple[str, bool]:
+        """A text of tokens drawn evenly from what is allowed, and whether it came to its end.
+
+        begin: a part of it, as long as the seed says, comes before.
+        """
         drawn = random.Random(seed)
         masks = make_masks(1, len(self.texts))
-        tokens: list[bytes] = []
+        first = self.encode(begin)
+        first = first[: seed % (len(first) + 1)]
+        assert matcher.consume(first) == len(first), begin
+        tokens = [self.texts[token_id] for token_id in first]
         for _ in range(max_tokens):
             matcher.fill(masks, 0)
             bits = np.unpackbits(masks[0].view(np.uint8), bitorder="little")

@@ -144,6 +144,9 @@ def test_reasoning_comes_first_and_is_closed(calls, has_special):
         assert not ask(call, is_reasoning=True)
         assert ask(reasoning.start + rest, may_reason=True)
         assert ask(call, may_reason=True)
+        # Whitespace may stand before and between, as some models write it.
+        assert ask(f"\n{call}", may_reason=True)
+        assert ask(f"\n{reasoning.start}\nFirst\n{reasoning.end}{reasoning.turn}\n\n{call}", may_reason=True)
         assert not ask(reasoning.start + rest)
         assert not ask(f"First{call}", is_reasoning=True)
         assert not ask(f"{call}{reasoning.start}{rest}", may_reason=True)

@@ -5,7 +5,7 @@ import random
 
 import jsonschema_rs
 import pytest
-from dialects import Told, Vocabulary, dialect_of, grammar_of, read
+from dialects import Told, Vocabulary, dialect_of, grammar_of, read, render
 
 from nanoserve.dialect.formats import CALLS
 from nanoserve.dialect.tools import Choosing, Tool
@@ -67,8 +67,13 @@ def check(calls, seed, *, has_special, **asked):
     words = vocabulary(has_special)
     dialect = dialect_of(calls)
     made = grammar_of(dialect, TOOLS, words, **asked)
-    text, is_whole = words.draw(words.matcher(made), seed, MAX_TOKENS)
     is_reasoning = asked.get("is_reasoning", False)
+    begin = ""
+    if asked["choosing"] is Choosing.AUTO and seed % 4 > 1 and not is_reasoning:
+        # Else one would hardly ever come, where it is not to stand behind a text.
+        call = render(calls, [("get_weather", {"city": "Oslo", "exact": True})])
+        begin = ("" if calls.is_at_start else "Well.\n") + call
+    text, is_whole = words.draw(words.matcher(made), seed, MAX_TOKENS, begin)
     told = Told(read(dialect, text, TOOLS, is_reasoning=is_reasoning, is_complete=is_whole))
     cuts = sorted(random.Random(seed).choices(range(len(text) + 1), k=len(text) // 3))
     assert Told(read(dialect, text, TOOLS, cuts=cuts, is_reasoning=is_reasoning, is_complete=is_whole)) == told

@@ -64,8 +64,8 @@ def skeleton(
     """
     writer = _Writer(dialect, tools, special_id)
     has_calls = writer.add_calls(choice, parallel=parallel)
-    writer.add_body(choice, has_calls=has_calls, answer=answer)
-    writer.add_start(is_reasoning=is_reasoning, may_reason=may_reason)
+    has_text = writer.add_body(choice, has_calls=has_calls, answer=answer)
+    writer.add_start(is_reasoning=is_reasoning, may_reason=may_reason, has_text=has_text)
     return Skeleton(writer.lark.text(), writer.schemas, tuple(writer.unenforced))
 
 
@@ -82,33 +82,37 @@ class _Writer:
 
     # ----------------------------------------------------------------------------------- reasoning, text, calls
 
-    def add_start(self, *, is_reasoning: bool, may_reason: bool) -> None:
-        block = ""
+    def add_start(self, *, is_reasoning: bool, may_reason: bool, has_text: bool) -> None:
+        """The reasoning, and what follows it. has_text: that may be a text, which has whitespace of its own."""
+        lark, block, space = self.lark, "", "" if has_text else f"{SPACE}?"
         if (reasoning := self._reasoning) and (is_reasoning or may_reason):
-            text = self.lark.up_to("think", reasoning.end, self.lark.without([reasoning.end]))
-            turn = self.lark.literal(reasoning.turn)
-            block = f"{text} {turn}"
+            block = (
+                f"{lark.up_to('think', reasoning.end, lark.without([reasoning.end]))} {lark.literal(reasoning.turn)}"
+            )
             if not is_reasoning:
-                block = f"({self.lark.opening('thinking', reasoning.start)} {block})?"
-        self.lark.rule("start", f"{block} body")
+                start = lark.opening("thinking", reasoning.start) if has_text else lark.literal(reasoning.start)
+                block = f"{space} ({start} {block} {space})?"
+                space = ""
+        lark.rule("start", f"{block} {space} body")
 
-    def add_body(self, choice: ToolChoice, *, has_calls: bool, answer: bool) -> None:
-        """What follows the reasoning."""
+    def add_body(self, choice: ToolChoice, *, has_calls: bool, answer: bool) -> bool:
+        """What follows the reasoning. Returns whether that may be a text."""
         lark = self.lark
         channel = lark.literal(self._reasoning.answer) if self._reasoning else ""
-        calls = [f"{SPACE}? calls"] if has_calls else []
         if choice.choosing is Choosing.REQUIRED:
-            lark.rule("body", calls[0])
-            return
+            lark.rule("body", "calls")
+            return False
         if answer:
-            lark.rule("body", " | ".join([f"{channel} {SPACE}? @answer", *calls]))
-            return
+            lark.rule("body", f"{channel} {f'{SPACE}?' if channel else ''} @answer" + (" | calls" if has_calls else ""))
+            return False
         text = self._text()
-        if calls and self._format:
-            calls = ["called"]
-            if not self._format.is_at_start:
-                calls = [f"{lark.up_to('before', self._format.triggers[0], text)} called"]
-        lark.rule("body", " | ".join([f"{channel} {lark.rule('TEXT', text)}", *calls]))
+        body = f"{channel} {lark.rule('TEXT', text)}"
+        if has_calls and self._format:
+            is_at_start = self._format.is_at_start
+            before = "" if is_at_start else lark.up_to("before", self._format.triggers[0], text)
+            body += f" | {before} called"
+        lark.rule("body", body)
+        return True
 
     def _text(self) -> str:
         """A terminal for text in which the parser will see no marker."""
