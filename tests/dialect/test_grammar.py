@@ -324,3 +324,10 @@ def test_schemas_are_told_apart_by_name():
         "tool_0": TOOLS[0].parameters,
         "tool_1": {"type": "object", "properties": {}, "additionalProperties": False},
     }
+
+
+def test_a_text_has_no_call_however_much_whitespace_is_in_it():
+    dialect = only_calls(call_format("pythonic"))
+    text = f"[{' ' * 20}get_time{' ' * 20}()]"
+    assert CallBegun(0, "get_time") in read(dialect, text, TOOLS)
+    assert not accepts(dialect, text, AUTO)

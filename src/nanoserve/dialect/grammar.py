@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nanoserve.dialect.formats import CallFormat, Dialect, JsonArguments, JsonBody, KeywordArguments, TaggedArguments
-from nanoserve.dialect.lark import SPACE, SPACES, Lark, quoted
+from nanoserve.dialect.lark import ANY_SPACES, SPACE, SPACES, Lark, quoted
 from nanoserve.dialect.parameters import Parameter, ignored_keywords, loosened, parameters, schema_of
 from nanoserve.dialect.tools import Choosing, Tool, ToolChoice
 from nanoserve.errors import ConstraintInvalid, ConstraintProblem
@@ -86,9 +86,8 @@ class _Writer:
         """The reasoning, and what follows it. has_text: that may be a text, which has whitespace of its own."""
         lark, block, space = self.lark, "", "" if has_text else f"{SPACE}?"
         if (reasoning := self._reasoning) and (is_reasoning or may_reason):
-            block = (
-                f"{lark.up_to('think', reasoning.end, lark.without([reasoning.end]))} {lark.literal(reasoning.turn)}"
-            )
+            text = lark.up_to("think", reasoning.end, lark.without([reasoning.end]))
+            block = f"{text} {lark.literal(reasoning.turn)}"
             if not is_reasoning:
                 start = lark.opening("thinking", reasoning.start) if has_text else lark.literal(reasoning.start)
                 block = f"{space} ({start} {block} {space})?"
@@ -103,7 +102,8 @@ class _Writer:
             lark.rule("body", "calls")
             return False
         if answer:
-            lark.rule("body", f"{channel} {f'{SPACE}?' if channel else ''} @answer" + (" | calls" if has_calls else ""))
+            before = f"{channel} {SPACE}?" if channel else ""
+            lark.rule("body", f"{before} @answer" + (" | calls" if has_calls else ""))
             return False
         text = self._text()
         body = f"{channel} {lark.rule('TEXT', text)}"
@@ -128,7 +128,7 @@ class _Writer:
             elif isinstance(calls.style, KeywordArguments):
                 # A list of anything else may well begin a text.
                 names = " | ".join(quoted(tool.name) for tool in self._tools)
-                first += [f'{quoted(trigger)} {SPACES} ({names}) {SPACES} "("' for trigger in calls.triggers]
+                first += [f'{quoted(trigger)} {ANY_SPACES} ({names}) {ANY_SPACES} "("' for trigger in calls.triggers]
             else:
                 first += map(quoted, calls.triggers)
         return self.lark.without(anywhere, first)

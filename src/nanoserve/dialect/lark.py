@@ -9,8 +9,9 @@ from nanoserve.dialect.formats import OPEN
 # Of whitespace that may stand at one place.
 MAX_SPACE = 16
 SPACE, ANY = "SPACE", "ANY"
-# Within a terminal, where it may be missing.
+# Within a terminal, where it may be missing; and as much as there may be in a text.
 SPACES = rf"/[ \n\r\t]{{0,{MAX_SPACE}}}/"
+ANY_SPACES = r"/[ \n\r\t]*/"
 # What may be a special token.
 _MARKER = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")
 
@@ -70,7 +71,7 @@ class Lark:
         anywhere, first = " | ".join(map(quoted, sorted({*texts}))), " | ".join(at_start)
         # One negation of all: several would have to be followed at once.
         excluded = [f"{ANY} ({anywhere})"] if anywhere else []
-        excluded += [rf"/[ \n\r\t]*/ ({first})"] if first else []
+        excluded += [f"{ANY_SPACES} ({first})"] if first else []
         return f"{ANY} & ~(({' | '.join(excluded)}) {ANY})" if excluded else ANY
 
     def up_to(self, name: str, marker: str, body: str) -> str:
