@@ -27,6 +27,8 @@ TRANSCRIPTS = [
     ("hermes", '<tool_call>{"name":"get_time","arguments":null}</tool_call>', "", "", BOTH[1:]),
     # The last brace is forgotten.
     ("hermes", '<tool_call>{"name":"get_weather","arguments":{"city":"Oslo","days":3}', "", "", BOTH[:1]),
+    # Whitespace before a call is nothing, that between it and a text is the text's.
+    ("hermes", '\n <tool_call>{"name":"get_time"}</tool_call> b', "", " b", BOTH[1:]),
     # Text after the call, with a line break of its own.
     ("hermes", 'a <tool_call>{"name":"get_time"}</tool_call>\n\nb\n', "", "a \n\nb\n", BOTH[1:]),
     (

@@ -243,8 +243,9 @@ def test_a_name_that_is_no_tool_s_is_told_by_its_first_letter_that_differs():
     ],
 )
 def test_where_reasoning_begins_and_ends(text, is_reasoning, reasoning, content):
-    found = told(HERMES, text, is_reasoning=is_reasoning)
-    assert (found.reasoning, found.content, found.calls) == (reasoning, content, [])
+    for cuts in ((), range(1, len(text))):
+        found = told(HERMES, text, is_reasoning=is_reasoning, cuts=cuts)
+        assert (found.reasoning, found.content, found.calls) == (reasoning, content, [])
 
 
 def test_either_half_works_alone():

@@ -70,7 +70,7 @@ class OutputParser:
     """Reads one output, in any cut, with special tokens spelled out and without the EOS token. One thread at a time.
 
     Whitespace that only stands between is part of nothing: around a block of reasoning, between reasoning and what
-    follows, between calls, and before a call that nothing else comes before; nor is the one line break that some formats
+    follows, between calls, and before a call that nothing else comes before; so is the one line break that some formats
     put between content and a call. Other content is as it was written.
     """
 
