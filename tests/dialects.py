@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from nanoserve.constraint.compiler import LIMITS
+from nanoserve.constraint.checker import LIMITS
 from nanoserve.constraint.matcher import Matcher, make_masks
-from nanoserve.constraint.vocabulary import tokenizer_of_tokens
+from nanoserve.constraint.vocabulary import Vocabulary as Tokens
 from nanoserve.dialect.formats import (
     CALLS,
     OPEN,
@@ -65,11 +65,11 @@ class Vocabulary:
         self.ids = {text: len(tokens) + i for i, text in enumerate(special)}
         self.eos_id = self.ids["<eos>"]
         self._singles = {token: i for i, token in enumerate(tokens) if len(token) == 1}
-        self.tokenizer: LLTokenizer = tokenizer_of_tokens(
-            self.texts,
-            list(self.ids.values()),
-            [self.eos_id],
-            lambda text: [self._singles[bytes([byte])] for byte in text.encode()],
+        vocabulary = Tokens(
+            len(self.texts), (self.eos_id,), tokens=tuple(self.texts), special_token_ids=tuple(self.ids.values())
+        )
+        self.tokenizer: LLTokenizer = vocabulary.tokenizer(
+            lambda text: [self._singles[bytes([byte])] for byte in text.encode()]
         )
 
     def special_id(self, text: str) -> int | None:
@@ -90,11 +90,11 @@ class Vocabulary:
         grammar = json.dumps({"grammars": [{"lark_grammar": made.lark}, *parts]})
         parser = LLMatcher(self.tokenizer, grammar, log_level=0, limits=LIMITS)
         assert not parser.get_error(), f"{parser.get_error()}\n{made.lark}"
-        return Matcher(parser)
+        return Matcher(parser, lambda: None)
 
     def accepts(self, matcher: Matcher, text: str) -> bool:
         token_ids = self.encode(text)
-        return matcher.consume(token_ids) == len(token_ids) and matcher.may_end
+        return matcher.read(token_ids) == len(token_ids) and matcher.may_end
 
     def draw(self, matcher: Matcher, seed: int, max_tokens: int, begin: str = "") -> tuple[str, bool]:
         """A text of tokens drawn evenly from what is allowed, and whether it came to its end.
@@ -105,16 +105,16 @@ class Vocabulary:
         masks = make_masks(1, len(self.texts))
         first = self.encode(begin)
         first = first[: seed % (len(first) + 1)]
-        assert matcher.consume(first) == len(first), begin
+        assert matcher.read(first) == len(first), begin
         tokens = [self.texts[token_id] for token_id in first]
         for _ in range(max_tokens):
-            matcher.fill(masks, 0)
+            matcher.fill(masks)
             bits = np.unpackbits(masks[0].view(np.uint8), bitorder="little")
             token_id = int(drawn.choice(np.nonzero(bits)[0]))
             if token_id == self.eos_id:
                 assert matcher.may_end, tokens
                 return b"".join(tokens).decode(), True
-            assert matcher.consume([token_id]) == 1
+            assert matcher.read([token_id]) == 1
             tokens.append(self.texts[token_id])
         return b"".join(tokens).decode("utf-8", "ignore"), False
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nanoserve.config import SchedulerConfig
 from nanoserve.constraint.compiler import ConstraintCompiler
+from nanoserve.dialect.formats import Dialect, call_format, reasoning_format
 from nanoserve.engine.core import EngineCore
 from nanoserve.engine.detokenizer import _ByteLevel
 from nanoserve.engine.engine import Engine, ServedModel
@@ -102,6 +103,7 @@ class Bench:
             max_draft_tokens=16,
             draft_sources=(),
             draft_model="",
+            dialect=Dialect(reasoning_format("qwen3"), call_format("hermes")),
         )
         limits = {"max_waiting": max_waiting, "step_timeout_s": step_timeout_s}
         self.engine = Engine(self.core, self.codec, model, **limits, observers=observers)

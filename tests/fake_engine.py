@@ -13,6 +13,7 @@ from typing import Any
 
 from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.constraint.vocabulary import Vocabulary
+from nanoserve.dialect.formats import Dialect, call_format, reasoning_format
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel, Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
@@ -53,6 +54,7 @@ class FakeEngine:
             max_draft_tokens=8,
             draft_sources=(DraftSource.NGRAM, DraftSource.DRAFT_MODEL),
             draft_model="smaller",
+            dialect=Dialect(reasoning_format("qwen3"), call_format("hermes")),
         )
         self.codec = FakeCodec()
         self.script: Script | None = None

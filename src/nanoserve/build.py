@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from nanoserve.checkpoint import of_draft_model
 from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, ConfigError, ModelOptions, Options, format_size
 from nanoserve.constraint.compiler import ConstraintCompiler
+from nanoserve.dialect.formats import Dialect, call_format, detect, reasoning_format
 from nanoserve.engine.core import EngineCore
 from nanoserve.engine.engine import Engine, ServedModel
 from nanoserve.engine.scheduler import Scheduler
@@ -117,6 +118,8 @@ def assemble(
     eos_token_ids = _eos_token_ids(model.facts, codec)
     report(Fact("ends with", ", ".join(f"{codec.token(i)!r} ({i})" for i in eos_token_ids) or "nothing: it has no EOS"))
     draft_sources, max_draft_tokens = read_choice(options.scheduler.speculate, has_draft_model=draft is not None)
+    dialect = _dialect(options.model, codec)
+    report(Fact("dialect", dialect.describe()))
     served = ServedModel(
         name=served_name(options),
         create_time_s=time.time(),
@@ -128,6 +131,7 @@ def assemble(
         max_draft_tokens=max_draft_tokens,
         draft_sources=draft_sources,
         draft_model=Path(options.model.draft_model or "").name,
+        dialect=dialect,
     )
     compiler = ConstraintCompiler(
         lambda: codec.vocabulary(model.facts.vocab_size, eos_token_ids),
@@ -246,6 +250,20 @@ def _eos_token_ids(model: ModelFacts, codec: TextCodec) -> tuple[int, ...]:
     """The checkpoint's, and its tokenizer's: fine-tunes often change only one of the two."""
     ids = {*model.eos_token_ids, *(() if codec.eos_token_id is None else (codec.eos_token_id,))}
     return tuple(sorted(token_id for token_id in ids if 0 <= token_id < model.vocab_size))
+
+
+def _dialect(options: ModelOptions, codec: TextCodec) -> Dialect:
+    """How the model writes reasoning and calls of tools. Raises ConfigError."""
+    found = detect(codec.chat_template)
+    reasoning, calls = found.reasoning, found.calls
+    try:
+        if options.reasoning_parser != "auto":
+            reasoning = None if options.reasoning_parser == "none" else reasoning_format(options.reasoning_parser)
+        if options.tool_call_parser != "auto":
+            calls = None if options.tool_call_parser == "none" else call_format(options.tool_call_parser)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return Dialect(reasoning, calls)
 
 
 def served_name(options: Options) -> str:

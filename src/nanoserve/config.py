@@ -79,6 +79,16 @@ class ModelOptions:
         "Tokens of prompt and completion together. Default: the model's own limit, or what the KV cache holds.",
         at_least=2,
     )
+    reasoning_parser: str = option(
+        "auto",
+        "How the model writes its reasoning, such as deepseek_r1 or mistral; auto = as its chat template shows; none ="
+        " it does not. Another name is answered with all that are known.",
+    )
+    tool_call_parser: str = option(
+        "auto",
+        "How the model writes calls of tools, such as hermes, llama3_json or openai; auto = as its chat template shows;"
+        " none = it does not. Another name is answered with all that are known.",
+    )
 
     @property
     def draft(self) -> "ModelOptions | None":

@@ -81,6 +81,8 @@ class SamplingParams:
     max_tokens: int | None = None
     # No EOS, stop token or stop string ends the sequence before.
     min_tokens: int = 0
+    # Then its reasoning is closed, if it still goes on. None = no limit.
+    max_reasoning_tokens: int | None = None
     # Stop strings; they may span tokens.
     stop: tuple[str, ...] = ()
     # Stop tokens besides EOS.
@@ -129,6 +131,11 @@ class ConstraintKind(enum.Enum):
     DIALECT = "dialect"  # a Lark grammar of reasoning, text and calls, which refers to `parts`: no field of its own
 
 
+# In the grammar of a DIALECT, what is captured when a block of reasoning begins, unless the prompt begins it, and when
+# it ends.
+BEGUN, REASONED = "begun", "reasoned"
+
+
 @dataclass(frozen=True, slots=True)
 class Constraint:
     """What the output must be."""
@@ -141,6 +148,10 @@ class Constraint:
     field: str = ""
     # Of a DIALECT: what its grammar refers to as "@name".
     parts: "tuple[tuple[str, Constraint], ...]" = ()
+    # Of a DIALECT whose reasoning may be cut short: the same where the open block is to be closed at once; and
+    # whether it is the prompt that opens the block.
+    closing_text: str = ""
+    is_reasoning: bool = False
 
     @property
     def path(self) -> str:
@@ -581,7 +592,7 @@ class Grammar(Protocol):
     @property
     def report(self) -> ConstraintReport: ...
 
-    def matcher(self, token_ids: Sequence[int]) -> Any:
+    def matcher(self, token_ids: Sequence[int], max_reasoning_tokens: int | None) -> Any:
         """A constraint.matcher.Matcher that has read these tokens of the completion."""
 
 

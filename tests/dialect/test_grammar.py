@@ -313,9 +313,9 @@ def test_a_grammar_can_go_back(calls):
     words = vocabulary(True)
     matcher = words.matcher(grammar_of(dialect_of(calls), TOOLS, words, AUTO, may_reason=True))
     token_ids = words.encode(render(calls, [WEATHER]))
-    assert matcher.consume(token_ids) == len(token_ids)
+    assert matcher.read(token_ids) == len(token_ids)
     assert matcher._parser.rollback(len(token_ids))
-    assert matcher.consume(token_ids) == len(token_ids)
+    assert matcher.read(token_ids) == len(token_ids)
 
 
 def test_schemas_are_told_apart_by_name():

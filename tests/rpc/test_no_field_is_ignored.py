@@ -120,6 +120,8 @@ BASES = {
                     pb.ChatMessage(role=pb.ROLE_ASSISTANT, content="x"),
                 ],
                 tools=[pb.Tool(name="f")],
+                tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_AUTO),
+                parallel_tool_calls=False,
             ),
             stopping=pb.Stopping(time_limit=Duration(seconds=5)),
         ),

@@ -42,6 +42,8 @@ class CheckedConstraint:
     # As llguidance takes it.
     grammar: str
     report: ConstraintReport
+    # Of Constraint.closing_text.
+    closing_grammar: str = ""
 
 
 class ConstraintChecker:
@@ -59,6 +61,7 @@ class ConstraintChecker:
         start_s = time.perf_counter()
         check_form(constraint)
         uses: list[KeywordUse] = []
+        closing_grammar = ""
         if constraint.kind is ConstraintKind.JSON_SCHEMA:
             schema, grammar, parser = self._check_schema(constraint)
             uses = [replace(use, field=constraint.path) for use in schema.uses]
@@ -66,7 +69,10 @@ class ConstraintChecker:
             if constraint.kind is ConstraintKind.DIALECT:
                 parts = {name: self.check(part) for name, part in constraint.parts}
                 uses = [use for part in parts.values() for use in part.report.keywords]
-                grammar = joined(constraint.text, {name: part.grammar for name, part in parts.items()})
+                grammars = {name: part.grammar for name, part in parts.items()}
+                grammar = joined(constraint.text, grammars)
+                if constraint.closing_text:
+                    closing_grammar = joined(constraint.closing_text, grammars)
             else:
                 grammar = grammar_of(constraint)
             parser = self._parser(grammar)
@@ -83,7 +89,7 @@ class ConstraintChecker:
         report = ConstraintReport(tuple(uses), len(grammar), compile_s, first_mask_s)
         if report.relaxed and constraint.kind is ConstraintKind.JSON_SCHEMA:
             _check_validator(constraint)
-        return CheckedConstraint(grammar, report)
+        return CheckedConstraint(grammar, report, closing_grammar)
 
     def _check_schema(self, constraint: Constraint) -> tuple[Schema, str, LLMatcher]:
         try:

@@ -22,7 +22,7 @@ from llguidance import LLMatcher, LLTokenizer
 from nanoserve.constraint.check_process import NICENESS, STACK_BYTES, CheckProcess
 from nanoserve.constraint.checker import make_parser
 from nanoserve.constraint.grammar import refusal
-from nanoserve.constraint.matcher import Matcher
+from nanoserve.constraint.matcher import Closing, Matcher
 from nanoserve.constraint.vocabulary import Encode, Vocabulary
 from nanoserve.errors import ConstraintInvalid, Overloaded
 from nanoserve.request import Constraint, ConstraintReport
@@ -49,12 +49,17 @@ class CompiledConstraint:
     report: ConstraintReport
     # At its start. Never reads a token.
     parser: LLMatcher = field(repr=False)
+    # How its reasoning can be cut short, if it can.
+    closing: Closing | None = field(repr=False, default=None)
     # Set once the lexer is full.
     is_worn: threading.Event = field(repr=False, default_factory=threading.Event)
 
-    def matcher(self, token_ids: Sequence[int] = ()) -> Matcher:
+    def matcher(self, token_ids: Sequence[int] = (), max_reasoning_tokens: int | None = None) -> Matcher:
         """A new one, which has read these tokens of the completion."""
-        return Matcher(self.parser, self.is_worn.set, token_ids)
+        limit = None
+        if max_reasoning_tokens is not None and self.closing is not None:
+            limit = max_reasoning_tokens, self.closing
+        return Matcher(self.parser, self.is_worn.set, token_ids, limit)
 
     @property
     def num_bytes(self) -> int:
@@ -163,7 +168,10 @@ class ConstraintCompiler:
             checked = process.check(constraint, COMPILE_TIMEOUT_S)
         except TimeoutError:
             raise too_slow(constraint) from None
-        return CompiledConstraint(checked.report, make_parser(tokenizer, checked.grammar))
+        closing = None
+        if checked.closing_grammar:
+            closing = Closing(make_parser(tokenizer, checked.closing_grammar), constraint.is_reasoning)
+        return CompiledConstraint(checked.report, make_parser(tokenizer, checked.grammar), closing)
 
     def _ready_vocabulary(self) -> tuple[Vocabulary, LLTokenizer]:
         with self._vocabulary_lock:
@@ -194,6 +202,6 @@ def _digest(constraint: Constraint) -> str:
 
     def spelled(each: Constraint) -> list[Any]:
         parts = [[name, spelled(part)] for name, part in each.parts]
-        return [each.kind.value, each.text, each.is_relaxed, each.field, parts]
+        return [each.kind.value, each.text, each.is_relaxed, each.field, parts, each.closing_text, each.is_reasoning]
 
     return hashlib.sha256(json.dumps(spelled(constraint)).encode()).hexdigest()

@@ -1,12 +1,25 @@
 """How far one completion has come in its grammar, and the masks that tell which tokens may be next."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from llguidance import LLMatcher
 
+from nanoserve.request import BEGUN, REASONED
+
 # A mask has a bit for each token: bit i % 32 of word i // 32, 1 = allowed.
 Masks = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """How the reasoning of a grammar is cut short."""
+
+    # At the start of the same grammar, where an open block is to be closed at once.
+    parser: LLMatcher
+    # The prompt has opened the block.
+    is_open: bool
 
 
 class Matcher:
@@ -20,12 +33,24 @@ class Matcher:
     A matcher whose parser ran into its limits is of no use any more: it allows nothing, and reads nothing.
     """
 
-    def __init__(self, parser: LLMatcher, wear_out: Callable[[], None], token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        parser: LLMatcher,
+        wear_out: Callable[[], None],
+        token_ids: Sequence[int] = (),
+        limit: tuple[int, Closing] | None = None,
+    ) -> None:
         """parser: at its start; it is copied, and shares its lexer with the copy. wear_out: called when that is full of
-        states. token_ids: what is read already.
+        states. token_ids: what is read already. limit: after so many tokens the reasoning is closed.
         """
         self._parser = parser.deep_copy()
         self._wear_out = wear_out
+        # Tokens until the reasoning is closed; None = there is no limit, or it was reached.
+        self._num_left: int | None = None
+        self._closing: Closing | None = None
+        if limit is not None:
+            self._num_left, self._closing = limit
+            self._close_reasoning_in_time()
         self.read(token_ids)
 
     def fill(self, masks: Masks, drafted: Sequence[int] = ()) -> None:
@@ -36,7 +61,9 @@ class Matcher:
         """
         masks[:] = 0
         num_read = 0
-        for mask, token_id in zip(masks, [*drafted, None], strict=True):
+        # Where the reasoning is closed, another grammar goes on.
+        drafted = drafted[: self._most_drafted(len(drafted))]
+        for mask, token_id in zip(masks, [*drafted, None], strict=False):
             # A tokenizer may have more tokens than the model.
             words = np.frombuffer(self._parser.compute_bitmask(), dtype=np.int32)
             if self._is_worn():
@@ -51,9 +78,28 @@ class Matcher:
 
     def read(self, token_ids: Sequence[int]) -> int:
         """Read tokens until one is not allowed; behind a complete output none is. Returns how many were."""
-        num_read = self._parser.try_consume_tokens(list(token_ids))
+        num_read = 0
+        if self._num_left is not None:
+            before = list(token_ids[: self._num_left])
+            num_read = self._parser.try_consume_tokens(before)
+            self._num_left -= num_read
+            self._close_reasoning_in_time()
+            if num_read < len(before) or self._is_worn():
+                return num_read
+        num_read += self._parser.try_consume_tokens(list(token_ids[num_read:]))
         self._is_worn()
         return num_read
+
+    def _close_reasoning_in_time(self) -> None:
+        if self._num_left != 0 or self._closing is None:
+            return
+        has_begun = self._closing.is_open or self._parser.get_capture(BEGUN) is not None
+        if has_begun and self._parser.get_capture(REASONED) is None:
+            self._parser = self._closing.parser.deep_copy()
+        self._num_left = self._closing = None
+
+    def _most_drafted(self, count: int) -> int:
+        return count if self._num_left is None else min(count, self._num_left - 1)
 
     def _is_worn(self) -> bool:
         """The parser ran into its limits."""
@@ -63,11 +109,12 @@ class Matcher:
 
     def count_allowed(self, token_ids: Sequence[int]) -> int:
         """How many of these tokens may follow, one after the other."""
-        return self._parser.validate_tokens(list(token_ids))
+        return self._parser.validate_tokens(list(token_ids[: self._most_drafted(len(token_ids))]))
 
     def forced(self) -> list[int]:
         """The tokens that spell what must follow, as the tokenizer would. Others may spell the same."""
-        return self._parser.compute_ff_tokens()
+        forced = self._parser.compute_ff_tokens()
+        return forced[: self._most_drafted(len(forced))]
 
     @property
     def may_end(self) -> bool:

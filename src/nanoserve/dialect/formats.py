@@ -366,6 +366,11 @@ class Dialect:
     reasoning: ReasoningFormat | None = None
     calls: CallFormat | None = None
 
+    def describe(self) -> str:
+        """In a line."""
+        reasoning = f"reasons like {self.reasoning.names[0]}" if self.reasoning else "no reasoning is known"
+        return f"{reasoning}, " + (f"calls tools like {self.calls.names[0]}" if self.calls else "no calls of tools are")
+
 
 def reasoning_format(name: str) -> ReasoningFormat:
     """By one of its names. Raises ValueError."""

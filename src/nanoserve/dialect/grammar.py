@@ -19,6 +19,7 @@ from nanoserve.dialect.lark import ANY_SPACES, SPACE, SPACES, Lark, quoted
 from nanoserve.dialect.parameters import Parameter, ignored_keywords, loosened, parameters, schema_of
 from nanoserve.dialect.tools import Choosing, Tool, ToolChoice
 from nanoserve.errors import ConstraintInvalid, ConstraintProblem
+from nanoserve.request import BEGUN, REASONED
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,14 @@ def skeleton(
     may_reason: bool,
     answer: bool,
     special_id: Callable[[str], int | None],
+    closes_reasoning: bool = False,
 ) -> Skeleton:
     """The grammar of an output.
 
     parallel: there may be more than one call. is_reasoning: the prompt has opened a block of reasoning, which has to be
     closed; may_reason: the model may open one. answer: what is no call is to satisfy the grammar "answer".
-    special_id: of a special token, by its text; None = it is written as text.
+    special_id: of a special token, by its text; None = it is written as text. closes_reasoning: a block that is open is
+    closed at once.
 
     Left to the model, a tool that is not strict takes any arguments. Raises ConstraintInvalid if a call that is
     required, or an argument of one, cannot be written.
@@ -65,7 +68,7 @@ def skeleton(
     writer = _Writer(dialect, tools, special_id)
     has_calls = writer.add_calls(choice, parallel=parallel)
     has_text = writer.add_body(choice, has_calls=has_calls, answer=answer)
-    writer.add_start(is_reasoning=is_reasoning, may_reason=may_reason, has_text=has_text)
+    writer.add_start(is_reasoning=is_reasoning, may_reason=may_reason, closes=closes_reasoning, has_text=has_text)
     return Skeleton(writer.lark.text(), writer.schemas, tuple(writer.unenforced))
 
 
@@ -82,14 +85,17 @@ class _Writer:
 
     # ----------------------------------------------------------------------------------- reasoning, text, calls
 
-    def add_start(self, *, is_reasoning: bool, may_reason: bool, has_text: bool) -> None:
+    def add_start(self, *, is_reasoning: bool, may_reason: bool, closes: bool, has_text: bool) -> None:
         """The reasoning, and what follows it. has_text: that may be a text, which has whitespace of its own."""
         lark, block, space = self.lark, "", "" if has_text else f"{SPACE}?"
         if (reasoning := self._reasoning) and (is_reasoning or may_reason):
             text = lark.up_to("think", reasoning.end, lark.without([reasoning.end]))
-            block = f"{text} {lark.literal(reasoning.turn)}"
+            if closes:
+                text = f"{SPACE}? {lark.literal(reasoning.end)}"
+            block = f"{lark.rule(f'{REASONED}[capture]', text)} {lark.literal(reasoning.turn)}"
             if not is_reasoning:
                 start = lark.opening("thinking", reasoning.start) if has_text else lark.literal(reasoning.start)
+                start = lark.rule(f"{BEGUN}[capture]", start)
                 block = f"{space} ({start} {block} {space})?"
                 space = ""
         lark.rule("start", f"{block} {space} body")

@@ -103,6 +103,8 @@ class OutputParser:
         self._space: list[str] = []
         self._num_calls = 0
         self._events: list[Event] = []
+        # What comes next is reasoning.
+        self.is_reasoning = is_reasoning and reasoning is not None
         self._steps = self._read(is_reasoning)
         self._advance()
 
@@ -151,10 +153,11 @@ class OutputParser:
         """Read to the end of a block that was opened."""
         self._space.clear()
         # Of the block: its beginning.
-        self._is_edge = True
+        self._is_edge = self.is_reasoning = True
         if not (yield from self._source.until(Markers([reasoning.end]), self._think)):
             self._think(self._source.rest())
         self._space.clear()
+        self.is_reasoning = False
         self._is_first = self._is_edge = self._is_behind_reasoning = True
 
     def _read_calls(self, calls: CallReader, trigger: str) -> Steps[None]:

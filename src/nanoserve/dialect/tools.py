@@ -3,7 +3,7 @@
 import enum
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # What every format can write, and no format has to escape.
@@ -47,3 +47,28 @@ class ToolChoice:
         if self.choosing is Choosing.NONE:
             return []
         return [i for i, tool in enumerate(tools) if self.names is None or tool.name in self.names]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of a conversation, and how they may be called."""
+
+    tools: tuple[Tool, ...] = ()
+    choice: ToolChoice = field(default_factory=ToolChoice)
+    # There may be more than one call.
+    parallel: bool = True
+
+    @property
+    def allowed(self) -> list[int]:
+        """Places of the tools that may be called."""
+        return self.choice.allowed(self.tools)
+
+    @property
+    def is_held(self) -> bool:
+        """The model may not simply call what it likes, with what arguments it likes."""
+        return (
+            self.choice.choosing is Choosing.REQUIRED
+            or not self.parallel
+            or self.choice.names is not None
+            or any(self.tools[i].is_strict for i in self.allowed)
+        )

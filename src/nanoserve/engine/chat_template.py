@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from nanoserve.dialect.tools import ToolUse
 from nanoserve.errors import InvalidRequest, Violation
 
 # Around what spells a token. Unicode keeps these two for such uses, and no text has them. Some templates write them as
@@ -27,6 +28,8 @@ BEGIN, END = "\ufdd0", "\ufdd1"
 _BEGIN, _END = r"(?:\ufdd0|\\ufdd0)", r"(?:\ufdd1|\\ufdd1)"
 _MARK = re.compile(rf"{_BEGIN}|{_END}")
 _ESCAPED = re.compile(r"\\(?=ufdd[01])")
+# What templates call it.
+_NAMES_OF_REASONING = ("reasoning", "reasoning_content", "thinking")
 # What is looked for in a rendered conversation, and what comes out of a template that reads text and was given parts.
 PROBE = "nanoserve-probe"
 _SPELLED_OUT = re.compile(rf"""["']text["']: *["']{PROBE}""")
@@ -36,8 +39,8 @@ _SPELLED_OUT = re.compile(rf"""["']text["']: *["']{PROBE}""")
 class Chat:
     """A conversation for the model's chat template."""
 
-    # As templates know them: {"role": ..., "content": ..., "name", "tool_call_id", "tool_calls"}, the last three and
-    # a missing content left out; content is a text, or a list of its parts; the arguments of a tool call are a dict.
+    # As templates know them: {"role": ..., "content": ..., "name", "tool_call_id", "tool_calls", "reasoning"},
+    # where what is missing is left out; content is a text, or a list of its parts; arguments of a tool call are a dict.
     messages: list[dict[str, Any]]
     # {"type": "function", "function": {"name", "description", "parameters"}}
     tools: list[dict[str, Any]] = field(default_factory=list)
@@ -49,6 +52,8 @@ class Chat:
     add_generation_prompt: bool | None = None
     # What spells a special token becomes one.
     parse_special_tokens: bool = False
+    # What `tools` are, and how they may be called.
+    tool_use: ToolUse = field(default_factory=ToolUse)
 
     @property
     def begins_message(self) -> bool:
@@ -153,8 +158,9 @@ class ChatTemplate:
             content = [{"type": "text", "text": part} for part in parts]
         else:
             content = "\n".join(parts)
+        thought = {name: message["reasoning"] for name in _NAMES_OF_REASONING if "reasoning" in message}
         is_unknown = message["role"] == "developer" and "developer" not in template
-        return {**message, "content": content, "role": "system" if is_unknown else message["role"]}
+        return {**message, **thought, "content": content, "role": "system" if is_unknown else message["role"]}
 
     def _apart(self, content: str | list[str] | None) -> str | list[str] | None:
         """A content; its parts as one text if they would spell a token together where nothing is put between them."""

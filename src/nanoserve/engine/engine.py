@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, too_slow
+from nanoserve.dialect.formats import Dialect
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
+from nanoserve.engine.reply import Reply, Wanted, plan_reply
 from nanoserve.engine.stream import RequestStream, StreamEvent
 from nanoserve.engine.text import TextCodec
 from nanoserve.errors import (
@@ -94,6 +96,8 @@ class ServedModel:
     draft_sources: tuple[DraftSource, ...]
     # Name of the model that guesses. Empty = there is none.
     draft_model: str
+    # How it writes reasoning and calls of tools, as far as that is known.
+    dialect: Dialect
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,9 @@ class _Arrival:
     deadline_s: float | None
     cache_salt: str
     skip_cache_read: bool
-    constraint: Constraint | None
+    wanted: Wanted
+    # Of a conversation whose prompt is encoded.
+    reply: Reply | None = None
     # An operator ended it while its prompt was encoded.
     is_cancelled: bool = False
     # None until its prompt is encoded; from then on `params` has the seed.
@@ -261,19 +267,21 @@ class Engine:
         skip_cache_read: bool = False,
         add_special_tokens: bool | None = None,
         min_delta_tokens: int = 0,
-        constraint: Constraint | None = None,
+        wanted: Wanted | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Run a request: Started, PromptLogprobs, Deltas, Finished.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request. `label` is the caller's id for
-        it, `timeout_s` its hard deadline; `add_special_tokens` is that of TextCodec.encode_prompt.
+        it, `timeout_s` its hard deadline; `add_special_tokens` is that of TextCodec.encode_prompt. `wanted`: None = a
+        text, whatever it is.
 
         Raises a RequestError: before Started if it is refused (InvalidRequest, ContextLengthExceeded, Overloaded,
         NotReady), at any time if it fails (DeadlineExceeded, CancelledByOperator, EngineFailure, NotReady).
         """
         arrival_s = time.monotonic()
         deadline_s = None if timeout_s is None else arrival_s + timeout_s
-        asked = (label, prompt, params, priority, arrival_s, deadline_s, cache_salt, skip_cache_read, constraint)
+        wanted = wanted or Wanted()
+        asked = (label, prompt, params, priority, arrival_s, deadline_s, cache_salt, skip_cache_read, wanted)
         arrival = _Arrival(next(self._ids), *asked)
         with self._observed(arrival):
             self._check_admission()
@@ -281,6 +289,7 @@ class Engine:
             stream = RequestStream(
                 request,
                 self.codec,
+                reply=arrival.reply,
                 label=label,
                 goes_on=not (isinstance(prompt, Chat) and prompt.begins_message),
                 min_delta_tokens=min_delta_tokens,
@@ -320,7 +329,12 @@ class Engine:
         try:
             is_short = _num_chars(arrival.prompt) + len(arrival.params.prediction) < LONG_PROMPT_CHARS
             threads = self._text_threads if is_short else self._long_text_thread
-            token_ids, _ = await self.tokenize(arrival.prompt, add_special_tokens=add_special_tokens, threads=threads)
+            token_ids, text = await self.tokenize(
+                arrival.prompt, add_special_tokens=add_special_tokens, threads=threads
+            )
+            if isinstance(arrival.prompt, Chat):
+                plan = functools.partial(self._plan_reply, arrival, text)
+                arrival.reply = await asyncio.get_running_loop().run_in_executor(threads, plan)
             arrival.params = await self._with_prediction(arrival.params, threads)
             request = self._make_request(arrival, token_ids)
             names = self.model.block_names
@@ -337,6 +351,19 @@ class Engine:
             return request
         finally:
             del self._arrivals[arrival.number]
+
+    def _plan_reply(self, arrival: _Arrival, prompt: str) -> Reply:
+        """prompt: the conversation as text."""
+        assert isinstance(arrival.prompt, Chat)
+        return plan_reply(
+            arrival.wanted,
+            arrival.prompt.tool_use,
+            self.model.dialect,
+            prompt,
+            begins_message=arrival.prompt.begins_message,
+            max_reasoning_tokens=arrival.params.max_reasoning_tokens,
+            special_id=self.codec.special_token_id,
+        )
 
     async def _with_prediction(self, params: SamplingParams, threads: ThreadPoolExecutor) -> SamplingParams:
         """The same, with the prediction's tokens, of which there are no more than a completion can have."""
@@ -385,7 +412,7 @@ class Engine:
             time_limit_s=None if params.time_limit_s is None else arrival.arrival_s + params.time_limit_s,
             cache_salt=arrival.cache_salt,
             skip_cache_read=arrival.skip_cache_read,
-            constraint=arrival.constraint,
+            constraint=arrival.wanted.constraint if arrival.reply is None else arrival.reply.constraint,
         )
 
     async def tokenize(

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanoserve.constraint.outcome import Outcome, outcome_of
-from nanoserve.engine.text import TextCodec, TextStream
+from nanoserve.engine.reply import Parts, Reader, Reply
+from nanoserve.engine.text import TextCodec, TextPiece, TextStream
 from nanoserve.errors import RequestError
 from nanoserve.request import (
     DraftCounts,
@@ -58,6 +59,8 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     # Aligned with token_ids, if asked for.
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    # If asked for: what is reasoning, content, and calls of tools.
+    parts: Parts | None = None
     # Set in the sequence's last Delta alone.
     finish_reason: FinishReason | None = None
     # What ended it, if a stop string, or a stop or EOS token did.
@@ -83,6 +86,8 @@ class Finished:
     outcomes: Sequence[Outcome] = ()
     # Keywords of it that were only checked at the end.
     relaxed: Sequence[KeywordUse] = ()
+    # Of the completion tokens, if reasoning is told apart.
+    reasoning_tokens: int = 0
 
 
 StreamEvent = Started | PromptLogprobs | Delta | Finished
@@ -123,13 +128,14 @@ class RequestStream:
         request: Request,
         codec: TextCodec,
         *,
+        reply: Reply | None = None,
         label: str = "",
         goes_on: bool = False,
         min_delta_tokens: int = 0,
         keeps_text: bool = False,
     ) -> None:
-        """label: the caller's name for the request. goes_on: its text continues that of the prompt. keeps_text: `texts`
-        has all that was generated, until the request ends."""
+        """reply: in a conversation. label: the caller's name for the request. goes_on: its text continues that of the
+        prompt. keeps_text: `texts` has all that was generated, until the request ends."""
         self.request = request
         self._codec = codec
         self.label = label
@@ -141,13 +147,19 @@ class RequestStream:
         self._decoders: list[TextStream] | None = None
         if params.detokenize:
             context = request.prompt_token_ids if goes_on else ()
-            self._decoders = [TextStream(codec, params, context) for _ in range(params.n)]
+            is_read = reply is not None and reply.is_read
+            self._decoders = [TextStream(codec, params, context, is_marked=is_read) for _ in range(params.n)]
+        # By sequence, where the parts of its text are told, or looked at in the end.
+        self._readers: list[Reader] = []
+        self._tells_parts = reply is not None and reply.wanted.parse
+        if reply is not None and reply.is_read:
+            self._readers = [reply.reader() for _ in range(params.n)]
         self._events: deque[StreamEvent] = deque()
         # Unread output, by sequence.
         self._pending: dict[int, Delta] = {}
         # Sequences that satisfy the request's constraint, as far as it was enforced.
         self._satisfied: set[int] = set()
-        self._relaxed: Sequence[KeywordUse] = ()
+        self._relaxed: Sequence[KeywordUse] = () if reply is None else reply.relaxed
         # By sequence, all that was generated: kept where it is checked at the end.
         self._checked: list[list[int]] = []
         self._error: RequestError | None = None
@@ -168,8 +180,8 @@ class RequestStream:
         """The request runs."""
         self.progress.started_s = event.time_s
         self.progress.num_cached_tokens = event.num_cached_tokens
-        self._relaxed = event.relaxed
-        if event.relaxed:
+        self._relaxed = [*event.relaxed, *self._relaxed]
+        if self._relaxed and not self._readers:
             self._checked = [[] for _ in range(self.request.params.n)]
         prompt, params = self.request.prompt_token_ids, self.request.params
         self._events.append(Started(len(prompt), event.num_cached_tokens, params))
@@ -189,7 +201,7 @@ class RequestStream:
         token_ids, finish_reason, stop_token_id = output.token_ids, output.finish_reason, output.stop_token_id
         stopped = False
         if self._decoders is not None:
-            piece = self._decoders[output.index].push(token_ids, finish_reason)
+            piece = self._decode(output.index, token_ids, finish_reason, delta)
             delta.text += piece.text
             if self.texts is not None:
                 self.texts[output.index] += piece.text
@@ -221,6 +233,30 @@ class RequestStream:
         self._news.set()
         return stopped
 
+    def _decode(self, index: int, token_ids: list[int], finish_reason: FinishReason | None, delta: Delta) -> TextPiece:
+        """The text of some tokens. Adds its parts to the delta, if they are wanted."""
+        assert self._decoders is not None
+        decoder = self._decoders[index]
+        if not self._readers:
+            return decoder.push(token_ids, finish_reason)
+        reader, parts = self._readers[index], Parts()
+        text, num_tokens, stop_string = "", 0, None
+        # One by one, so that each is counted where it belongs, however many a step gives.
+        for place in range(max(1, len(token_ids))):
+            is_last = place + 1 >= len(token_ids)
+            piece = decoder.push(token_ids[place : place + 1], finish_reason if is_last else None)
+            parts.add(reader.push(piece.marked, num_tokens=piece.num_tokens))
+            text, num_tokens, stop_string = text + piece.text, num_tokens + piece.num_tokens, piece.stop_string
+            if stop_string is not None:
+                break
+        if finish_reason is not None or stop_string is not None:
+            is_whole = stop_string is None and finish_reason in (FinishReason.EOS, FinishReason.COMPLETE)
+            parts.add(reader.finish(is_complete=is_whole))
+        if self._tells_parts:
+            delta.parts = delta.parts or Parts()
+            delta.parts.add(parts)
+        return TextPiece(text, num_tokens, stop_string)
+
     def fail(self, error: RequestError) -> None:
         """End the stream with an error, behind what was pushed."""
         if not self.is_over:
@@ -241,6 +277,7 @@ class RequestStream:
             preemptions=progress.num_preemptions,
             drafts=progress.drafts,
             relaxed=self._relaxed,
+            reasoning_tokens=sum(reader.num_reasoning_tokens for reader in self._readers) if self._tells_parts else 0,
         )
 
     # ------------------------------------------------------------------------------------ the caller's side
@@ -269,6 +306,8 @@ class RequestStream:
         satisfies, is_relaxed = index in self._satisfied, bool(self._relaxed)
         if not satisfies or not is_relaxed:
             return outcome_of(constraint, "", satisfies=satisfies, is_relaxed=is_relaxed)
+        if self._readers:
+            return await asyncio.to_thread(self._readers[index].outcome, self._relaxed)
         text = self._codec.decode(self._checked[index], skip_special_tokens=True)
         return await asyncio.to_thread(outcome_of, constraint, text, satisfies=True, is_relaxed=True)
 

@@ -13,7 +13,7 @@ import pickle
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class TextCodec:
         # Tokens seen so far; the texts of a vocabulary are small, and threads can only write the same twice.
         self._tokens: dict[int, str] = {}
         self._bytes_steps = self._make_steps() if self._make_steps is not None else []
+        self._special_ids = {self.token(token_id): token_id for token_id in self.special_token_ids}
         self._template = ChatTemplate(tokenizer, map(self.token, self.special_token_ids))
         self._plain_encoder = PlainEncoder(tokenizer, self.special_token_ids, self._template.in_halves, self._lock)
 
@@ -86,6 +87,16 @@ class TextCodec:
         """What the tokenizer's configuration calls EOS. None = nothing."""
         token_id: int | None = self._tokenizer.eos_token_id
         return token_id
+
+    @property
+    def chat_template(self) -> str:
+        """All templates of the tokenizer, one after the other; empty if there is none."""
+        found = getattr(self._tokenizer, "chat_template", None) or ""
+        return found if isinstance(found, str) else "\n".join(map(str, found.values()))
+
+    def special_token_id(self, token: str) -> int | None:
+        """Of a special token, by its text; None if there is none."""
+        return self._special_ids.get(token)
 
     @property
     def vocab_size(self) -> int:
@@ -206,6 +217,8 @@ class TextPiece:
     num_tokens: int
     # The stop string that ended the sequence.
     stop_string: str | None = None
+    # The text with the special tokens that are left out of it, if they are wanted; but for EOS, and a stop token.
+    marked: str = field(default="", compare=False)
 
 
 class TextStream:
@@ -220,9 +233,12 @@ class TextStream:
     whether another stop string gets longer.
     """
 
-    def __init__(self, codec: TextCodec, params: SamplingParams, context: Sequence[int] = ()) -> None:
-        """context: tokens of the prompt, if the sequence goes on from its text."""
+    def __init__(
+        self, codec: TextCodec, params: SamplingParams, context: Sequence[int] = (), *, is_marked: bool = False
+    ) -> None:
+        """context: tokens of the prompt, if the sequence goes on from its text. is_marked: `marked` is wanted."""
         self._codec = codec
+        self._is_marked = is_marked
         self._detokenizer = codec.detokenizer(skip_special_tokens=params.skip_special_tokens, context=context)
         self._params = params
         # Longest first, for where several are complete at the same place.
@@ -245,17 +261,17 @@ class TextStream:
         for i in range(num_shown):
             self._num_tokens += 1
             stop_string = self._append(self._detokenizer.feed(token_ids[i]))
-            if stop_string is None and self._stops and self._params.skip_special_tokens:
+            if stop_string is None and (self._stops or self._is_marked) and self._params.skip_special_tokens:
                 stop_string = self._append_hidden(token_ids[i])
             if stop_string is not None:
                 return self._stopped(stop_string, i + 1)
         if finish_reason is None:
-            return TextPiece(self._take(hold=True), len(token_ids))
+            return self._piece(len(token_ids), hold=True)
         self._num_tokens += len(token_ids) - num_shown
         stop_string = self._append(self._detokenizer.finish())
         if stop_string is not None:
             return self._stopped(stop_string, len(token_ids))
-        return TextPiece(self._take(hold=False), len(token_ids))
+        return self._piece(len(token_ids))
 
     def _append(self, text: str) -> str | None:
         """Add text to what is pending, up to the end of the first stop string, which is returned."""
@@ -277,20 +293,22 @@ class TextStream:
         self._hidden.update(range(start, len(self._pending)))
         return stop_string
 
-    def _take(self, *, hold: bool) -> str:
-        """Pending text; with `hold`, without the end that may become a stop string."""
+    def _piece(
+        self, num_tokens: int, stop_string: str | None = None, *, hold: bool = False, more: str = ""
+    ) -> TextPiece:
+        """Of the pending text and `more`; with `hold`, without the end that may become a stop string."""
         num_held = max((stop.progress for stop in self._stops), default=0) if hold else 0
         end = len(self._pending) - num_held
-        text, self._pending = self._pending[:end], self._pending[end:]
+        marked, self._pending = self._pending[:end], self._pending[end:]
+        text = marked
         if self._hidden:
-            text = "".join(char for i, char in enumerate(text) if i not in self._hidden)
+            text = "".join(char for i, char in enumerate(marked) if i not in self._hidden)
             self._hidden = {i - end for i in self._hidden if i >= end}
-        return text
+        return TextPiece(text + more, num_tokens, stop_string, marked + more)
 
     def _stopped(self, stop_string: str, num_tokens: int) -> TextPiece:
         self._pending = self._pending[: -len(stop_string)]
-        text = self._take(hold=False)
-        return TextPiece(text + stop_string if self._params.include_stop else text, num_tokens, stop_string)
+        return self._piece(num_tokens, stop_string, more=stop_string if self._params.include_stop else "")
 
 
 class _StopSearch:

@@ -25,7 +25,8 @@ class Grammars:
         """A sequence takes the row. What it has generated before a preemption is read again."""
         self._matchers.pop(row, None)
         if admission.grammar is not None:
-            self._matchers[row] = admission.grammar.matcher(admission.token_ids[admission.num_prompt_tokens :])
+            generated = admission.token_ids[admission.num_prompt_tokens :]
+            self._matchers[row] = admission.grammar.matcher(generated, admission.params.max_reasoning_tokens)
 
     def forced(self, row: int) -> list[int]:
         """Tokens that spell what must come next in the row, which has a grammar."""

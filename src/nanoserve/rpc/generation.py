@@ -37,7 +37,7 @@ class GenerationService:
             cache_salt=_cache_salt(call.principal, request.cache.salt),
             skip_cache_read=request.cache.skip_read,
             add_special_tokens=asked.add_special_tokens,
-            constraint=asked.constraint,
+            wanted=asked.wanted,
             min_delta_tokens=request.output.min_delta_tokens,
         )
         async with contextlib.aclosing(events):

@@ -60,6 +60,16 @@ def delta(event: Delta, token_bytes: TokenBytes) -> generation_pb2.GenerateRespo
         token_ids=event.token_ids,
         logprobs=_logprobs(event.logprobs, token_bytes),
     )
+    if event.parts is not None:
+        message.reasoning, message.content = event.parts.reasoning, event.parts.content
+        for piece in event.parts.calls:
+            message.tool_calls.add(
+                index=piece.index,
+                id=piece.id,
+                name=piece.name,
+                arguments_json=piece.arguments,
+                complete=piece.is_complete,
+            )
     if event.finish_reason is not None:
         message.finish_reason = FINISH_REASONS[event.finish_reason]
     if event.stop_string is not None:
@@ -84,6 +94,7 @@ def finished(event: Finished) -> generation_pb2.GenerateResponse:
                     )
                     for source, totals in event.drafts.items()
                 ],
+                reasoning_tokens=event.reasoning_tokens,
             ),
             timing=generation_pb2.Timing(
                 queue=duration(event.queue_s),
@@ -93,7 +104,7 @@ def finished(event: Finished) -> generation_pb2.GenerateResponse:
             ),
             constraint_outcomes=[OUTCOMES[each] for each in event.outcomes],
             unenforced=[
-                generation_pb2.UnenforcedKeyword(pointer=use.pointer, keyword=use.keyword, why=use.why)
+                generation_pb2.UnenforcedKeyword(pointer=use.pointer, keyword=use.keyword, why=use.why, field=use.field)
                 for use in event.relaxed[:MAX_KEYWORD_USES]
             ],
         )
@@ -111,6 +122,8 @@ def model(served: ServedModel) -> model_pb2.Model:
         max_draft_tokens=served.max_draft_tokens,
         draft_sources=[DRAFT_SOURCES[source] for source in served.draft_sources],
         draft_model=served.draft_model,
+        reasoning_parser=served.dialect.reasoning.names[0] if served.dialect.reasoning else "",
+        tool_call_parser=served.dialect.calls.names[0] if served.dialect.calls else "",
     )
 
 

@@ -5,6 +5,7 @@ message at once, each by the path of its field, and refuses what it does not kno
 client without a word, and the caller would believe that it had counted. messages.py is the way back.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Collection, Iterator, Sequence
@@ -16,8 +17,11 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
+from nanoserve.dialect.tools import NAME as TOOL_NAME
+from nanoserve.dialect.tools import Choosing, Tool, ToolChoice, ToolUse
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.engine import ServedModel
+from nanoserve.engine.reply import Wanted
 from nanoserve.errors import InvalidRequest, ModelNotFound, Violation
 from nanoserve.request import SAMPLING_RANGES, Constraint, ConstraintKind, Range, SamplingParams
 
@@ -28,6 +32,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKENS = 1024
 MAX_SALT_CHARS = 256
+MAX_TOOLS = 128
 LOGIT_BIAS_RANGE = Range(-100, 100)
 SEQUENCES_RANGE = Range(1, 128)
 PRIORITY_RANGE = Range(-100, 100)
@@ -37,6 +42,7 @@ DRAFT_TOKENS_RANGE = Range(0, 64)
 INTERVAL_RANGE_S = Range(0.05, 60)
 DEFAULT_INTERVAL_S = 1.0
 
+CHOOSING = {generation_pb2.ToolChoiceMode.Value(f"TOOL_CHOICE_MODE_{each.name}"): each for each in Choosing}
 # As chat templates know them. 0 is ROLE_UNSPECIFIED.
 ROLES = {value: name.removeprefix("ROLE_").lower() for name, value in generation_pb2.Role.items() if value != 0}
 
@@ -114,8 +120,8 @@ class Asked:
     params: SamplingParams
     # None = as is usual for the prompt's kind.
     add_special_tokens: bool | None
-    # Of which only the form was checked.
-    constraint: Constraint | None
+    # The constraint in it was only checked for its form.
+    wanted: Wanted
 
 
 def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> Asked:
@@ -140,9 +146,9 @@ def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> A
         **_output(request.output, violations),
         **_speculation(request, model, violations),
     }
-    constraint = _constraint(request.constraint, violations) if request.HasField("constraint") else None
+    wanted = _wanted(request, violations)
     violations.raise_if_any()
-    return Asked(prompt, dataclasses.replace(model.default_params, **changes), add_special_tokens, constraint)
+    return Asked(prompt, dataclasses.replace(model.default_params, **changes), add_special_tokens, wanted)
 
 
 def tokenization(request: model_pb2.TokenizeRequest, model: ServedModel) -> tuple[str | Chat, bool | None]:
@@ -243,12 +249,71 @@ def _chat(chat: generation_pb2.Chat, violations: Violations) -> Chat:
             violations.add("chat.add_generation_prompt", "cannot be true with continue_final_message")
     return Chat(
         messages=messages,
-        tools=[_tool(f"chat.tools[{i}]", tool, violations) for i, tool in enumerate(chat.tools)],
+        tools=[_tool(tool) for tool in chat.tools[:MAX_TOOLS]],
         template_kwargs=violations.json_object("chat.template_kwargs_json", chat.template_kwargs_json or "{}"),
         continue_final_message=chat.continue_final_message,
         add_generation_prompt=_if_set(chat, "add_generation_prompt"),
         parse_special_tokens=chat.parse_special_tokens,
+        tool_use=_tool_use(chat, violations),
     )
+
+
+def _wanted(request: generation_pb2.GenerateRequest, violations: Violations) -> Wanted:
+    output = request.output
+    asked = {
+        "output.parse": output.parse,
+        "stopping.max_reasoning_tokens": request.stopping.HasField("max_reasoning_tokens"),
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        if not request.HasField("chat"):
+            violations.add(name, "is for chat only")
+        if output.keep_special_tokens:
+            violations.add(name, "is not for output.keep_special_tokens")
+    if output.parse and output.omit_text:
+        violations.add("output.parse", "is not for output.omit_text")
+    constraint = _constraint(request.constraint, violations) if request.HasField("constraint") else None
+    return Wanted(constraint, request.constraint.from_start, output.parse)
+
+
+def _tool_use(chat: generation_pb2.Chat, violations: Violations) -> ToolUse:
+    seen: dict[str, int] = {}
+    tools = []
+    violations.count("chat.tools", chat.tools, MAX_TOOLS)
+    for i, tool in enumerate(chat.tools[:MAX_TOOLS]):
+        path = f"chat.tools[{i}]"
+        if tool.name in seen:
+            violations.add(f"{path}.name", f"is that of chat.tools[{seen[tool.name]}] too")
+        seen.setdefault(tool.name, i)
+        schema = None
+        if tool.parameters_json:
+            schema = violations.json_object(f"{path}.parameters_json", tool.parameters_json)
+        if schema is not None and schema.get("type", "object") != "object":
+            violations.add(f"{path}.parameters_json", 'must be the schema of an object, with "type": "object"')
+        if TOOL_NAME.fullmatch(tool.name):
+            tools.append(Tool(tool.name, schema, tool.strict))
+        else:
+            violations.add(f"{path}.name", "must have 1 to 128 letters, digits or any of _ . / -")
+    for name in ("tool_choice", "parallel_tool_calls"):
+        if chat.HasField(name) and not chat.tools:
+            violations.add(f"chat.{name}", "is for chat.tools only")
+    parallel = _if_set(chat, "parallel_tool_calls")
+    return ToolUse(tuple(tools), _tool_choice(chat, seen, violations), parallel is not False)
+
+
+def _tool_choice(chat: generation_pb2.Chat, offered: Collection[str], violations: Violations) -> ToolChoice:
+    choice = chat.tool_choice
+    if not chat.HasField("tool_choice"):
+        return ToolChoice()
+    choosing = CHOOSING.get(choice.mode)
+    if choosing is None:
+        allowed = ", ".join(map(generation_pb2.ToolChoiceMode.Name, CHOOSING))
+        violations.add("chat.tool_choice.mode", f"{choice.mode} is not allowed; allowed: {allowed}")
+    if choosing is Choosing.NONE and choice.names:
+        violations.add("chat.tool_choice.names", "are not for TOOL_CHOICE_MODE_NONE")
+    for i, name in enumerate(choice.names):
+        if name not in offered:
+            violations.add(f"chat.tool_choice.names[{i}]", f"{name!r} is not among chat.tools")
+    return ToolChoice(choosing or Choosing.AUTO, frozenset(choice.names) if choice.names else None)
 
 
 def _chat_message(path: str, message: generation_pb2.ChatMessage, violations: Violations) -> dict[str, Any]:
@@ -256,8 +321,11 @@ def _chat_message(path: str, message: generation_pb2.ChatMessage, violations: Vi
     if message.role not in ROLES:
         allowed = ", ".join(map(generation_pb2.Role.Name, ROLES))
         violations.add(f"{path}.role", f"{message.role} is not allowed; allowed: {allowed}")
-    if not (message.HasField("content") or message.content_parts or message.tool_calls):
-        violations.add(f"{path}.content", "is required, unless there are tool_calls")
+    has_text = message.HasField("content") or message.content_parts
+    if not (has_text or message.tool_calls or message.HasField("reasoning")):
+        violations.add(f"{path}.content", "is required, unless there are tool_calls or reasoning")
+    if message.HasField("reasoning") and message.role != generation_pb2.ROLE_ASSISTANT:
+        violations.add(f"{path}.reasoning", "is for ROLE_ASSISTANT only")
     if message.HasField("content") and message.content_parts:
         violations.add(f"{path}.content_parts", "is instead of content, not beside it")
     if message.HasField("tool_call_id") and message.role != generation_pb2.ROLE_TOOL:
@@ -265,7 +333,7 @@ def _chat_message(path: str, message: generation_pb2.ChatMessage, violations: Vi
     if message.tool_calls and message.role != generation_pb2.ROLE_ASSISTANT:
         violations.add(f"{path}.tool_calls", "are for ROLE_ASSISTANT only")
     entry: dict[str, Any] = {"role": ROLES.get(message.role, "")}
-    for name in ("content", "name", "tool_call_id"):
+    for name in ("content", "name", "tool_call_id", "reasoning"):
         if message.HasField(name):
             entry[name] = getattr(message, name)
     if message.content_parts:
@@ -277,11 +345,11 @@ def _chat_message(path: str, message: generation_pb2.ChatMessage, violations: Vi
     return entry
 
 
-def _tool(path: str, tool: generation_pb2.Tool, violations: Violations) -> dict[str, Any]:
-    violations.required(f"{path}.name", tool.name)
+def _tool(tool: generation_pb2.Tool) -> dict[str, Any]:
+    """As templates know it. What is wrong with it, _tool_use says."""
     schema: dict[str, Any] = {"type": "object", "properties": {}}
-    if tool.parameters_json:
-        schema = violations.json_object(f"{path}.parameters_json", tool.parameters_json)
+    with contextlib.suppress(ValueError, RecursionError):
+        schema = json.loads(tool.parameters_json or "{}") or schema
     function = {"name": tool.name, "description": tool.description, "parameters": schema}
     return {"type": "function", "function": function}
 
@@ -355,6 +423,7 @@ def _stopping(stopping: generation_pb2.Stopping, model: ServedModel, violations:
     return {
         "max_tokens": max_tokens,
         "min_tokens": stopping.min_tokens,
+        "max_reasoning_tokens": _if_set(stopping, "max_reasoning_tokens"),
         "stop": tuple(stopping.strings),
         "stop_token_ids": frozenset(stopping.token_ids),
         "ignore_eos": stopping.ignore_eos,

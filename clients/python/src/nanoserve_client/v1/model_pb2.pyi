@@ -106,6 +106,8 @@ class Model(_message.Message):
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     DRAFT_SOURCES_FIELD_NUMBER: _builtins.int
     DRAFT_MODEL_FIELD_NUMBER: _builtins.int
+    REASONING_PARSER_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_PARSER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What GenerateRequest.model takes."""
     max_context_tokens: _builtins.int
@@ -116,6 +118,10 @@ class Model(_message.Message):
     """Most tokens of a sequence that are guessed at once: what an unset GenerateRequest.max_draft_tokens means."""
     draft_model: _builtins.str
     """Name of the smaller model that guesses, the last part of the server's --draft-model. Empty = there is none."""
+    reasoning_parser: _builtins.str
+    """How the model writes its reasoning (--reasoning-parser), such as "deepseek_r1". Empty = that is not known."""
+    tool_call_parser: _builtins.str
+    """How the model writes calls of tools (--tool-call-parser), such as "hermes". Empty = that is not known."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was loaded."""
@@ -146,10 +152,12 @@ class Model(_message.Message):
         max_draft_tokens: _builtins.int = ...,
         draft_sources: _abc.Iterable[_generation_pb2.DraftSource.ValueType] | None = ...,
         draft_model: _builtins.str = ...,
+        reasoning_parser: _builtins.str = ...,
+        tool_call_parser: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "default_sampling", b"default_sampling", "draft_model", b"draft_model", "draft_sources", b"draft_sources", "eos_token_ids", b"eos_token_ids", "max_context_tokens", b"max_context_tokens", "max_draft_tokens", b"max_draft_tokens", "name", b"name", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "default_sampling", b"default_sampling", "draft_model", b"draft_model", "draft_sources", b"draft_sources", "eos_token_ids", b"eos_token_ids", "max_context_tokens", b"max_context_tokens", "max_draft_tokens", b"max_draft_tokens", "name", b"name", "reasoning_parser", b"reasoning_parser", "tool_call_parser", b"tool_call_parser", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
