@@ -14,7 +14,7 @@ Next to a tagged value it is one line break, which is not part of the value. OPE
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 OPEN = "…"
 # What stands behind a block that a prompt has left open has none of these: they are the markers of another turn.
@@ -365,6 +365,19 @@ class Dialect:
 
     reasoning: ReasoningFormat | None = None
     calls: CallFormat | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """All that the model writes to mark reasoning and calls."""
+        texts: list[str] = []
+        if reasoning := self.reasoning:
+            texts += [reasoning.start, reasoning.end, reasoning.turn, reasoning.answer, *reasoning.frames]
+        if calls := self.calls:
+            texts += [*calls.opens, *calls.closes, calls.begin, calls.end, calls.between or ""]
+            for each in fields(calls.style):
+                value = getattr(calls.style, each.name)
+                texts += [value] if isinstance(value, str) else value
+        return [text for text in texts if text]
 
     def describe(self) -> str:
         """In a line."""

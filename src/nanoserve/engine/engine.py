@@ -211,6 +211,8 @@ class Engine:
         # for each other, and not short ones for them.
         self._text_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="nanoserve-text")
         self._long_text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoserve-long-text")
+        # Special tokens in which the model writes what is reasoning, and what is a call.
+        self._marks = codec.special_tokens_in(model.dialect.texts)
         self._ids = itertools.count(1)
         # By number: requests that are not posted yet.
         self._arrivals: dict[int, _Arrival] = {}
@@ -355,7 +357,7 @@ class Engine:
     def _plan_reply(self, arrival: _Arrival, prompt: str) -> Reply:
         """prompt: the conversation as text."""
         assert isinstance(arrival.prompt, Chat)
-        return plan_reply(
+        reply = plan_reply(
             arrival.wanted,
             arrival.prompt.tool_use,
             self.model.dialect,
@@ -364,6 +366,7 @@ class Engine:
             max_reasoning_tokens=arrival.params.max_reasoning_tokens,
             special_id=self.codec.special_token_id,
         )
+        return dataclasses.replace(reply, marks=self._marks)
 
     async def _with_prediction(self, params: SamplingParams, threads: ThreadPoolExecutor) -> SamplingParams:
         """The same, with the prediction's tokens, of which there are no more than a completion can have."""

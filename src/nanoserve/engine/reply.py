@@ -81,7 +81,9 @@ class Reply:
     # What the step loop holds all of the output to.
     constraint: Constraint | None
     # Keywords of tools' schemas that the grammar of their calls leaves out.
-    relaxed: tuple[KeywordUse, ...]
+    relaxed: tuple[KeywordUse, ...] = ()
+    # Special tokens that mark its parts.
+    marks: frozenset[int] = frozenset()
 
     @property
     def is_read(self) -> bool:
@@ -127,7 +129,7 @@ def plan_reply(
         or (max_reasoning_tokens is not None and (is_reasoning or may_reason))
     )
     if not needs_grammar or (answer is not None and wanted.is_from_start):
-        return Reply(wanted, tool_use, dialect, is_reasoning, answer, ())
+        return Reply(wanted, tool_use, dialect, is_reasoning, answer)
     write = functools.partial(
         skeleton,
         dialect,

@@ -147,8 +147,8 @@ class RequestStream:
         self._decoders: list[TextStream] | None = None
         if params.detokenize:
             context = request.prompt_token_ids if goes_on else ()
-            is_read = reply is not None and reply.is_read
-            self._decoders = [TextStream(codec, params, context, is_marked=is_read) for _ in range(params.n)]
+            marks = reply.marks if reply is not None and reply.is_read else frozenset()
+            self._decoders = [TextStream(codec, params, context, marks=marks) for _ in range(params.n)]
         # By sequence, where the parts of its text are told, or looked at in the end.
         self._readers: list[Reader] = []
         self._tells_parts = reply is not None and reply.wanted.parse

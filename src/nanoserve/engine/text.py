@@ -98,6 +98,11 @@ class TextCodec:
         """Of a special token, by its text; None if there is none."""
         return self._special_ids.get(token)
 
+    def special_tokens_in(self, texts: Sequence[str]) -> frozenset[int]:
+        """Ids of those special tokens that stand in one of the texts."""
+        found = (i for token, i in self._special_ids.items() if token and any(token in text for text in texts))
+        return frozenset(found)
+
     @property
     def vocab_size(self) -> int:
         """Tokens of the tokenizer, added ones too. The model may have more, for which there is no text."""
@@ -217,7 +222,7 @@ class TextPiece:
     num_tokens: int
     # The stop string that ended the sequence.
     stop_string: str | None = None
-    # The text with the special tokens that are left out of it, if they are wanted; but for EOS, and a stop token.
+    # The text with those special tokens that are left out of it and are marks.
     marked: str = field(default="", compare=False)
 
 
@@ -234,11 +239,17 @@ class TextStream:
     """
 
     def __init__(
-        self, codec: TextCodec, params: SamplingParams, context: Sequence[int] = (), *, is_marked: bool = False
+        self,
+        codec: TextCodec,
+        params: SamplingParams,
+        context: Sequence[int] = (),
+        *,
+        marks: frozenset[int] = frozenset(),
     ) -> None:
-        """context: tokens of the prompt, if the sequence goes on from its text. is_marked: `marked` is wanted."""
+        """context: tokens of the prompt, if the sequence goes on from its text. marks: special tokens that `marked`
+        is to show."""
         self._codec = codec
-        self._is_marked = is_marked
+        self._marks = marks
         self._detokenizer = codec.detokenizer(skip_special_tokens=params.skip_special_tokens, context=context)
         self._params = params
         # Longest first, for where several are complete at the same place.
@@ -246,6 +257,8 @@ class TextStream:
         self._pending = ""
         # Places in it that are not shown.
         self._hidden: set[int] = set()
+        # Of these, those of tokens that are no marks.
+        self._unmarked: set[int] = set()
         self._num_tokens = 0
 
     def push(self, token_ids: list[int], finish_reason: FinishReason | None = None) -> TextPiece:
@@ -261,7 +274,8 @@ class TextStream:
         for i in range(num_shown):
             self._num_tokens += 1
             stop_string = self._append(self._detokenizer.feed(token_ids[i]))
-            if stop_string is None and (self._stops or self._is_marked) and self._params.skip_special_tokens:
+            is_hidden = bool(self._stops) or token_ids[i] in self._marks
+            if stop_string is None and is_hidden and self._params.skip_special_tokens:
                 stop_string = self._append_hidden(token_ids[i])
             if stop_string is not None:
                 return self._stopped(stop_string, i + 1)
@@ -290,7 +304,10 @@ class TextStream:
             return None
         start = len(self._pending)
         stop_string = self._append(self._codec.token(token_id))
-        self._hidden.update(range(start, len(self._pending)))
+        places = range(start, len(self._pending))
+        self._hidden.update(places)
+        if token_id not in self._marks:
+            self._unmarked.update(places)
         return stop_string
 
     def _piece(
@@ -299,11 +316,13 @@ class TextStream:
         """Of the pending text and `more`; with `hold`, without the end that may become a stop string."""
         num_held = max((stop.progress for stop in self._stops), default=0) if hold else 0
         end = len(self._pending) - num_held
-        marked, self._pending = self._pending[:end], self._pending[end:]
-        text = marked
+        ready, self._pending = self._pending[:end], self._pending[end:]
+        text = marked = ready
         if self._hidden:
-            text = "".join(char for i, char in enumerate(marked) if i not in self._hidden)
+            text = "".join(char for i, char in enumerate(ready) if i not in self._hidden)
+            marked = "".join(char for i, char in enumerate(ready) if i not in self._unmarked)
             self._hidden = {i - end for i in self._hidden if i >= end}
+            self._unmarked = {i - end for i in self._unmarked if i >= end}
         return TextPiece(text + more, num_tokens, stop_string, marked + more)
 
     def _stopped(self, stop_string: str, num_tokens: int) -> TextPiece:

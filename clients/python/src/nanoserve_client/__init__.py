@@ -36,6 +36,7 @@ from nanoserve_client.requests import (
     ToolCall,
 )
 from nanoserve_client.results import (
+    CallPiece,
     Completion,
     ConstraintCheck,
     ConstraintOutcome,
@@ -45,6 +46,7 @@ from nanoserve_client.results import (
     FinishReason,
     KeywordTreatment,
     KeywordUse,
+    MadeCall,
     Model,
     Result,
     Started,
@@ -81,6 +83,7 @@ __all__ = [
     "AsyncEngineWatch",
     "AsyncGenerateStream",
     "CallOptions",
+    "CallPiece",
     "Cancelled",
     "ChatGenerateOptions",
     "ChatMessage",
@@ -104,6 +107,7 @@ __all__ = [
     "InvalidRequest",
     "KeywordTreatment",
     "KeywordUse",
+    "MadeCall",
     "Model",
     "NanoserveError",
     "NotFound",

@@ -109,7 +109,7 @@ class Calls(abc.ABC, Generic[_Stream, _Watch]):
     ) -> _Stream:
         call = self._address(request, options)
         responses = self._generation.Generate(request, timeout=call.timeout, metadata=call.metadata)
-        return self._stream(responses, Progress(call.request_id, call.span, parse))
+        return self._stream(responses, Progress(call.request_id, call.span, parse, is_parsed=request.output.parse))
 
     def watch_engine(self, *, interval: float | None = None, **options: Unpack[CallOptions]) -> _Watch:
         """Snapshots of the engine, one at once and then one an interval. For operators.

@@ -18,6 +18,7 @@ from nanoserve_client.results import (
     Usage,
     constraint_outcome_of,
     drafts_of,
+    joined_calls,
 )
 from nanoserve_client.tracing import CallSpan
 from nanoserve_client.v1 import generation_pb2 as pb
@@ -31,14 +32,20 @@ class Progress:
     """
 
     def __init__(
-        self, request_id: str | None, span: CallSpan | None = None, parse: Callable[[str], Any] | None = None
+        self,
+        request_id: str | None,
+        span: CallSpan | None = None,
+        parse: Callable[[str], Any] | None = None,
+        *,
+        is_parsed: bool = False,
     ) -> None:
-        """parse: what makes Completion.parsed of a text."""
+        """parse: what makes Completion.parsed of a text. is_parsed: the server tells the parts of a text apart."""
         self.started: Started | None = None
         # The caller's label, to name the request by before the server has.
         self._request_id = request_id
         self._span = span
         self._parse = parse
+        self._is_parsed = is_parsed
         self._prompt_logprobs: list[TokenLogprob] = []
         # By sequence, in order of arrival.
         self._deltas: defaultdict[int, list[Delta]] = defaultdict(list)
@@ -111,7 +118,13 @@ class Progress:
         return Result(
             started=self.started,
             completions=tuple(c for c in completions if c is not None),
-            usage=Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, drafts_of(usage)),
+            usage=Usage(
+                usage.prompt_tokens,
+                usage.cached_tokens,
+                usage.completion_tokens,
+                drafts_of(usage),
+                usage.reasoning_tokens,
+            ),
             timing=Timing(
                 queue_s=timing.queue.ToTimedelta().total_seconds(),
                 prefill_s=timing.prefill.ToTimedelta().total_seconds(),
@@ -119,9 +132,7 @@ class Progress:
                 preemptions=timing.preemptions,
             ),
             prompt_logprobs=tuple(self._prompt_logprobs),
-            unenforced=tuple(
-                UnenforcedKeyword(each.pointer, each.keyword, each.why) for each in self._finished.unenforced
-            ),
+            unenforced=tuple(map(UnenforcedKeyword.of, self._finished.unenforced)),
         )
 
     def _join(self, index: int, deltas: list[Delta]) -> Completion | None:
@@ -139,5 +150,8 @@ class Progress:
             stop_string=last.stop_string,
             stop_token_id=last.stop_token_id,
             constraint_outcome=constraint_outcome_of(outcomes[index]) if index < len(outcomes) else None,
+            reasoning="".join(delta.reasoning for delta in deltas) if self._is_parsed else None,
+            content="".join(delta.content for delta in deltas) if self._is_parsed else None,
+            tool_calls=joined_calls(piece for delta in deltas for piece in delta.tool_calls),
             parse=self._parse,
         )

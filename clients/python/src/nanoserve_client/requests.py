@@ -11,11 +11,14 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any, Literal, Protocol, Self, TypedDict, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypedDict, cast, get_args
 
 from nanoserve_client.transport import CallOptions, refuse_unknown
 from nanoserve_client.v1 import admin_pb2, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
+
+if TYPE_CHECKING:
+    from nanoserve_client.results import MadeCall
 
 RoleName = Literal["system", "user", "assistant", "tool", "developer"]
 
@@ -46,8 +49,10 @@ class ChatMessage:
     name: str | None = None
     # The id of the call that this message answers; role "tool" only.
     tool_call_id: str | None = None
-    # Role "assistant" only.
-    tool_calls: Sequence[ToolCall | Mapping[str, Any]] = ()
+    # Role "assistant" only. Calls of a Result serve as they are.
+    tool_calls: "Sequence[ToolCall | MadeCall | Mapping[str, Any]]" = ()
+    # What the assistant thought before it wrote the content; role "assistant" only.
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +62,11 @@ class Tool:
     name: str
     # For the model to read.
     description: str = ""
-    # JSON Schema of the arguments, an object, or its JSON text. None = no parameters.
-    parameters: Mapping[str, Any] | str | None = None
+    # JSON Schema of the arguments, an object, or its JSON text; or a model class of pydantic. None = no parameters.
+    parameters: "Mapping[str, Any] | str | type[PydanticModel] | None" = None
+    # What of the schema cannot be enforced is refused. Otherwise that is checked when a call is complete, and if the
+    # choice is left to the model its arguments are too.
+    strict: bool = False
 
 
 Messages = str | Sequence[ChatMessage | Mapping[str, Any]]
@@ -68,7 +76,10 @@ class ChatOptions(TypedDict, total=False):
     """What a conversation may have besides its messages. A key that is absent or None takes the default.
 
     Attributes:
-        tools: Tools or dicts with the same keys, offered to the template. Default: none.
+        tools: Tools or dicts with the same keys, that the model may call. Default: none.
+        tool_choice: "none", "auto" or "required", or the name of the one tool to call, or names of those that may be.
+            Default "auto".
+        parallel_tool_calls: There may be more than one call. Default True.
         template_kwargs: Further template variables, e.g. {"enable_thinking": False}. Default: none.
         continue_final_message: The completion extends the last message, which must be the assistant's. Default False.
         add_generation_prompt: The template ends the prompt with the beginning of the assistant's message. Default True,
@@ -78,6 +89,8 @@ class ChatOptions(TypedDict, total=False):
     """
 
     tools: Sequence[Tool | Mapping[str, Any]] | None
+    tool_choice: str | Sequence[str] | None
+    parallel_tool_calls: bool | None
     template_kwargs: Mapping[str, Any] | None
     continue_final_message: bool | None
     add_generation_prompt: bool | None
@@ -97,6 +110,8 @@ class ConstraintOptions(TypedDict, total=False):
         choices: The output is one of these texts.
         relaxed: With schema: what of it cannot be enforced is only checked when the output is complete. Default False:
             such a schema is refused.
+        from_start: In a conversation: the output is this from its first token on. Default False: reasoning may come
+            before it, and calls of tools instead.
     """
 
     schema: "str | Mapping[str, Any] | type[PydanticModel] | None"
@@ -105,6 +120,7 @@ class ConstraintOptions(TypedDict, total=False):
     grammar: str | None
     choices: Sequence[str] | None
     relaxed: bool | None
+    from_start: bool | None
 
 
 class PydanticModel(Protocol):
@@ -140,6 +156,8 @@ class GenerateOptions(CallOptions, ConstraintOptions, total=False):
 
         max_tokens: Most tokens of each sequence. 0 = only the prompt is computed. Default: what the context leaves.
         min_tokens: No EOS, stop token or stop string ends a sequence before. Default 0.
+        max_reasoning_tokens: Then the reasoning is closed, and the answer begins; for `chat` only, and if it is known
+            how the model reasons. Default: no limit.
         stop: Text or texts that end a sequence: at most 16 of at most 1,024 characters. They may span tokens.
         stop_token_ids: Tokens that end a sequence, besides EOS; at most 1024.
         ignore_eos: EOS is a token like any other. Default False.
@@ -152,6 +170,8 @@ class GenerateOptions(CallOptions, ConstraintOptions, total=False):
         logprobs: Report each token's log-probability with this many alternatives, 0 to 20. Default: no report.
         prompt_logprobs: The same for the prompt's tokens; the prefix cache is then not read. Default: no report.
         min_delta_tokens: Hold deltas back until they have this many tokens. Default 0: a delta a step.
+        parse: Tell reasoning, content and calls of tools apart, as far as it is known how the model writes them. For
+            `chat` only, where the default is True; not with omit_text or keep_special_tokens.
 
         skip_cache_read: Compute the whole prompt anew. Default False.
         cache_salt: Share cached prefixes only with requests of the same salt; at most 256 characters. Default "".
@@ -181,6 +201,7 @@ class GenerateOptions(CallOptions, ConstraintOptions, total=False):
 
     max_tokens: int | None
     min_tokens: int | None
+    max_reasoning_tokens: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool | None
@@ -192,6 +213,7 @@ class GenerateOptions(CallOptions, ConstraintOptions, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     min_delta_tokens: int | None
+    parse: bool | None
 
     skip_cache_read: bool | None
     cache_salt: str | None
@@ -353,6 +375,8 @@ def call_options(options: Mapping[str, Any]) -> CallOptions:
 def chat_request(messages: Messages, options: ChatGenerateOptions) -> pb.GenerateRequest:
     """The request for a conversation. Raises as `generate_request` and `chat_prompt` do."""
     others = {key: value for key, value in options.items() if key not in ChatOptions.__optional_keys__}
+    if options.get("parse") is None:
+        others["parse"] = not (options.get("omit_text") or options.get("keep_special_tokens"))
     return generate_request(chat_prompt(messages, _chat_options(options)), cast(GenerateOptions, others))
 
 
@@ -377,13 +401,30 @@ def chat_prompt(messages: Messages, options: ChatOptions) -> pb.Chat:
         continue_final_message=bool(options.get("continue_final_message")),
         add_generation_prompt=options.get("add_generation_prompt"),
         parse_special_tokens=bool(options.get("parse_special_tokens")),
+        tool_choice=_tool_choice(options.get("tool_choice")),
+        parallel_tool_calls=options.get("parallel_tool_calls"),
     )
+
+
+_MODES = {name: pb.ToolChoiceMode.Value(f"TOOL_CHOICE_MODE_{name.upper()}") for name in ("none", "auto", "required")}
+
+
+def _tool_choice(choice: str | Sequence[str] | None) -> pb.ToolChoice | None:
+    if choice is None:
+        return None
+    if isinstance(choice, str):
+        return pb.ToolChoice(mode=_MODES[choice]) if choice in _MODES else _tool_choice_of("required", [choice])
+    return _tool_choice_of("auto", choice)
+
+
+def _tool_choice_of(mode: str, names: Sequence[str]) -> pb.ToolChoice:
+    return pb.ToolChoice(mode=_MODES[mode], names=names)
 
 
 def _message(message: ChatMessage) -> pb.ChatMessage:
     if message.role not in _ROLES:
         raise ValueError(f"role is {message.role!r}; it must be one of {', '.join(_ROLES)}")
-    calls = [c if isinstance(c, ToolCall) else ToolCall(**c) for c in message.tool_calls]
+    calls = [ToolCall(**c) if isinstance(c, Mapping) else c for c in message.tool_calls]
     return pb.ChatMessage(
         role=_ROLES[message.role],
         content=message.content if isinstance(message.content, str) else None,
@@ -391,11 +432,13 @@ def _message(message: ChatMessage) -> pb.ChatMessage:
         name=message.name,
         tool_call_id=message.tool_call_id,
         tool_calls=[pb.ToolCall(id=c.id, name=c.name, arguments_json=_json(c.arguments)) for c in calls],
+        reasoning=message.reasoning,
     )
 
 
 def _tool(tool: Tool) -> pb.Tool:
-    return pb.Tool(name=tool.name, description=tool.description, parameters_json=_json(tool.parameters))
+    schema = tool.parameters.model_json_schema() if isinstance(tool.parameters, type) else tool.parameters
+    return pb.Tool(name=tool.name, description=tool.description, parameters_json=_json(schema), strict=tool.strict)
 
 
 def _json(value: Mapping[str, Any] | str | None) -> str:
@@ -446,11 +489,11 @@ def constraint(options: Mapping[str, Any]) -> pb.Constraint | None:
     if len(given) > 1:
         raise TypeError(f"{' and '.join(given)} are given; at most one of them is possible")
     if not given:
-        if options.get("relaxed"):
-            raise TypeError("relaxed is for schema")
+        if alone := [name for name in ("relaxed", "from_start") if options.get(name)]:
+            raise TypeError(f"{' and '.join(alone)}: there is no constraint")
         return None
     ((name, value),) = given.items()
-    message = pb.Constraint(relaxed=bool(options.get("relaxed")))
+    message = pb.Constraint(relaxed=bool(options.get("relaxed")), from_start=bool(options.get("from_start")))
     if name == "choices":
         # It is to be set even without any.
         message.choices.SetInParent()

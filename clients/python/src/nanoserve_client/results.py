@@ -2,7 +2,8 @@
 
 import enum
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
@@ -108,6 +109,56 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class CallPiece:
+    """More of a call of a tool."""
+
+    # The call, 0 for the first of the sequence.
+    index: int
+    # In the call's first piece alone.
+    id: str
+    name: str
+    # More of its arguments: joined, they are a JSON object.
+    arguments: str
+    # In the call's last piece alone. A call that never has it was cut off.
+    is_complete: bool
+
+    @classmethod
+    def of(cls, message: pb.ToolCallDelta) -> Self:
+        return cls(message.index, message.id, message.name, message.arguments_json, message.complete)
+
+
+@dataclass(frozen=True, slots=True)
+class MadeCall:
+    """A call of a tool that the model has made."""
+
+    id: str
+    name: str
+    # JSON: an object, if is_complete.
+    arguments: str
+    # False = it was cut off, and is not to be made.
+    is_complete: bool
+
+    @property
+    def parsed(self) -> dict[str, Any]:
+        """The arguments. Raises ValueError if the call was cut off."""
+        if not self.is_complete:
+            raise ValueError(f"the call of {self.name} is cut off: {self.arguments[-80:]!r}")
+        value: dict[str, Any] = json.loads(self.arguments)
+        return value
+
+
+def joined_calls(pieces: Iterable[CallPiece]) -> tuple[MadeCall, ...]:
+    """Of one sequence, in order."""
+    calls: dict[int, list[CallPiece]] = {}
+    for piece in pieces:
+        calls.setdefault(piece.index, []).append(piece)
+    return tuple(
+        MadeCall(own[0].id, own[0].name, "".join(piece.arguments for piece in own), own[-1].is_complete)
+        for own in calls.values()
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New output of one sequence since its previous Delta."""
 
@@ -124,6 +175,10 @@ class Delta:
     # What ended the sequence, with FinishReason.STOP; the token with EOS too.
     stop_string: str | None
     stop_token_id: int | None
+    # With `parse`: of the new text, what is reasoning, what is content, and what are calls of tools.
+    reasoning: str = ""
+    content: str = ""
+    tool_calls: tuple[CallPiece, ...] = ()
 
     @classmethod
     def of(cls, message: pb.Delta) -> Self:
@@ -135,6 +190,9 @@ class Delta:
             finish_reason=finish_reason_of(message.finish_reason),
             stop_string=message.stop_string if message.HasField("stop_string") else None,
             stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+            reasoning=message.reasoning,
+            content=message.content,
+            tool_calls=tuple(map(CallPiece.of, message.tool_calls)),
         )
 
 
@@ -154,19 +212,24 @@ class Completion:
     stop_token_id: int | None
     # Whether it is what the request's constraint asks for. None = there was no constraint.
     constraint_outcome: "ConstraintOutcome | None" = None
-    # What makes `parsed` of the text.
+    # With `parse`: the parts of the text; None = they were not told apart.
+    reasoning: str | None = None
+    content: str | None = None
+    tool_calls: tuple[MadeCall, ...] = ()
+    # What makes `parsed` of the answer.
     parse: Callable[[str], Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def parsed(self) -> Any:
-        """The text as what the request's constraint says it is: of a schema or json_object the JSON value, or an
+        """The answer as what the request's constraint says it is: of a schema or json_object the JSON value, or an
         instance of the pydantic class; of anything else the text itself.
 
         Raises ValueError if the output was cut off before it was that, or if pydantic finds something wrong with it.
         """
         if self.constraint_outcome is ConstraintOutcome.TRUNCATED:
             raise ValueError(f"the output is cut off ({self.finish_reason.value}): {self.text[-80:]!r}")
-        return self.text if self.parse is None else self.parse(self.text)
+        answer = self.text if self.content is None else self.content
+        return answer if self.parse is None else self.parse(answer)
 
 
 class ConstraintOutcome(enum.StrEnum):
@@ -200,6 +263,12 @@ class UnenforcedKeyword:
     keyword: str
     # Why it cannot be enforced.
     why: str
+    # Path of the schema in the request, such as "chat.tools[0].parameters_json".
+    field: str = ""
+
+    @classmethod
+    def of(cls, message: pb.UnenforcedKeyword) -> Self:
+        return cls(**same_fields(cls, message))
 
 
 class DraftSource(enum.StrEnum):
@@ -251,6 +320,8 @@ class Usage:
     completion_tokens: int
     # By source.
     drafts: Mapping[DraftSource, DraftUsage] = field(default_factory=dict)
+    # Part of completion_tokens: those of the reasoning, if it is told apart.
+    reasoning_tokens: int = 0
 
     @property
     def draft_tokens(self) -> int:
@@ -300,6 +371,22 @@ class Result:
     def text(self) -> str:
         """The first completion's text: the only one unless n was given."""
         return self.completions[0].text
+
+    @property
+    def content(self) -> str:
+        """Of the first completion, without reasoning and calls of tools if these are told apart."""
+        first = self.completions[0]
+        return first.text if first.content is None else first.content
+
+    @property
+    def reasoning(self) -> str:
+        """Of the first completion; empty if it is not told apart."""
+        return self.completions[0].reasoning or ""
+
+    @property
+    def tool_calls(self) -> tuple[MadeCall, ...]:
+        """Of the first completion."""
+        return self.completions[0].tool_calls
 
 
 @dataclass(frozen=True, slots=True)

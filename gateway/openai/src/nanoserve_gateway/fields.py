@@ -69,6 +69,7 @@ _OTHERWISE |= {
     *("model", "n", "max_tokens", "stop", "logprobs", "prompt_logprobs", "add_special_tokens"),
     *("keep_special_tokens", "include_stop"),
     *("time_limit", "omit_text", "min_delta_tokens", "skip_cache_read", "prediction"),
+    *("parse", "max_reasoning_tokens"),
 }
 # Those that are passed on, but of which a caller may say more than the client takes.
 _WIDER = {
