@@ -57,9 +57,23 @@ CONSTRAINTS = [
 ]
 
 
+def thinking(answer: Constraint) -> Constraint:
+    """The same behind a block of reasoning that the prompt has opened, and that ends with "ba"."""
+    lark = "start: {} @answer\nreasoned[capture]: {}\nthink[lazy]: TEXT\nTEXT: /(?s:.)*ba/\n"
+    return Constraint(
+        ConstraintKind.DIALECT,
+        lark.format("reasoned", "think"),
+        parts=(("answer", answer),),
+        closing_text=lark.format("reasoned", '"ba"'),
+        is_reasoning=True,
+    )
+
+
 def is_right(constraint: Constraint, text: str) -> bool:
     """Whether a whole output is what was asked for."""
     match constraint.kind:
+        case ConstraintKind.DIALECT:
+            return is_right(constraint.parts[0][1], text.partition("ba")[2])
         case ConstraintKind.REGEX:
             return re.fullmatch(constraint.text, text) is not None
         case ConstraintKind.CHOICES:

@@ -144,6 +144,7 @@ def random_requests(count, seed, constraints=(None,)):
             logprobs=chance.choice([None, 0, 3]),
             prompt_logprobs=chance.choice([None, None, 1]),
             max_draft_tokens=chance.choice([None, None, 0, 3]),
+            max_reasoning_tokens=chance.choice([None, None, 0, 1, 5, 12]),
         )
         eos = frozenset(chance.choice([[], [2]]))
         priority, constraint = chance.choice([0, 0, 1]), constraints[i % len(constraints)]

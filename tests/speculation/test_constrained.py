@@ -9,7 +9,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from constrained import COMPILER, CONSTRAINTS, VOCABULARY, decode, is_right
+from constrained import COMPILER, CONSTRAINTS, VOCABULARY, decode, is_right, thinking
 from drafting import Engine, Scripted, assert_equal, random_requests, serve
 from families import VOCAB_SIZE
 from llguidance import LLParserLimits
@@ -32,7 +32,7 @@ def check(requests, outcomes):
             if request.constraint is None:
                 assert not satisfies
                 continue
-            matcher = COMPILER.compile(request.constraint).matcher()
+            matcher = COMPILER.compile(request.constraint).matcher([], request.params.max_reasoning_tokens)
             assert matcher.read(outcome.token_ids) == len(outcome.token_ids)
             assert satisfies is (matcher.may_end and request.params.max_tokens != 0)
             if reason in ENDED_BY_ITSELF or satisfies:
@@ -52,7 +52,8 @@ def check(requests, outcomes):
 @pytest.mark.usefixtures("whatever_it_costs")
 def test_outputs_are_right_and_the_same_alone(model, name, count, num_blocks):
     """With few blocks sequences are preempted; then their grammars read again what was generated."""
-    requests = random_requests(count, seed=3, constraints=[*CONSTRAINTS, None])
+    constraints = [*CONSTRAINTS, *map(thinking, CONSTRAINTS[:6]), None]
+    requests = random_requests(count, seed=3, constraints=constraints)
     speculators = {
         "off": lambda: None,
         "auto": lambda: Speculator.of("auto"),

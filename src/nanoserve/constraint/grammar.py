@@ -76,7 +76,9 @@ def joined(lark: str, parts: Mapping[str, str]) -> str:
     """One grammar that refers to others by their names."""
     grammars: list[dict[str, Any]] = [{"lark_grammar": lark}]
     for name, grammar in parts.items():
-        (only,) = json.loads(grammar)["grammars"]
+        # That of a schema is JSON, any other Lark.
+        is_schema = grammar.startswith('{"grammars"')
+        (only,) = json.loads(grammar)["grammars"] if is_schema else [{"lark_grammar": grammar}]
         grammars.append({**only, "name": name})
     return json.dumps({"grammars": grammars})
 

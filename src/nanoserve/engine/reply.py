@@ -128,7 +128,9 @@ def plan_reply(
         or (answer is not None and (is_reasoning or may_reason or may_call))
         or (max_reasoning_tokens is not None and (is_reasoning or may_reason))
     )
-    if not needs_grammar or (answer is not None and wanted.is_from_start):
+    if answer is not None and wanted.is_from_start:
+        return Reply(wanted, ToolUse(), dialect, is_reasoning=False, constraint=answer)
+    if not needs_grammar:
         return Reply(wanted, tool_use, dialect, is_reasoning, answer)
     write = functools.partial(
         skeleton,

@@ -296,8 +296,11 @@ def _tool_use(chat: generation_pb2.Chat, violations: Violations) -> ToolUse:
     for name in ("tool_choice", "parallel_tool_calls"):
         if chat.HasField(name) and not chat.tools:
             violations.add(f"chat.{name}", "is for chat.tools only")
+    choice = _tool_choice(chat, seen, violations)
     parallel = _if_set(chat, "parallel_tool_calls")
-    return ToolUse(tuple(tools), _tool_choice(chat, seen, violations), parallel is not False)
+    if parallel is None:
+        parallel = choice.choosing is not Choosing.REQUIRED or len(choice.names or ()) != 1
+    return ToolUse(tuple(tools), choice, parallel)
 
 
 def _tool_choice(chat: generation_pb2.Chat, offered: Collection[str], violations: Violations) -> ToolChoice:

@@ -79,7 +79,7 @@ class ChatOptions(TypedDict, total=False):
         tools: Tools or dicts with the same keys, that the model may call. Default: none.
         tool_choice: "none", "auto" or "required", or the name of the one tool to call, or names of those that may be.
             Default "auto".
-        parallel_tool_calls: There may be more than one call. Default True.
+        parallel_tool_calls: There may be more than one call. Default True, unless one certain tool is to be called.
         template_kwargs: Further template variables, e.g. {"enable_thinking": False}. Default: none.
         continue_final_message: The completion extends the last message, which must be the assistant's. Default False.
         add_generation_prompt: The template ends the prompt with the beginning of the assistant's message. Default True,

@@ -366,7 +366,7 @@ class Chat(_message.Message):
     text, so that nobody can end a message and begin another within it; what the template itself writes is not touched.
     """
     parallel_tool_calls: _builtins.bool
-    """Whether there may be more than one call. Unset = yes. Only with tools."""
+    """Whether there may be more than one call. Unset = yes, unless tool_choice requires one certain tool. Only with tools."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """In order, at least one."""
