@@ -4,6 +4,7 @@ import json
 import re
 
 import jsonschema_rs
+import numpy as np
 from families import VOCAB_SIZE
 
 from nanoserve.constraint.compiler import ConstraintCompiler
@@ -82,3 +83,16 @@ def is_right(constraint: Constraint, text: str) -> bool:
             return re.fullmatch(r"a[\[\],]*z", text) is not None and text.count("[") == text.count("]")
     schema = json.loads(constraint.text or '{"type": "object"}')
     return jsonschema_rs.is_valid(schema, json.loads(text))
+
+
+# A token for each byte, and 256 = EOS.
+BYTES = Vocabulary(257, (256,), tokens=(*(bytes([i]) for i in range(256)), b"<eos>"), special_token_ids=(256,))
+
+
+def byte_compiler(**options):
+    """A token for each byte, and 256 = EOS. Makes one for each test, whose cache is empty."""
+    return ConstraintCompiler(lambda: BYTES, lambda text: [*text.encode()], **options)
+
+
+def allowed(masks, row):
+    return set(np.nonzero(np.unpackbits(masks[row].view(np.uint8), bitorder="little"))[0].tolist())

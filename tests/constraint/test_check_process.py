@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from constrained import BYTES
 
 from nanoserve.constraint import check_process
 from nanoserve.constraint.check_process import CheckProcess
-from nanoserve.constraint.vocabulary import Vocabulary
 from nanoserve.errors import ConstraintInvalid
 from nanoserve.request import Constraint, ConstraintKind
 
-BYTES = Vocabulary(257, (256,), tokens=(*(bytes([i]) for i in range(256)), b"<eos>"), special_token_ids=(256,))
 SECONDS = 20
 QUICK = Constraint(ConstraintKind.REGEX, "ab")
 # It takes seconds to find which of its branches are in the way.

@@ -3,8 +3,8 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
+from constrained import allowed, byte_compiler
 from llguidance import LLParserLimits
 
 from nanoserve.config import BUILTIN_MODEL
@@ -13,7 +13,6 @@ from nanoserve.constraint import compiler as compiler_module
 from nanoserve.constraint.compiler import MAX_WAITING, NUM_THREADS, ConstraintCompiler
 from nanoserve.constraint.grammar import MAX_CHOICES, MAX_TEXT_BYTES
 from nanoserve.constraint.matcher import make_masks
-from nanoserve.constraint.vocabulary import Vocabulary
 from nanoserve.engine.text import TextCodec
 from nanoserve.errors import ConstraintInvalid, Overloaded
 from nanoserve.request import Constraint, ConstraintKind
@@ -27,18 +26,6 @@ def regex(text):
 
 def grammar(text):
     return Constraint(ConstraintKind.GRAMMAR, text)
-
-
-def allowed(masks, row):
-    return set(np.nonzero(np.unpackbits(masks[row].view(np.uint8), bitorder="little"))[0].tolist())
-
-
-BYTES = Vocabulary(257, (256,), tokens=(*(bytes([i]) for i in range(256)), b"<eos>"), special_token_ids=(256,))
-
-
-def byte_compiler(**options):
-    """A token for each byte, and 256 = EOS. Makes one for each test, whose cache is empty."""
-    return ConstraintCompiler(lambda: BYTES, lambda text: [*text.encode()], **options)
 
 
 @pytest.mark.parametrize(
