@@ -10,8 +10,10 @@ from google.protobuf.duration_pb2 import Duration
 from nanoserve_client.v1 import admin_pb2, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 
+from nanoserve.dialect.tools import Choosing, ToolChoice
+from nanoserve.engine.reply import Wanted
 from nanoserve.errors import InvalidRequest, ModelNotFound
-from nanoserve.request import SamplingParams
+from nanoserve.request import Constraint, ConstraintKind, SamplingParams
 from nanoserve.rpc import validate
 
 MODEL = FakeEngine().model
@@ -404,3 +406,107 @@ def test_special_tokens_of_a_conversation_are_text_unless_asked_for():
         one = chat(USER, parseSpecialTokens=wanted)
         prompt = generation(**one).prompt
         assert prompt.parse_special_tokens is wanted
+
+
+# ------------------------------------------------------------------------------------- tools and reasoning
+
+HELLO = [{"role": "ROLE_USER", "content": "hi"}]
+ADD = {"name": "add", "parametersJson": '{"type": "object"}'}
+
+
+def chat_with(**fields):
+    return {"chat": {"messages": HELLO, **fields}}
+
+
+def test_tools_and_their_choice_reach_the_engines_terms():
+    choice = {"mode": "TOOL_CHOICE_MODE_REQUIRED", "names": ["add"]}
+    tools = [{**ADD, "strict": True}, {"name": "now"}]
+    use = generation(**chat_with(tools=tools, toolChoice=choice)).prompt.tool_use
+    assert [(tool.name, tool.parameters, tool.is_strict) for tool in use.tools] == [
+        ("add", {"type": "object"}, True),
+        ("now", None, False),
+    ]
+    assert use.choice == ToolChoice(Choosing.REQUIRED, frozenset(["add"]))
+    # A certain one is called once.
+    assert use.parallel is False
+    assert generation(**chat_with(tools=tools, toolChoice=choice, parallelToolCalls=True)).prompt.tool_use.parallel
+    assert generation(**chat_with(tools=tools)).prompt.tool_use.parallel
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "told"),
+    [
+        ({"tools": [ADD, ADD]}, "chat.tools[1].name", "is that of chat.tools[0] too"),
+        ({"tools": [{"name": ""}]}, "chat.tools[0].name", "must have 1 to 128 letters"),
+        ({"tools": [{"name": "a b"}]}, "chat.tools[0].name", "must have 1 to 128 letters"),
+        ({"tools": [{"name": "f", "parametersJson": "{"}]}, "chat.tools[0].parameters_json", "is not JSON"),
+        ({"tools": [{"name": "f", "parametersJson": "[]"}]}, "chat.tools[0].parameters_json", "must be a JSON object"),
+        (
+            {"tools": [{"name": "f", "parametersJson": '{"type": "array"}'}]},
+            "chat.tools[0].parameters_json",
+            "must be the schema of an object",
+        ),
+        ({"tools": [{"name": f"f{i}"} for i in range(129)]}, "chat.tools", "has 129 entries; at most 128 are allowed"),
+        ({"toolChoice": {"mode": "TOOL_CHOICE_MODE_AUTO"}}, "chat.tool_choice", "is for chat.tools only"),
+        ({"parallelToolCalls": False}, "chat.parallel_tool_calls", "is for chat.tools only"),
+        (
+            {"tools": [ADD], "toolChoice": {}},
+            "chat.tool_choice.mode",
+            "0 is not allowed; allowed: TOOL_CHOICE_MODE_NONE",
+        ),
+        (
+            {"tools": [ADD], "toolChoice": {"mode": "TOOL_CHOICE_MODE_AUTO", "names": ["sub"]}},
+            "chat.tool_choice.names[0]",
+            "'sub' is not among chat.tools",
+        ),
+        (
+            {"tools": [ADD], "toolChoice": {"mode": "TOOL_CHOICE_MODE_NONE", "names": ["add"]}},
+            "chat.tool_choice.names",
+            "are not for TOOL_CHOICE_MODE_NONE",
+        ),
+        (
+            {"messages": [{"role": "ROLE_USER", "content": "x", "reasoning": "y"}]},
+            "chat.messages[0].reasoning",
+            "is for ROLE_ASSISTANT only",
+        ),
+        (
+            {"messages": [{"role": "ROLE_ASSISTANT", "toolCalls": [{"name": "f", "argumentsJson": "[]"}]}]},
+            "chat.messages[0].tool_calls[0].arguments_json",
+            "must be a JSON object",
+        ),
+    ],
+)
+def test_what_is_wrong_with_tools_is_told(fields, path, told):
+    found = refused(chat={"messages": HELLO, **fields})
+    assert path in found
+    assert told in found[path]
+
+
+@pytest.mark.parametrize(
+    ("fields", "violations"),
+    [
+        ({"output": {"parse": True}}, {"output.parse": "is for chat only"}),
+        ({"stopping": {"maxReasoningTokens": 0}}, {"stopping.max_reasoning_tokens": "is for chat only"}),
+        (
+            {**chat_with(), "output": {"parse": True, "keepSpecialTokens": True}},
+            {"output.parse": "is not for output.keep_special_tokens"},
+        ),
+        (
+            {**chat_with(), "output": {"parse": True, "omitText": True}},
+            {"output.parse": "is not for output.omit_text"},
+        ),
+    ],
+)
+def test_parts_are_told_of_a_conversations_text_alone(fields, violations):
+    assert refused(**fields) == violations
+
+
+def test_what_is_wanted_of_the_output_reaches_the_engine():
+    asked = generation(
+        **chat_with(),
+        output={"parse": True},
+        stopping={"maxReasoningTokens": 7},
+        constraint={"regex": "a", "fromStart": True},
+    )
+    assert asked.wanted == Wanted(Constraint(ConstraintKind.REGEX, "a"), is_from_start=True, parse=True)
+    assert asked.params.max_reasoning_tokens == 7
