@@ -77,7 +77,9 @@ class Walker:
     def __init__(self, model: Path) -> None:
         self._codec = TextCodec.load(model)
         num_tokens, eos = self._codec.vocab_size, self._codec.eos_token_id
-        self.compiler = ConstraintCompiler(lambda: self._codec.vocabulary(num_tokens, [] if eos is None else [eos]))
+        self.compiler = ConstraintCompiler(
+            lambda: self._codec.vocabulary(num_tokens, [] if eos is None else [eos]), self._codec.encode_plain
+        )
         self._masks = make_masks(1, num_tokens)
         self.compiler.compile(Constraint(ConstraintKind.JSON_OBJECT))
 

@@ -36,7 +36,7 @@ def decode(token_ids: list[int]) -> str:
     return b"".join(TOKENS[token_id] for token_id in token_ids if token_id != EOS).decode()
 
 
-VOCABULARY = Vocabulary(VOCAB_SIZE, (EOS,), tokens=(*TOKENS, *_UNUSED), special_token_ids=tuple(_SPECIAL_IDS))
+VOCABULARY = Vocabulary((*TOKENS, *_UNUSED), tuple(_SPECIAL_IDS), (EOS,))
 COMPILER = ConstraintCompiler(lambda: VOCABULARY, encode)
 
 
@@ -86,7 +86,7 @@ def is_right(constraint: Constraint, text: str) -> bool:
 
 
 # A token for each byte, and 256 = EOS.
-BYTES = Vocabulary(257, (256,), tokens=(*(bytes([i]) for i in range(256)), b"<eos>"), special_token_ids=(256,))
+BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b"<eos>"), (256,), (256,))
 
 
 def byte_compiler(**options):

@@ -65,9 +65,7 @@ class Vocabulary:
         self.ids = {text: len(tokens) + i for i, text in enumerate(special)}
         self.eos_id = self.ids["<eos>"]
         self._singles = {token: i for i, token in enumerate(tokens) if len(token) == 1}
-        vocabulary = Tokens(
-            len(self.texts), (self.eos_id,), tokens=tuple(self.texts), special_token_ids=tuple(self.ids.values())
-        )
+        vocabulary = Tokens(tuple(self.texts), tuple(self.ids.values()), (self.eos_id,))
         self.tokenizer: LLTokenizer = vocabulary.tokenizer(
             lambda text: [self._singles[bytes([byte])] for byte in text.encode()]
         )

@@ -24,7 +24,7 @@ from nanoserve.step_record import SchedulerStats
 
 EOS = 256
 # A token each byte, and EOS.
-VOCABULARY = Vocabulary(EOS + 1, (EOS,), tokens=(*(bytes([i]) for i in range(256)), b"<eos>"), special_token_ids=(EOS,))
+VOCABULARY = Vocabulary((*(bytes([i]) for i in range(256)), b"<eos>"), (EOS,), (EOS,))
 COMPILER = ConstraintCompiler(lambda: VOCABULARY)
 Events = AsyncGenerator[StreamEvent, None]
 Script = Callable[[SamplingParams], Events]

@@ -89,7 +89,9 @@ class Walker:
     def __init__(self) -> None:
         codec = TextCodec.load(BUILTIN_MODEL)
         self._encode = codec.encode
-        self._compiler = ConstraintCompiler(lambda: codec.vocabulary(codec.vocab_size, [codec.eos_token_id]))
+        self._compiler = ConstraintCompiler(
+            lambda: codec.vocabulary(codec.vocab_size, [codec.eos_token_id]), codec.encode_plain
+        )
 
     def compile(self, schema: Any, *, is_relaxed: bool) -> CompiledConstraint | None:
         """None if it is refused."""

@@ -3,7 +3,6 @@
 Read this to see what the server is made of. It is the only module that knows both the engine and the model side.
 """
 
-import functools
 import logging
 import threading
 import time
@@ -135,7 +134,7 @@ def assemble(
     )
     compiler = ConstraintCompiler(
         lambda: codec.vocabulary(model.facts.vocab_size, eos_token_ids),
-        functools.partial(codec.encode, add_special_tokens=False),
+        codec.encode_plain,
     )
     return Built(EngineCore(scheduler, runner, compiler), codec, served)
 

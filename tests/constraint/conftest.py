@@ -28,7 +28,7 @@ def vocab_size(codec: TextCodec) -> int:
 
 @pytest.fixture(scope="session")
 def compiler(codec: TextCodec, vocab_size: int) -> ConstraintCompiler:
-    return ConstraintCompiler(lambda: codec.vocabulary(vocab_size, [codec.eos_token_id]), codec.encode)
+    return ConstraintCompiler(lambda: codec.vocabulary(vocab_size, [codec.eos_token_id]), codec.encode_plain)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -53,19 +54,19 @@ def test_one_that_takes_too_long_is_ended_with_its_process(process):
     process.check(QUICK, SECONDS)
 
 
-def test_one_that_is_the_end_of_its_process_is_refused(process, monkeypatch):
+def test_one_that_is_the_end_of_its_process_is_refused(process):
     """By a stack overflow, or because it wants more memory than there may be."""
     process.check(QUICK, SECONDS)
-    pid = process._process.pid
-
-    def end_it(constraint):
-        os.kill(pid, signal.SIGSEGV)
-        send(constraint)
-
-    send = process._pipe.send
-    monkeypatch.setattr(process._pipe, "send", end_it)
+    threading.Timer(0.05, process._process.kill).start()
     with pytest.raises(ConstraintInvalid, match="takes more than the compiler can do"):
-        process.check(QUICK, SECONDS)
+        process.check(SLOW, SECONDS)
+    process.check(QUICK, SECONDS)
+
+
+def test_a_process_that_was_killed_meanwhile_is_started_anew(process):
+    process.check(QUICK, SECONDS)
+    process._process.kill()
+    process._process.wait()
     process.check(QUICK, SECONDS)
 
 

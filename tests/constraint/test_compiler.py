@@ -121,7 +121,7 @@ def test_special_tokens_are_no_text(compiler, codec, vocab_size):
 
 def test_a_model_with_fewer_tokens_than_its_tokenizer_gets_masks_of_its_own_width(codec):
     vocab_size = codec.vocab_size - 100
-    narrow = ConstraintCompiler(lambda: codec.vocabulary(vocab_size, [codec.eos_token_id]), codec.encode)
+    narrow = ConstraintCompiler(lambda: codec.vocabulary(vocab_size, [codec.eos_token_id]), codec.encode_plain)
     masks = make_masks(1, vocab_size)
     narrow.compile(regex("a+")).matcher().fill(masks)
     assert masks.any()
@@ -311,7 +311,7 @@ def test_a_tokenizer_of_another_kind_gives_the_same_masks(compiler, vocab_size, 
     """One that is not of the tokenizers library is known by the bytes of its tokens."""
     codec = TextCodec.load(BUILTIN_MODEL)
     monkeypatch.setattr(codec, "_backend", None)
-    other = ConstraintCompiler(lambda: codec.vocabulary(vocab_size, [codec.eos_token_id]), codec.encode)
+    other = ConstraintCompiler(lambda: codec.vocabulary(vocab_size, [codec.eos_token_id]), codec.encode_plain)
     masks = make_masks(2, vocab_size)
     constraint = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "object", "required": ["name"]}')
     for row, each in enumerate((compiler, other)):
@@ -329,7 +329,7 @@ def test_a_model_without_eos_ends_where_nothing_can_follow(monkeypatch, has_back
     if not has_backend:
         monkeypatch.setattr(codec, "_backend", None)
     vocab_size = codec.vocab_size
-    endless = ConstraintCompiler(lambda: codec.vocabulary(vocab_size, []), codec.encode)
+    endless = ConstraintCompiler(lambda: codec.vocabulary(vocab_size, []), codec.encode_plain)
     matcher = endless.compile(regex("a+b")).matcher()
     matcher.read(codec.encode("ab", add_special_tokens=False))
     assert matcher.is_complete

@@ -42,12 +42,15 @@ class CheckProcess:
 
     def check(self, constraint: Constraint, timeout_s: float) -> CheckedConstraint:
         """Raises ConstraintInvalid; TimeoutError if it takes longer; RuntimeError for a fault of the checker."""
-        pipe = self._pipe or self._start()
-        pipe.send(constraint)
-        if not pipe.poll(timeout_s):
+        if self._process is not None and self._process.poll() is not None:
+            # It was killed while nobody used it.
             self._end()
-            raise TimeoutError
+        pipe = self._pipe or self._start()
         try:
+            pipe.send(constraint)
+            if not pipe.poll(timeout_s):
+                self._end()
+                raise TimeoutError
             answer: Answer = pipe.recv()
         except (EOFError, OSError):
             self._end()

@@ -13,21 +13,21 @@ Encode = Callable[[str], list[int]]
 class Vocabulary:
     """Which bytes each token stands for. Picklable."""
 
-    # Width of the model's logits, and so of masks. What is no token of the tokenizer is never allowed.
-    size: int
+    # The bytes of every token that the model can draw. One that has none is never allowed.
+    tokens: tuple[bytes, ...]
+    # Of these, those that are no text, whatever their bytes are.
+    special_token_ids: tuple[int, ...]
     # None of them = an output ends only where nothing more may follow.
     eos_token_ids: tuple[int, ...]
-    # The JSON of a tokenizer of Hugging Face's `tokenizers` library, if it is one; else the bytes of every token.
-    json: str = ""
-    tokens: tuple[bytes, ...] = ()
-    # Of `tokens`, those that are no text.
-    special_token_ids: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Width of the model's logits, and so of masks."""
+        return len(self.tokens)
 
     def tokenizer(self, encode: Encode | None = None) -> LLTokenizer:
-        """Takes up to a second. encode: that of the model's tokenizer, on any thread; without it a vocabulary of tokens
-        spells what is forced by the longest tokens, which the model might not."""
-        if self.json:
-            return LLTokenizer(self.json, n_vocab=self.size, eos_token=list(self.eos_token_ids))
+        """Takes up to a second. encode: spells a text as the model would, with tokens that are text alone; any thread.
+        Without it what is forced is spelled by the longest tokens, which the model might not do."""
         tokens, special, eos = list(self.tokens), list(self.special_token_ids), list(self.eos_token_ids)
         if not eos:
             # llguidance needs one: a token more than there are, which no mask of the model's width holds.

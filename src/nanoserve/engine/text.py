@@ -116,11 +116,8 @@ class TextCodec:
 
     def vocabulary(self, size: int, eos_token_ids: Sequence[int]) -> Vocabulary:
         """The tokens as grammars are matched with them; takes up to a second. size: of the model's logits."""
-        eos = tuple(eos_token_ids)
-        if self._backend is not None and eos:
-            return Vocabulary(max(size, self.vocab_size), eos, json=self._backend.to_str())
-        tokens = tuple(self.token_bytes(token_id) for token_id in range(size))
-        return Vocabulary(size, eos, tokens=tokens, special_token_ids=tuple(sorted(self.special_token_ids)))
+        special = (token_id for token_id in sorted(self.special_token_ids) if token_id < size)
+        return Vocabulary(tuple(map(self.token_bytes, range(size))), tuple(special), tuple(eos_token_ids))
 
     # ------------------------------------------------------------------------------------------------ encode
 
@@ -132,6 +129,10 @@ class TextCodec:
         # Other than `encode`, the batch call runs without the interpreter lock, so that the event loop goes on.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing that spells a special token is one."""
+        return self._plain_encoder.encode([text], [])
 
     def encode_prompt(self, prompt: str | Chat, *, add_special_tokens: bool | None = None) -> tuple[list[int], str]:
         """Token ids of a prompt, and the text that they were made of.

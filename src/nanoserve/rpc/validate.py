@@ -249,7 +249,10 @@ def _chat(chat: generation_pb2.Chat, violations: Violations) -> Chat:
             violations.add("chat.add_generation_prompt", "cannot be true with continue_final_message")
     return Chat(
         messages=messages,
-        tools=[_tool(tool) for tool in chat.tools[:MAX_TOOLS]],
+        # A model that sees tools calls them.
+        tools=[]
+        if chat.tool_choice.mode == generation_pb2.TOOL_CHOICE_MODE_NONE
+        else [*map(_tool, chat.tools[:MAX_TOOLS])],
         template_kwargs=violations.json_object("chat.template_kwargs_json", chat.template_kwargs_json or "{}"),
         continue_final_message=chat.continue_final_message,
         add_generation_prompt=_if_set(chat, "add_generation_prompt"),

@@ -30,7 +30,7 @@ class _ToolChoiceModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolCh
     TOOL_CHOICE_MODE_UNSPECIFIED: _ToolChoiceMode.ValueType  # 0
     """Refused."""
     TOOL_CHOICE_MODE_NONE: _ToolChoiceMode.ValueType  # 1
-    """It does not: the template shows the tools all the same."""
+    """It does not: the template is not shown the tools."""
     TOOL_CHOICE_MODE_AUTO: _ToolChoiceMode.ValueType  # 2
     """As it likes. From the beginning of a call on, a strict tool's arguments satisfy its schema."""
     TOOL_CHOICE_MODE_REQUIRED: _ToolChoiceMode.ValueType  # 3
@@ -42,7 +42,7 @@ class ToolChoiceMode(_ToolChoiceMode, metaclass=_ToolChoiceModeEnumTypeWrapper):
 TOOL_CHOICE_MODE_UNSPECIFIED: ToolChoiceMode.ValueType  # 0
 """Refused."""
 TOOL_CHOICE_MODE_NONE: ToolChoiceMode.ValueType  # 1
-"""It does not: the template shows the tools all the same."""
+"""It does not: the template is not shown the tools."""
 TOOL_CHOICE_MODE_AUTO: ToolChoiceMode.ValueType  # 2
 """As it likes. From the beginning of a call on, a strict tool's arguments satisfy its schema."""
 TOOL_CHOICE_MODE_REQUIRED: ToolChoiceMode.ValueType  # 3
