@@ -48,13 +48,13 @@ class CheckProcess:
         pipe = self._pipe or self._start()
         try:
             pipe.send(constraint)
-            if not pipe.poll(timeout_s):
-                self._end()
-                raise TimeoutError
-            answer: Answer = pipe.recv()
+            answer: Answer | None = pipe.recv() if pipe.poll(timeout_s) else None
         except (EOFError, OSError):
             self._end()
             raise refusal(constraint, "takes more than the compiler can do; make it simpler") from None
+        if answer is None:
+            self._end()
+            raise TimeoutError
         if isinstance(answer, ConstraintInvalid):
             raise answer
         if isinstance(answer, str):

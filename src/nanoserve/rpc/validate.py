@@ -247,17 +247,16 @@ def _chat(chat: generation_pb2.Chat, violations: Violations) -> Chat:
             )
         if chat.add_generation_prompt:
             violations.add("chat.add_generation_prompt", "cannot be true with continue_final_message")
+    tool_use = _tool_use(chat, violations)
     return Chat(
         messages=messages,
         # A model that sees tools calls them.
-        tools=[]
-        if chat.tool_choice.mode == generation_pb2.TOOL_CHOICE_MODE_NONE
-        else [*map(_tool, chat.tools[:MAX_TOOLS])],
+        tools=[] if tool_use.choice.choosing is Choosing.NONE else [_tool(tool) for tool in chat.tools[:MAX_TOOLS]],
         template_kwargs=violations.json_object("chat.template_kwargs_json", chat.template_kwargs_json or "{}"),
         continue_final_message=chat.continue_final_message,
         add_generation_prompt=_if_set(chat, "add_generation_prompt"),
         parse_special_tokens=chat.parse_special_tokens,
-        tool_use=_tool_use(chat, violations),
+        tool_use=tool_use,
     )
 
 
