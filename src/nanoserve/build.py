@@ -112,9 +112,15 @@ def assemble(
 
     draft: the model that drafts for it, if there is one.
     """
+    eos_token_ids = _eos_token_ids(model.facts, codec)
+    compiler = ConstraintCompiler(
+        lambda: codec.vocabulary(model.facts.vocab_size, eos_token_ids),
+        codec.encode_plain,
+    )
+    # While kernels warm up, which leave the interpreter to others.
+    compiler.warm_up()
     runner, plan = build_runner(model, draft, options, wait_until_fast=wait_until_fast, report=report)
     scheduler = build_scheduler(options, model.facts, plan)
-    eos_token_ids = _eos_token_ids(model.facts, codec)
     report(Fact("ends with", ", ".join(f"{codec.token(i)!r} ({i})" for i in eos_token_ids) or "nothing: it has no EOS"))
     draft_sources, max_draft_tokens = read_choice(options.scheduler.speculate, has_draft_model=draft is not None)
     dialect = _dialect(options.model, codec)
@@ -131,10 +137,6 @@ def assemble(
         draft_sources=draft_sources,
         draft_model=Path(options.model.draft_model or "").name,
         dialect=dialect,
-    )
-    compiler = ConstraintCompiler(
-        lambda: codec.vocabulary(model.facts.vocab_size, eos_token_ids),
-        codec.encode_plain,
     )
     return Built(EngineCore(scheduler, runner, compiler), codec, served)
 

@@ -4,6 +4,7 @@ submit() ──▶ cache, by SHA-256 of the constraint ── not there ──�
                     ◀──────────────── a Future, shared by all who ask for the same ───┘
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -73,7 +74,7 @@ BYTES_PER_GRAMMAR_BYTE = 64
 
 
 class ConstraintCompiler:
-    """Any thread. Its threads, and a process for each, begin with the first constraint, and end with this process."""
+    """Any thread. Its threads, and a process for each, begin when they are needed, and end with this process."""
 
     def __init__(
         self,
@@ -95,6 +96,12 @@ class ConstraintCompiler:
         self._num_cached_bytes = 0
         self._waiting: queue.SimpleQueue[tuple[str, Constraint]] = queue.SimpleQueue()
         self._num_threads = self._num_idle = 0
+
+    def warm_up(self) -> None:
+        """Get the vocabulary ready on a thread. It takes up to a second of the interpreter: no step should run yet."""
+        with self._lock:
+            if not self._num_threads:
+                self._start_thread()
 
     def submit(self, constraint: Constraint) -> "Future[CompiledConstraint]":
         """The compiled constraint, when there is one. The future raises ConstraintInvalid, and is not to be cancelled:
@@ -125,8 +132,10 @@ class ConstraintCompiler:
     # ------------------------------------------------------------------------------------------------- threads
 
     def _start_thread_if_needed(self) -> None:
-        if self._waiting.qsize() <= self._num_idle or self._num_threads == NUM_THREADS:
-            return
+        if self._waiting.qsize() > self._num_idle and self._num_threads < NUM_THREADS:
+            self._start_thread()
+
+    def _start_thread(self) -> None:
         self._num_threads += 1
         previous = threading.stack_size(STACK_BYTES)
         try:
@@ -140,6 +149,8 @@ class ConstraintCompiler:
             # There a thread has a niceness of its own. Steps go first where the CPUs are busy.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         process: CheckProcess | None = None
+        with contextlib.suppress(Exception):  # whoever needs it hears of it
+            self._ready_vocabulary()
         while True:
             with self._lock:
                 self._num_idle += 1
