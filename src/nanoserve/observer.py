@@ -75,6 +75,10 @@ class RequestRecord:
     num_preemptions: int = 0
     # Only sources that guessed.
     drafts: Mapping[DraftSource, DraftTotals] = field(default_factory=dict)
+    # What its output must be, such as "json_schema". Empty = anything.
+    constraint: str = ""
+    # Whether its sequences are that, such as "satisfied", once all have come to their end.
+    outcomes: tuple[str, ...] = ()
 
     # Known at the end.
 

@@ -179,7 +179,7 @@ async def test_the_page_tells_of_every_metric():
     read.refusals.note({"method": "GET", "raw_path": b"/", "state": {"request_id": "x"}}, bad_request(None, "no"))
     async with watched(read.metrics, max_waiting=2, num_blocks=32) as (bench, client):
         # One of everything: two that preempt each other, one that is refused, one that is late, one that leaves. And
-        # guesses.
+        # guesses, and a constraint.
         bench.executor._draft = lambda token_ids, seed: right_drafts(token_ids, seed, 2, VOCAB)
         bench.executor.gate.clear()
         streams = [client.generate([i] * 40, max_tokens=50, ignore_eos=True) for i in (1, 2)]
@@ -188,6 +188,7 @@ async def test_the_page_tells_of_every_metric():
             await client.generate(PROMPT).result()
         bench.executor.gate.set()
         await asyncio.gather(*(stream.result() for stream in streams))
+        await client.generate(PROMPT, regex="ab").result()
         bench.executor.gate.clear()
         await miss_deadline(
             lambda timeout_s: client.generate(PROMPT, timeout=timeout_s),
@@ -197,7 +198,7 @@ async def test_the_page_tells_of_every_metric():
         await until(lambda: bench.engine._streams)
         left.cancel()
         bench.executor.gate.set()
-        await until(lambda: len(read.all()) == 25)
+        await until(lambda: len(read.all()) == 26)
         kept = {
             metric.name: (metric.unit, {label for p in metric.data.data_points for label in p.attributes})
             for metric in read.all().values()

@@ -140,6 +140,13 @@ class _Arrival:
     end_s: float | None = None
     error: RequestError | None = None
 
+    @property
+    def _constraint(self) -> str:
+        """By the name of the contract's field; "tools" where only calls are held to something."""
+        if self.wanted.constraint is not None:
+            return self.wanted.constraint.kind.value
+        return "tools" if self.reply is not None and self.reply.constraint is not None else ""
+
     def record(self, *, wants_content: bool) -> RequestRecord:
         """What observers may know of it by now."""
         stream = self.stream
@@ -158,6 +165,7 @@ class _Arrival:
             num_prompt_tokens=len(stream.request.prompt_token_ids) if stream else 0,
             end_s=self.end_s,
             error=self.error,
+            constraint=self._constraint,
             **(stream.progress.copied() if stream else {}),
             **content,
         )

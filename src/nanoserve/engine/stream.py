@@ -105,6 +105,7 @@ class Progress:
     finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
     num_preemptions: int = 0
     drafts: dict[DraftSource, DraftTotals] = field(default_factory=dict)
+    outcomes: tuple[str, ...] = ()
 
     def copied(self) -> dict[str, Any]:
         """Its fields by their names, as RequestRecord has them: what changes later is no part of the copy."""
@@ -295,8 +296,10 @@ class RequestStream:
             if self._error is not None:
                 raise self._error
             if self._finished is not None:
-                outcomes = [await self._outcome(index) for index in range(self.request.params.n)]
-                yield dataclasses.replace(self._finished, outcomes=[each for each in outcomes if each is not None])
+                found = [await self._outcome(index) for index in range(self.request.params.n)]
+                outcomes = [each for each in found if each is not None]
+                self.progress.outcomes = tuple(each.name.lower() for each in outcomes)
+                yield dataclasses.replace(self._finished, outcomes=outcomes)
                 return
 
     async def _outcome(self, index: int) -> Outcome | None:

@@ -34,6 +34,10 @@ def _fields(call: CallRecord) -> Iterator[tuple[str, Any]]:
         yield "preemptions", request.num_preemptions
     if request.finish_reasons:
         yield "finish_reasons", ",".join(reason.value for _, reason in sorted(request.finish_reasons.items()))
+    if request.constraint:
+        yield "constraint", request.constraint
+    if request.outcomes:
+        yield "outcomes", ",".join(request.outcomes)
     ends = [request.started_s, request.first_token_s, request.last_token_s]
     begin_s = call.start_s
     for name, end_s in zip(("queue_s", "prefill_s", "decode_s"), ends, strict=True):

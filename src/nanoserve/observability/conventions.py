@@ -32,6 +32,9 @@ ERROR_REASON = "nanoserve.error.reason"
 PHASE = "nanoserve.phase"
 # Who guessed: the value of a request.DraftSource.
 DRAFT_SOURCE = "nanoserve.draft_source"
+# What an output must be, and whether it is: RequestRecord.constraint, and one of its outcomes.
+CONSTRAINT = "nanoserve.constraint"
+CONSTRAINT_OUTCOME = "nanoserve.constraint.outcome"
 
 
 def of_generation(model: str, *, is_chat: bool) -> dict[str, str]:

@@ -61,6 +61,7 @@ COUNTERS = (
     ("nanoserve.requests.cancelled", "{request}", "Requests that their caller, or an operator, ended."),
     ("nanoserve.requests.deadline_missed", "{request}", "Requests whose deadline passed, by what they did then."),
     ("nanoserve.sequences.finished", "{sequence}", "Sequences that came to their end, by reason."),
+    ("nanoserve.sequences.constrained", "{sequence}", "Those of them that had a constraint, by what became of it."),
 )
 THREADS = "CPU threads that computed the last step: fewer than usual while other processes want the CPUs."
 
@@ -132,6 +133,9 @@ class Metrics(Observer):
             self._count_drafts(source, totals)
         for reason in request.finish_reasons.values():
             self._counters["nanoserve.sequences.finished"].add(1, {"nanoserve.finish_reason": reason.value})
+        for outcome in request.outcomes:
+            attributes = {names.CONSTRAINT: request.constraint, names.CONSTRAINT_OUTCOME: outcome}
+            self._counters["nanoserve.sequences.constrained"].add(1, attributes)
 
     def _count_drafts(self, source: DraftSource, totals: DraftTotals) -> None:
         attributes = {names.DRAFT_SOURCE: source.value}
