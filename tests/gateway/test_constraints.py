@@ -189,8 +189,8 @@ OUTCOMES = {
 
 
 def run(answer, *outcomes, unenforced=(), cut=(), num_prompts=1):
-    """Frames of the stream, and the results, of a server that gives each prompt these sequences. cut: those that end by
-    their limit."""
+    """Frames of the stream, and the results, of a server that gives each prompt these sequences, a second prompt in
+    reverse. cut: those that end by their limit."""
     all_progress = [Progress(None) for _ in range(num_prompts)]
     for progress in all_progress:
         progress.take(started())
@@ -200,7 +200,7 @@ def run(answer, *outcomes, unenforced=(), cut=(), num_prompts=1):
             reason = pb.FINISH_REASON_LENGTH if index in cut else pb.FINISH_REASON_COMPLETE
             for event in (delta(index, "{", (1,)), delta(index, "}", (2,), finish_reason=reason)):
                 body += b"".join(answer.delta(prompt, progress.take(event)))
-        values = [OUTCOMES[outcome] for outcome in outcomes]
+        values = [OUTCOMES[outcome] for outcome in (outcomes if prompt == 0 else reversed(outcomes))]
         progress.take(finished(2, constraint_outcomes=values, unenforced=unenforced))
         progress.end()
     results = [progress.result() for progress in all_progress]
@@ -237,7 +237,7 @@ def test_each_choice_and_the_last_chunk_of_each_tell_the_outcome(make, is_chat):
 def test_outcomes_of_several_prompts_stand_at_their_choices():
     fields = {"prompt": ["a", "b"], "n": 2, "guided_regex": "a"}
     frames, results = run(completion(**fields, stream=True), "satisfied", "truncated", num_prompts=2)
-    wanted = [(0, "satisfied"), (1, "truncated"), (2, "satisfied"), (3, "truncated")]
+    wanted = [(0, "satisfied"), (1, "truncated"), (2, "truncated"), (3, "satisfied")]
     for choices in (whole(completion(**fields), results)["choices"], [f["choices"][0] for f in frames[-4:]]):
         assert [(choice["index"], choice["constraint_outcome"]) for choice in choices] == wanted
 
