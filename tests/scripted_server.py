@@ -103,7 +103,7 @@ class Script(
         assert self.unary is not None, "the test expects no unary call"
         return self.unary(request, context)
 
-    Tokenize = Detokenize = ListModels = Cancel = ResetCache = GetStats = ExplainRequest = _answer
+    Tokenize = Detokenize = CheckConstraint = ListModels = Cancel = ResetCache = GetStats = ExplainRequest = _answer
 
     def WatchEngine(self, request: Any, context: Any) -> Iterator[Any]:
         context.add_callback(self.ended.set)
