@@ -2,9 +2,10 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from nanoserve_client import CheckOptions, ConstraintOutcome, FinishReason, UnenforcedKeyword
+from nanoserve_client import CheckOptions, Client, ConstraintOutcome, FinishReason, UnenforcedKeyword
 from nanoserve_client.v1 import generation_pb2 as pb
 from nanoserve_client.v1 import model_pb2
 from pydantic import BaseModel, Field, ValidationError
@@ -174,3 +175,14 @@ async def test_a_constraint_can_be_checked_alone(face, server):
     with pytest.raises(TypeError, match="one of schema, json_object, regex, grammar, choices is required"):
         await face.call(client.check_constraint)
     assert "relaxed" in CheckOptions.__optional_keys__
+
+
+def test_the_clients_page_shows_what_works(served):
+    page = (Path(__file__).parents[2] / "clients/python/README.md").read_text()
+    block = page.partition("## Structured output")[2].partition("```python\n")[2].partition("```")[0]
+    with Client(served.address) as client:
+        variables = {"client": client, "__name__": "page"}
+        exec(block, variables)
+    assert isinstance(variables["term"], variables["Term"])
+    assert variables["answer"] in ("yes", "no")
+    assert 1900 <= int(variables["year"]) < 2100
