@@ -28,10 +28,10 @@ def delta(index: int = 0, text: str = "", token_ids: tuple[int, ...] = (), **fie
     return pb.GenerateResponse(delta=pb.Delta(index=index, text=text, token_ids=token_ids, **fields))
 
 
-def finished(completion_tokens: int = 0) -> pb.GenerateResponse:
+def finished(completion_tokens: int = 0, **fields: Any) -> pb.GenerateResponse:
     usage = pb.Usage(prompt_tokens=4, cached_tokens=2, completion_tokens=completion_tokens)
     timing = pb.Timing(queue=Duration(seconds=1, nanos=500_000_000), decode=Duration(seconds=2), preemptions=3)
-    return pb.GenerateResponse(finished=pb.Finished(usage=usage, timing=timing))
+    return pb.GenerateResponse(finished=pb.Finished(usage=usage, timing=timing, **fields))
 
 
 def hello(_request: pb.GenerateRequest, _context: grpc.ServicerContext) -> Events:
@@ -103,7 +103,7 @@ class Script(
         assert self.unary is not None, "the test expects no unary call"
         return self.unary(request, context)
 
-    Tokenize = Detokenize = ListModels = Cancel = ResetCache = GetStats = ExplainRequest = _answer
+    Tokenize = Detokenize = CheckConstraint = ListModels = Cancel = ResetCache = GetStats = ExplainRequest = _answer
 
     def WatchEngine(self, request: Any, context: Any) -> Iterator[Any]:
         context.add_callback(self.ended.set)

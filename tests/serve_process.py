@@ -44,7 +44,9 @@ class ServeProcess(LoggedProcess):
         self._sabotage = tempfile.TemporaryDirectory()
         (Path(self._sabotage.name) / "sitecustomize.py").write_text(sabotage)
         command = [NANOSERVE, "serve", "--grpc-port", "0", "--http-port", "0", *arguments]
-        super().__init__(command, environment={**os.environ, **(variables or {}), "PYTHONPATH": self._sabotage.name})
+        # Behind it what the tests themselves import from.
+        path = os.pathsep.join(filter(None, [self._sabotage.name, os.environ.get("PYTHONPATH")]))
+        super().__init__(command, environment={**os.environ, **(variables or {}), "PYTHONPATH": path})
 
     @property
     def address(self) -> str:

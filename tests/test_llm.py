@@ -1,5 +1,6 @@
 """The Python API: a model in this process, for threads and for asyncio."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import numpy
 import pytest
-from nanoserve_client import InvalidRequest
+from nanoserve_client import ConstraintOutcome, InvalidRequest
+from pydantic import BaseModel, Field
 
 from nanoserve import LLM, AsyncLLM, SamplingParams
 from nanoserve.config import ConfigError
@@ -210,3 +212,51 @@ def test_the_process_ends_although_a_model_was_left_open_in_the_middle_of_a_stre
 def test_importing_the_package_imports_neither_torch_nor_grpc():
     code = "import sys, nanoserve; sys.exit(bool({'torch', 'grpc', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class City(BaseModel):
+    name: str = Field(max_length=12)
+    people: int = Field(ge=0, le=99)
+
+
+def test_outputs_of_a_batch_are_what_the_constraint_says(llm):
+    outputs = llm.chat(QUESTIONS, GREEDY, schema=City)
+    assert all(isinstance(output.parsed, City) for output in outputs)
+    twice = llm.generate("a", SamplingParams(n=2, seed=1, max_tokens=24), choices=["yes", "no"])[0]
+    assert {output.parsed for output in twice.outputs} <= {"yes", "no"}
+    assert {output.constraint_outcome for output in twice.outputs} == {ConstraintOutcome.SATISFIED}
+    assert llm.stream_chat(QUESTIONS[0], GREEDY, json_object=True, regex=None).result().text.startswith("{")
+    with llm.stream("a", GREEDY, regex=re.compile("[0-9]{3}")) as stream:
+        assert int(stream.result().parsed) < 1000
+    assert llm.chat(QUESTIONS[0], GREEDY)[0].outputs[0].constraint_outcome is None
+
+
+def test_what_of_a_relaxed_schema_was_not_enforced_is_told(llm):
+    schema = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2, "uniqueItems": True}
+    with pytest.raises(InvalidRequest, match="uniqueItems"):
+        llm.generate("a", GREEDY, schema=schema)
+    [output] = llm.generate("a", SamplingParams(temperature=0, max_tokens=200), schema=schema, relaxed=True)
+    assert [each.keyword for each in output.unenforced] == ["uniqueItems"]
+    assert output.outputs[0].constraint_outcome in (ConstraintOutcome.RELAXED_OK, ConstraintOutcome.RELAXED_VIOLATED)
+
+
+def test_an_output_that_is_cut_off_has_no_value(llm):
+    [output] = llm.generate("a", SamplingParams(temperature=0, max_tokens=2), schema=City)
+    with pytest.raises(ValueError, match=r"cut off \(length\)"):
+        assert output.parsed
+
+
+def test_keywords_are_those_of_a_constraint_alone(llm):
+    for call in (llm.generate, llm.chat, llm.stream, llm.stream_chat):
+        with pytest.raises(TypeError, match="unknown option: temperature"):
+            call("a", GREEDY, temperature=0)
+    with pytest.raises(TypeError, match="regex and choices are given"):
+        llm.generate("a", regex="a", choices=["a"])
+
+
+async def test_asyncio_takes_constraints_too():
+    async with AsyncLLM(max_num_seqs=4, kv_memory_bytes=16 << 20) as llm:
+        assert isinstance((await llm.chat("a", GREEDY, schema=City))[0].parsed, City)
+        assert (await llm.generate(["a", "b"], GREEDY, choices=["x"]))[1].parsed == "x"
+        assert "".join([delta.text async for delta in llm.stream("a", GREEDY, choices=["x"])]) == "x"
+        assert (await llm.stream_chat("a", GREEDY, regex="[ab]").result()).parsed in "ab"

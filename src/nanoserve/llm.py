@@ -7,7 +7,8 @@
             print(output.text)
 
 It is the server in this process and a client of it, so that rules, errors and results are those of every other caller.
-`LLM` is for threads, `AsyncLLM` for asyncio; `stream` gives the tokens of one request as they come.
+`LLM` is for threads, `AsyncLLM` for asyncio; `stream` gives the tokens of one request as they come. Keywords say what
+outputs must be, those of the client's ConstraintOptions: `llm.chat("A city", schema=City)[0].parsed` is a City.
 """
 
 import asyncio
@@ -16,18 +17,22 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any, Self, Unpack
 
 from nanoserve_client import (
     AsyncClient,
     AsyncGenerateStream,
     Completion,
+    ConstraintOptions,
     GenerateOptions,
     GenerateStream,
     Timing,
     TokenLogprob,
+    UnenforcedKeyword,
     Usage,
 )
+from nanoserve_client.transport import refuse_unknown
 from tqdm import tqdm
 
 from nanoserve.config import ENGINE_SECTIONS, SECTIONS, ConfigError, Options, Setting, settings
@@ -54,11 +59,18 @@ class RequestOutput:
     timing: Timing
     # One for each prompt token if `prompt_logprobs` was asked for, else empty.
     prompt_logprobs: tuple[TokenLogprob, ...]
+    # With `relaxed`: keywords of the schema that were only checked when the output was complete.
+    unenforced: tuple[UnenforcedKeyword, ...] = ()
 
     @property
     def text(self) -> str:
         """The first sequence's text: the only one unless n was given."""
         return self.outputs[0].text
+
+    @property
+    def parsed(self) -> Any:
+        """The first sequence's text as what the constraint says it is: see Completion.parsed."""
+        return self.outputs[0].parsed
 
 
 class AsyncLLM:
@@ -76,25 +88,40 @@ class AsyncLLM:
         # Within the block.
         self._inside: tuple[LocalServer, AsyncClient] | None = None
 
-    async def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> list[RequestOutput]:
+    async def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        **constraint: Unpack[ConstraintOptions],
+    ) -> list[RequestOutput]:
         """Complete prompts as they stand. See LLM.generate."""
-        return await run_batch(self._options, self._client().generate, as_prompts(prompts), sampling_params)
+        send = self._client().generate
+        return await run_batch(self._options, send, as_prompts(prompts), sampling_params, constraint)
 
     async def chat(
-        self, conversations: Conversation | Sequence[Conversation], sampling_params: Params = None
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        sampling_params: Params = None,
+        **constraint: Unpack[ConstraintOptions],
     ) -> list[RequestOutput]:
         """Answer conversations, by the model's chat template. See LLM.chat."""
-        return await run_batch(self._options, self._client().chat, as_conversations(conversations), sampling_params)
+        send = self._client().chat
+        return await run_batch(self._options, send, as_conversations(conversations), sampling_params, constraint)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncGenerateStream:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **constraint: Unpack[ConstraintOptions]
+    ) -> AsyncGenerateStream:
         """Complete one prompt, token by token."""
-        return self._client().generate(prompt, **as_options(sampling_params))
+        return self._client().generate(prompt, **as_options(sampling_params, constraint))
 
     def stream_chat(
-        self, conversation: Conversation, sampling_params: SamplingParams | None = None
+        self,
+        conversation: Conversation,
+        sampling_params: SamplingParams | None = None,
+        **constraint: Unpack[ConstraintOptions],
     ) -> AsyncGenerateStream:
         """Answer one conversation, token by token."""
-        return self._client().chat(conversation, **as_options(sampling_params))
+        return self._client().chat(conversation, **as_options(sampling_params, constraint))
 
     async def __aenter__(self) -> Self:
         server = await asyncio.to_thread(LocalServer, self._options)
@@ -132,13 +159,18 @@ class LLM:
         self._client = self._server.client()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, use_tqdm: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        **constraint: Unpack[ConstraintOptions],
     ) -> list[RequestOutput]:
         """Complete prompts as they stand: a text, token ids, or a list of either. Results are in their order.
 
-        use_tqdm: show a progress bar on a terminal.
+        use_tqdm: show a progress bar on a terminal. constraint: what every output must be.
         """
-        return self._run(lambda client: client.generate, as_prompts(prompts), sampling_params, use_tqdm)
+        return self._run(lambda client: client.generate, as_prompts(prompts), sampling_params, use_tqdm, constraint)
 
     def chat(
         self,
@@ -146,17 +178,26 @@ class LLM:
         sampling_params: Params = None,
         *,
         use_tqdm: bool = True,
+        **constraint: Unpack[ConstraintOptions],
     ) -> list[RequestOutput]:
         """Answer conversations, by the model's chat template: messages, a question, or a list of either."""
-        return self._run(lambda client: client.chat, as_conversations(conversations), sampling_params, use_tqdm)
+        given = as_conversations(conversations)
+        return self._run(lambda client: client.chat, given, sampling_params, use_tqdm, constraint)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> GenerateStream:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **constraint: Unpack[ConstraintOptions]
+    ) -> GenerateStream:
         """Complete one prompt, token by token. Leaving its `with` block, or dropping it, cancels the request."""
-        return self._client.generate(prompt, **as_options(sampling_params))
+        return self._client.generate(prompt, **as_options(sampling_params, constraint))
 
-    def stream_chat(self, conversation: Conversation, sampling_params: SamplingParams | None = None) -> GenerateStream:
+    def stream_chat(
+        self,
+        conversation: Conversation,
+        sampling_params: SamplingParams | None = None,
+        **constraint: Unpack[ConstraintOptions],
+    ) -> GenerateStream:
         """Answer one conversation, token by token."""
-        return self._client.chat(conversation, **as_options(sampling_params))
+        return self._client.chat(conversation, **as_options(sampling_params, constraint))
 
     def tokenize(self, prompt: Conversation) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `chat` sees it."""
@@ -179,12 +220,13 @@ class LLM:
         prompts: Sequence[Any],
         params: Params,
         has_bar: bool,
+        constraint: ConstraintOptions,
     ) -> list[RequestOutput]:
         async def run() -> list[RequestOutput]:
             # disable=None: shown on a terminal only.
             with tqdm(total=len(prompts), unit=" prompts", disable=None if has_bar else True) as bar:
                 async with self._server.async_client() as client:
-                    return await run_batch(self._options, method(client), prompts, params, bar.update)
+                    return await run_batch(self._options, method(client), prompts, params, constraint, bar.update)
 
         future = self._server.submit(run)
         try:
@@ -199,25 +241,33 @@ async def run_batch(
     send: Callable[..., AsyncGenerateStream],
     prompts: Sequence[Any],
     params: Params,
+    constraint: ConstraintOptions,
     on_end: Callable[[], object] = lambda: None,
 ) -> list[RequestOutput]:
     """One result for each prompt; the first error cancels the others.
 
     No more requests run at once than keep the engine busy.
     """
-    each = one_for_each(prompts, params)
+    each = [as_options(one, constraint) for one in one_for_each(prompts, params)]
     gate = asyncio.Semaphore(min(2 * options.scheduler.max_num_seqs, options.scheduler.max_waiting))
 
     async def one(index: int) -> RequestOutput:
         async with gate:
             try:
-                async with send(prompts[index], **as_options(each[index])) as stream:
+                async with send(prompts[index], **each[index]) as stream:
                     result = await stream.result()
             except Exception as error:
                 error.add_note(f"prompt {index} of {len(prompts)}")
                 raise
         on_end()
-        return RequestOutput(prompts[index], result.completions, result.usage, result.timing, result.prompt_logprobs)
+        return RequestOutput(
+            prompt=prompts[index],
+            outputs=result.completions,
+            usage=result.usage,
+            timing=result.timing,
+            prompt_logprobs=result.prompt_logprobs,
+            unenforced=result.unenforced,
+        )
 
     tasks = [asyncio.create_task(one(index)) for index in range(len(prompts))]
     try:
@@ -304,9 +354,15 @@ def one_for_each(prompts: Sequence[Any], params: Params) -> list[SamplingParams 
     return list(params)
 
 
-def as_options(params: SamplingParams | None) -> GenerateOptions:
-    """SamplingParams by the names that callers of the service use."""
-    options: dict[str, Any] = {}
+def as_options(
+    params: SamplingParams | None, constraint: Mapping[str, object] = MappingProxyType({})
+) -> GenerateOptions:
+    """SamplingParams by the names that callers of the service use, and a constraint's options.
+
+    Raises TypeError for what is no option of a constraint.
+    """
+    refuse_unknown(constraint, ConstraintOptions.__optional_keys__)
+    options: dict[str, Any] = dict(constraint)
     for each in fields(params) if params is not None else ():
         value = getattr(params, each.name)
         options[CALLERS_NAMES.get(each.name, each.name)] = not value if each.default is True else value

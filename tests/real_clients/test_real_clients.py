@@ -16,39 +16,46 @@ HERE = Path(__file__).parent
 LM_EVAL = HERE / "lm_eval"
 
 
-@pytest.mark.parametrize("script", ["chat", "completions", "responses", "models_and_errors"])
+@pytest.mark.parametrize("script", ["chat", "completions", "responses", "structured", "models_and_errors"])
 def test_openai_python(url, run, script):
     run(sys.executable, HERE / f"openai_python/{script}.py", f"{url}/v1")
 
 
-def test_langchain(url, run):
-    run(sys.executable, HERE / "langchain/chat.py", f"{url}/v1")
+@pytest.mark.parametrize("script", ["chat", "structured"])
+def test_langchain(url, run, script):
+    run(sys.executable, HERE / f"langchain/{script}.py", f"{url}/v1")
 
 
-def test_pydantic_ai(url, run, python_with):
-    run(python_with("pydantic-ai", "pydantic-ai-slim[openai]==2.68.0"), HERE / "pydantic_ai/agent.py", f"{url}/v1")
+@pytest.mark.parametrize("script", ["agent", "structured"])
+def test_pydantic_ai(url, run, python_with, script):
+    python = python_with("pydantic-ai", "pydantic-ai-slim[openai]==2.68.0")
+    run(python, HERE / f"pydantic_ai/{script}.py", f"{url}/v1")
+
+
+def test_instructor(url, run, python_with):
+    run(python_with("instructor", "instructor==1.17.0"), HERE / "instructor/structured.py", f"{url}/v1")
 
 
 def test_openai_agents(url, run, python_with):
     run(python_with("openai-agents", "openai-agents==0.24.0"), HERE / "openai_agents/agent.py", f"{url}/v1")
 
 
-@pytest.mark.parametrize("script", ["completion", "responses", "anthropic_messages"])
+@pytest.mark.parametrize("script", ["completion", "responses", "structured", "anthropic_messages"])
 def test_litellm(url, run, python_with, script):
     # Its streams for Anthropic's API import what only its proxy depends on.
     packages = ("litellm==1.110.2", "fastapi==0.165.0", "orjson==3.13.0", "soundfile==0.14.0")
     run(python_with("litellm", *packages), HERE / f"litellm/{script}.py", f"{url}/v1")
 
 
-@pytest.mark.parametrize("script", ["chat", "responses"])
+@pytest.mark.parametrize("script", ["chat", "responses", "structured"])
 def test_openai_javascript(url, run, folder_with, script):
-    folder = folder_with("openai-javascript", "openai@7.59.0")
+    folder = folder_with("openai-javascript", "openai@7.59.0", "zod@4.6.7")
     run_node(run, folder, HERE / f"openai_javascript/{script}.mjs", url)
 
 
-@pytest.mark.parametrize("script", ["chat", "responses"])
+@pytest.mark.parametrize("script", ["chat", "responses", "structured"])
 def test_ai_sdk(url, run, folder_with, script):
-    packages = ("ai@7.0.173", "@ai-sdk/openai@4.0.118", "@ai-sdk/openai-compatible@3.0.92")
+    packages = ("ai@7.0.173", "@ai-sdk/openai@4.0.118", "@ai-sdk/openai-compatible@3.0.92", "zod@4.6.7")
     run_node(run, folder_with("ai-sdk", *packages), HERE / f"ai_sdk/{script}.mjs", url)
 
 

@@ -1,7 +1,9 @@
 """The reference page of options and sampling flags, in Markdown, from the fields that the flags are made of too."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from nanoserve.cli.constraint import CONSTRAINT_FLAGS, RELAXED_FLAG, RELAXED_HELP
 from nanoserve.cli.sampling import sampling_flags
 from nanoserve.config import BUILTIN_MODEL, SECTIONS, Setting, settings
 
@@ -40,11 +42,18 @@ For `generate`, and all but `--n`, `--logprobs` and `--prompt-logprobs` for `cha
 server, so they are flags only. What is not given takes the model's own value. Flags of texts, tokens and biases may be
 given several times.
 """
+CONSTRAINT = """\
+## Flags of what the output must be
+
+For `generate` and `chat`; at most one of those that need no other. They are flags only, too. `generate` ends with exit
+code 1 if an output is not what it must be, because it was cut off, or breaks what was only checked.
+"""
 
 
 def render() -> str:
     """The whole page."""
-    return "\n".join([INTRODUCTION, *map(_section, SECTIONS), SAMPLING + "\n" + _sampling_table()])
+    tables = (SAMPLING, _flags_table(sampling_flags())), (CONSTRAINT, _flags_table(_constraint_flags()))
+    return "\n".join([INTRODUCTION, *map(_section, SECTIONS), *(f"{head}\n{table}" for head, table in tables)])
 
 
 def _section(name: str) -> str:
@@ -68,8 +77,12 @@ def _default(setting: Setting) -> str:
     return "`built-in`" if setting.default == str(BUILTIN_MODEL) else f"`{setting.shown_default}`"
 
 
-def _sampling_table() -> str:
-    forms = {f"{flag} {told.get('metavar', '')}".strip(): told["help"] for flag, told in sampling_flags().items()}
+def _constraint_flags() -> dict[str, dict[str, Any]]:
+    return {**CONSTRAINT_FLAGS, RELAXED_FLAG: {"help": RELAXED_HELP}}
+
+
+def _flags_table(flags: Mapping[str, Mapping[str, Any]]) -> str:
+    forms = {f"{flag} {told.get('metavar', '')}".strip(): told["help"] for flag, told in flags.items()}
     return _table(("flag", "what it does"), [(f"`{form}`", help) for form, help in forms.items()])
 
 

@@ -17,10 +17,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanoserve_client import Cancelled, Client, Delta, GenerateOptions, InvalidRequest, NanoserveError
+from nanoserve_client import (
+    Cancelled,
+    Client,
+    ConstraintOutcome,
+    Delta,
+    FinishReason,
+    GenerateOptions,
+    InvalidRequest,
+    NanoserveError,
+)
 
 from nanoserve.cli import line_editor
 from nanoserve.cli.connection import connected
+from nanoserve.cli.constraint import add_constraint, read_constraint
 from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.sampling import add_sampling, read_sampling
 from nanoserve.cli.terminal import has_colour, on_signals, start_logging, write, write_error
@@ -35,6 +45,8 @@ EXAMPLES = """
     nanoserve chat --target 127.0.0.1:50051
     echo "What is TTFT?" | nanoserve chat
 """
+# What ends an answer that was not cut off.
+WHOLE = (FinishReason.EOS, FinishReason.STOP, FinishReason.COMPLETE)
 HELP = """\
 /system TEXT   instructions for the model, from now on; without TEXT, none
 /reset         forget the conversation
@@ -47,6 +59,7 @@ def add_arguments(parser: Parser) -> None:
     parser.describe("[MODEL] [OPTIONS]", DESCRIPTION, EXAMPLES)
     group = parser.add_argument_group("The conversation")
     group.add_argument("--system", metavar="TEXT", help="Instructions for the model.")
+    add_constraint(parser)
     add_sampling(parser, leave_out=("n", "logprobs", "prompt_logprobs"))
     add_options(parser, ("client", *ENGINE_SECTIONS))
 
@@ -54,8 +67,9 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     status_line = start_logging(logging.WARNING)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    options: GenerateOptions = {**read_sampling(arguments), **read_constraint(arguments)}
     with connected(arguments, status_line) as (client, model):
-        chat = Chat(client, read_sampling(arguments), arguments.system)
+        chat = Chat(client, options, arguments.system)
         if is_interactive:
             say(f"{model.name}, context of {model.max_context_tokens} tokens. /help lists commands, Ctrl-D leaves.")
         with line_editor.lines(is_interactive=is_interactive) as lines:
@@ -100,10 +114,10 @@ class Pace:
 class Chat:
     """One conversation. Main thread."""
 
-    def __init__(self, client: Client, sampling: GenerateOptions, system: str | None) -> None:
+    def __init__(self, client: Client, options: GenerateOptions, system: str | None) -> None:
         self.has_failed = False
         self._client = client
-        self._sampling = sampling
+        self._options = options
         self._system = system
         # Without the system message.
         self._messages: list[dict[str, str]] = []
@@ -152,7 +166,7 @@ class Chat:
         question = {"role": "user", "content": message}
         pace, text, ending = Pace(), "", ""
         try:
-            stream = self._client.chat([*self._conversation(), question], **self._sampling)
+            stream = self._client.chat([*self._conversation(), question], **self._options)
         except (TypeError, ValueError) as error:
             self._give_up(f"A value does not fit its parameter: {error}.")
             return
@@ -163,8 +177,11 @@ class Chat:
                     pace.count(delta)
                     write(delta.text)
                     text += delta.text
-                    if delta.finish_reason is not None and delta.finish_reason.name not in ("EOS", "STOP"):
+                    if delta.finish_reason is not None and delta.finish_reason not in WHOLE:
                         ending = f", ended by its limit ({delta.finish_reason.value})"
+                if self._options.get("relaxed"):
+                    outcome = stream.result().completions[0].constraint_outcome
+                    ending += ", breaks the schema" if outcome is ConstraintOutcome.RELAXED_VIOLATED else ""
         except Cancelled as error:
             ending = ", stopped" if error.reason is None else f", ended: {error.message}"
         except NanoserveError as error:

@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from nanoserve_client import Client, GenerateOptions, GenerateStream, NanoserveError
+from nanoserve_client import Client, ConstraintOutcome, GenerateOptions, GenerateStream, NanoserveError, Result
 
 from nanoserve.cli.connection import connected
+from nanoserve.cli.constraint import add_constraint, read_constraint
 from nanoserve.cli.flags import Parser, add_options
 from nanoserve.cli.sampling import add_sampling, read_sampling
 from nanoserve.cli.terminal import CommandError, start_logging, write, write_error
@@ -37,6 +38,7 @@ EXAMPLES = """
     nanoserve generate "Once upon a time" --max-tokens 50
     nanoserve generate --chat "What is paged attention?" --temperature 0
     cat essay.txt | nanoserve generate --model Qwen/Qwen3-0.6B
+    nanoserve generate --chat "Name a city." --schema city.json
     nanoserve generate --file prompts.txt --json --target 127.0.0.1:50051 > answers.jsonl
 """
 
@@ -52,6 +54,7 @@ def add_arguments(parser: Parser) -> None:
         help="A prompt is a message to the model, put into its chat template. Default: a text to be continued.",
     )
     group.add_argument("--json", action="store_true", help="Write a line of JSON for each prompt.")
+    add_constraint(parser)
     add_sampling(parser)
     add_options(parser, ("client", *ENGINE_SECTIONS), has_positional=False)
 
@@ -59,20 +62,34 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     status_line = start_logging(logging.WARNING)
     prompts = read_prompts(arguments.prompts, arguments.file)
-    sampling = read_sampling(arguments)
-    is_alone = len(prompts) == 1 and sampling.get("n") in (None, 1)
+    options: GenerateOptions = {**read_sampling(arguments), **read_constraint(arguments)}
+    is_alone = len(prompts) == 1 and options.get("n") in (None, 1)
     show = show_json if arguments.json else show_text if is_alone else show_with_heading
     num_failed = 0
     with connected(arguments, status_line) as (client, _):
-        for prompt, stream in _send(client, prompts, sampling, is_chat=arguments.chat):
+        for prompt, stream in _send(client, prompts, options, is_chat=arguments.chat):
             try:
                 show(prompt, stream)
+                why = unmet(stream.result())
             except NanoserveError as error:
-                num_failed += 1
+                why = str(error)
                 if arguments.json:
-                    write(json.dumps({"prompt": prompt, "error": str(error)}, ensure_ascii=False) + "\n")
-                write_error(f"nanoserve: prompt {_shorten(prompt)!r}: {error}\n")
+                    write(json.dumps({"prompt": prompt, "error": why}, ensure_ascii=False) + "\n")
+            if why is not None:
+                num_failed += 1
+                write_error(f"nanoserve: prompt {_shorten(prompt)!r}: {why}\n")
     return 1 if num_failed else 0
+
+
+def unmet(result: Result) -> str | None:
+    """Why a completion is not what it must be; None if all are."""
+    outcomes = {each.constraint_outcome: each for each in result.completions}
+    if (cut := outcomes.get(ConstraintOutcome.TRUNCATED)) is not None:
+        return f"the output is cut off before it is what it must be ({cut.finish_reason.value})"
+    if ConstraintOutcome.RELAXED_VIOLATED in outcomes:
+        keywords = ", ".join(f"{each.pointer}/{each.keyword}" for each in result.unenforced)
+        return f"the output breaks the schema, of which this was only checked: {keywords}"
+    return None
 
 
 def read_prompts(given: list[str], file: str | None) -> list[str]:
@@ -97,7 +114,7 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
 
 
 def _send(
-    client: Client, prompts: list[str], sampling: GenerateOptions, *, is_chat: bool
+    client: Client, prompts: list[str], options: GenerateOptions, *, is_chat: bool
 ) -> Iterator[tuple[str, GenerateStream]]:
     """Each prompt with its stream, in order; the streams of the next ones run already."""
     send = client.chat if is_chat else client.generate
@@ -106,7 +123,7 @@ def _send(
         for prompt in prompts:
             if len(running) == IN_FLIGHT:
                 yield running.popleft()
-            running.append((prompt, send(prompt, **sampling)))
+            running.append((prompt, send(prompt, **options)))
     except (TypeError, ValueError) as error:
         raise CommandError(f"a value does not fit its parameter: {error}") from None
     yield from running
@@ -135,6 +152,9 @@ def show_with_heading(prompt: str, stream: GenerateStream) -> None:
 def show_json(prompt: str, stream: GenerateStream) -> None:
     """A line with the prompt and the fields of nanoserve_client.Result."""
     result = dataclasses.asdict(stream.result())
+    for completion in result["completions"]:
+        # It is a function.
+        del completion["parse"]
     write(json.dumps({"prompt": prompt, **result}, ensure_ascii=False, default=_plain) + "\n")
 
 

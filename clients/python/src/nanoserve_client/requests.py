@@ -483,7 +483,10 @@ _CONSTRAINTS = {
 
 
 def constraint(options: Mapping[str, Any]) -> pb.Constraint | None:
-    """Of ConstraintOptions; None if there is none. Raises TypeError for more than one."""
+    """Of ConstraintOptions; None if there is none.
+
+    Raises TypeError for more than one, and TypeError or ValueError for a value that the message cannot carry.
+    """
     # An empty text or list is a constraint, which the server refuses; json_object=False is none.
     given = {name: options[name] for name in _CONSTRAINTS if options.get(name) not in (None, False)}
     if len(given) > 1:
@@ -493,7 +496,16 @@ def constraint(options: Mapping[str, Any]) -> pb.Constraint | None:
             raise TypeError(f"{' and '.join(alone)}: there is no constraint")
         return None
     ((name, value),) = given.items()
-    message = pb.Constraint(relaxed=bool(options.get("relaxed")), from_start=bool(options.get("from_start")))
+    try:
+        message = _constraint(name, value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _misfit(f"{name} is {reprlib.repr(value)}", error) from error
+    message.relaxed, message.from_start = bool(options.get("relaxed")), bool(options.get("from_start"))
+    return message
+
+
+def _constraint(name: str, value: Any) -> pb.Constraint:
+    message = pb.Constraint()
     if name == "choices":
         # It is to be set even without any.
         message.choices.SetInParent()

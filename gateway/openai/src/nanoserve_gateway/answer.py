@@ -31,6 +31,7 @@ from openai.types import CompletionUsage
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import BaseModel
 
+from nanoserve_gateway.constraints import outcome_of
 from nanoserve_gateway.errors import Problem
 from nanoserve_gateway.schema import BadRequest, Violation
 
@@ -39,6 +40,8 @@ _Model = TypeVar("_Model", bound=BaseModel)
 DONE = b"data: [DONE]\n\n"
 # They end no line of an event, but many clients' line readers think so.
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+# What ends a sequence that was not cut off, as OpenAI sees it.
+WHOLE = (FinishReason.EOS, FinishReason.STOP, FinishReason.COMPLETE)
 # Options that a field of the same name gives, as far as an API has one; `logprobs` means a different thing in each.
 _SAME = GenerateOptions.__optional_keys__ - CallOptions.__optional_keys__ - {"logprobs"}
 # Fields that ChatOptions has, and what it calls them.
@@ -156,7 +159,11 @@ def frame(event: BaseModel | Mapping[str, Any], name: str | None = None) -> byte
 class Chunks:
     """The frames of a streamed chat or completion: objects with one head, the usage if it was asked for, and DONE."""
 
-    def __init__(self, kind: str, id: str, created: int, fields: Mapping[str, Any]) -> None:
+    def __init__(self, kind: str, id: str, created: int, fields: Mapping[str, Any], *, has_outcomes: bool) -> None:
+        """has_outcomes: of a constraint; what became of it is known at the end alone."""
+        self._has_outcomes = has_outcomes
+        # Last chunks of choices that wait for it: the prompt's number, the sequence's, and the choice.
+        self._last: list[tuple[int, int, Mapping[str, Any]]] = []
         self._head = {"id": id, "object": kind, "created": created, "model": fields.get("model", "")}
         asked = fields.get("stream_options", {})
         self._has_usage = bool(asked.get("include_usage"))
@@ -180,7 +187,16 @@ class Chunks:
             chunk["usage"] = self._usage_so_far() if self._has_usage_so_far else None
         return frame(chunk)
 
+    def last(self, prompt: int, sequence: int, choice: Mapping[str, Any]) -> Iterator[bytes]:
+        """A choice's last chunk, unless it has to wait."""
+        if self._has_outcomes:
+            self._last.append((prompt, sequence, choice))
+        else:
+            yield self.chunk(choice)
+
     def end(self, results: Sequence[Result]) -> Iterator[bytes]:
+        for prompt, sequence, choice in self._last:
+            yield self.chunk({**choice, **outcome_of(results[prompt], sequence)})
         if self._has_usage:
             yield frame({**self._head, "choices": [], "usage": usage_of(results).model_dump(exclude_unset=True)})
         yield DONE
@@ -214,7 +230,7 @@ def unchecked(kind: type[_Model], **fields: Any) -> _Model:
 
 def finish_reason(reason: FinishReason) -> str:
     """OpenAI knows whether the model came to an end or was cut off."""
-    return "stop" if reason in (FinishReason.EOS, FinishReason.STOP) else "length"
+    return "stop" if reason in WHOLE else "length"
 
 
 def stop_reason(end: Delta | Completion) -> str | int | None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nanoserve_client import Completion, Delta, Result, Started, TokenLogprob
+from nanoserve_client import Completion, Delta, GenerateOptions, Result, Started, TokenLogprob
 from nanoserve_client.requests import Messages, chat_prompt, generate_request
 from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
@@ -27,6 +27,7 @@ from nanoserve_gateway.answer import (
     tokenize_options,
     usage_of,
 )
+from nanoserve_gateway.constraints import Constraint, outcome_of
 from nanoserve_gateway.errors import Problem
 
 
@@ -36,12 +37,14 @@ class ChatAnswer:
     def __init__(self, fields: Mapping[str, Any]) -> None:
         """fields: as CHAT.parse returns them. Raises BadRequest."""
         limit, other = fields.get("max_tokens"), fields.get("max_completion_tokens")
+        constraint = Constraint(fields)
         check(
             *stream_rules(fields),
+            *constraint.rules,
             (None not in (limit, other) and limit != other, "max_tokens", "differs from max_completion_tokens"),
             (bool(fields.get("top_logprobs")) and not fields.get("logprobs"), "top_logprobs", "is for logprobs only"),
         )
-        chosen = options(fields)
+        chosen: GenerateOptions = {**options(fields), **constraint.options}
         if other is not None:
             chosen["max_tokens"] = other
         if fields.get("logprobs"):
@@ -55,6 +58,7 @@ class ChatAnswer:
         self.prompts = [Prompt(messages, tokenize_options(fields), self._has_token_ids)]
         self.is_streamed = bool(fields.get("stream"))
         self.names = {
+            **constraint.names,
             "output.logprobs": "top_logprobs",
             "output.prompt_logprobs": "prompt_logprobs",
             "stopping.max_tokens": "max_tokens" if other is None else "max_completion_tokens",
@@ -66,7 +70,8 @@ class ChatAnswer:
         self._prompt_logprobs: int | None = fields.get("prompt_logprobs")
         self._metadata = fields.get("metadata")
         self._id, self._created = new_id("chatcmpl-"), now()
-        self._chunks = Chunks("chat.completion.chunk", self._id, self._created, fields)
+        kind = "chat.completion.chunk"
+        self._chunks = Chunks(kind, self._id, self._created, fields, has_outcomes=bool(constraint))
 
     def begin(self, starts: Sequence[Started]) -> Iterator[bytes]:
         self._chunks.begin(starts)
@@ -75,7 +80,7 @@ class ChatAnswer:
             delta = {"role": "assistant", "content": ""}
             yield self._chunks.chunk({"index": index, "delta": delta, "finish_reason": None}, told)
 
-    def delta(self, _prompt: int, delta: Delta) -> Iterator[bytes]:
+    def delta(self, prompt: int, delta: Delta) -> Iterator[bytes]:
         """A chunk with what is new, unless it is tokens whose text is still to come and that are not told themselves;
         and one with the end, because many clients read no text there."""
         self._chunks.count(delta)
@@ -91,7 +96,7 @@ class ChatAnswer:
         if delta.finish_reason is not None:
             end = {"finish_reason": finish_reason(delta.finish_reason), "stop_reason": stop_reason(delta)}
             told = {"token_ids": ()} if self._has_token_ids else {}
-            yield self._chunks.chunk({"index": delta.index, "delta": {}, **end, **told})
+            yield from self._chunks.last(prompt, delta.index, {"index": delta.index, "delta": {}, **end, **told})
 
     def end(self, results: Sequence[Result]) -> Iterator[bytes]:
         return self._chunks.end(results)
@@ -111,7 +116,7 @@ class ChatAnswer:
             object="chat.completion",
             created=self._created,
             model=result.started.model,
-            choices=[self._choice(completion) for completion in result.completions],
+            choices=[self._choice(completion, result) for completion in result.completions],
             usage=usage_of(results),
             **extra,
         )
@@ -119,9 +124,11 @@ class ChatAnswer:
     def _prompt_token_ids(self) -> dict[str, Any]:
         return {"prompt_token_ids": self.prompts[0].token_ids} if self._has_token_ids else {}
 
-    def _choice(self, completion: Completion) -> Choice:
+    def _choice(self, completion: Completion, result: Result) -> Choice:
         tokens = [logprob_of(token, self._name) for token in completion.logprobs]
-        extra: dict[str, Any] = {"token_ids": completion.token_ids} if self._has_token_ids else {}
+        extra = outcome_of(result, completion.index)
+        if self._has_token_ids:
+            extra["token_ids"] = completion.token_ids
         return Choice(
             index=completion.index,
             finish_reason=finish_reason(completion.finish_reason),  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from nanoserve_gateway.answer import (
     unchecked,
     usage_of,
 )
+from nanoserve_gateway.constraints import Constraint, outcome_of
 from nanoserve_gateway.errors import Problem
 
 MAX_PROMPTS = 128
@@ -38,9 +39,10 @@ class CompletionAnswer:
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         """fields: as COMPLETIONS.parse returns them. Raises BadRequest."""
-        given = prompts_of(fields["prompt"])
+        given, constraint = prompts_of(fields["prompt"]), Constraint(fields)
         check(
             *stream_rules(fields),
+            *constraint.rules,
             (len(given) > MAX_PROMPTS, "prompt", f"has {len(given)} prompts; at most {MAX_PROMPTS}"),
         )
         self.is_streamed = bool(fields.get("stream"))
@@ -53,16 +55,17 @@ class CompletionAnswer:
             Prompt(each, tokenize_options(fields), self._has_token_ids, None if isinstance(each, str) else each)
             for each in given
         ]
-        chosen = options(fields)
+        chosen: GenerateOptions = {**options(fields), **constraint.options}
         chosen["logprobs"] = self._logprobs
         self.requests = [self._request(prompt, chosen) for prompt in self.prompts]
         self.names: Mapping[str, str] = {
+            **constraint.names,
             "output.logprobs": "logprobs",
             "output.prompt_logprobs": "logprobs" if self._prompt_logprobs is None else "prompt_logprobs",
         }
         self._n = fields.get("n", 1)
         self._id, self._created = new_id("cmpl-"), now()
-        self._chunks = Chunks("text_completion", self._id, self._created, fields)
+        self._chunks = Chunks("text_completion", self._id, self._created, fields, has_outcomes=bool(constraint))
         self._scribes: dict[int, _Scribe] = {}
         # Numbers of the prompts that are still to be echoed.
         self._unsaid = set(range(len(given))) if self._echo else set()
@@ -107,7 +110,8 @@ class CompletionAnswer:
         if delta.finish_reason is not None:
             end = {"finish_reason": finish_reason(delta.finish_reason), "stop_reason": stop_reason(delta)}
             told = {"token_ids": ()} if self._has_token_ids else {}
-            yield self._chunks.chunk({"index": index, "text": "", "logprobs": None, **end, **told})
+            last = {"index": index, "text": "", "logprobs": None, **end, **told}
+            yield from self._chunks.last(prompt, delta.index, last)
 
     def _late_echo(self, number: int) -> Iterator[bytes]:
         """Of a prompt that the service told of when it had computed it."""
@@ -156,7 +160,7 @@ class CompletionAnswer:
             text = self._prompt_text(prompt, result.prompt_logprobs) + text
             tokens = result.prompt_logprobs + tokens
         logprobs = None if self._logprobs is None else _Scribe(self._logprobs, self._name).write(tokens)
-        extra: dict[str, Any] = {}
+        extra = outcome_of(result, sequence.index)
         if self._has_token_ids:
             extra |= {"token_ids": sequence.token_ids, "prompt_token_ids": self.prompts[prompt].token_ids}
         if self._prompt_logprobs is not None:

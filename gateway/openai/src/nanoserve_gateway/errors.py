@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 
 from nanoserve_gateway.schema import BadRequest
 
+# The code of what breaks a rule for requests, of the service's or of the gateway's own.
+INVALID = "invalid_request"
 # Violations that are told.
 MAX_VIOLATIONS = 16
 
@@ -96,12 +98,13 @@ def problem_of(error: Exception, names: Mapping[str, str] | None = None, num_pro
         code = f"http_{error.status_code}"
         return Problem(error.status_code, "invalid_request_error", code, error.detail, headers=error.headers or {})
     if isinstance(error, BadRequest):
-        return _bad_request([(v.param, v.message) for v in error.violations], len(error.violations))
+        return _bad_request([(v.param, v.message) for v in error.violations], len(error.violations), INVALID)
     if not isinstance(error, NanoserveError):
         return Problem(500, "server_error", "internal_error", "the gateway failed", headers={"x-should-retry": "false"})
     if error.violations:
         count = int(error.metadata.get("violations", len(error.violations)))
-        return _bad_request([(_rest_name(f, names or {}), d) for f, d in error.violations], count)
+        code = (error.reason or INVALID).lower()
+        return _bad_request([(_rest_name(f, names or {}), d) for f, d in error.violations], count, code)
     if num_prompts > (most := int(error.metadata.get("max_waiting", num_prompts))):
         # However often it is tried again.
         return bad_request("prompt", f"has {num_prompts} prompts; the server lets {most} requests wait (--max-waiting)")
@@ -129,15 +132,15 @@ def names_of_prompt(number: int | None, num_prompts: int) -> Mapping[str, str]:
     return dict.fromkeys(("prompt", "text", "token_ids.ids"), f"prompt[{number}]")
 
 
-def bad_request(param: str | None, message: str, *, status: int = 400, code: str = "invalid_request") -> Problem:
+def bad_request(param: str | None, message: str, *, status: int = 400, code: str = INVALID) -> Problem:
     return Problem(status, "invalid_request_error", code, message, param)
 
 
-def _bad_request(violations: list[tuple[str, str]], count: int) -> Problem:
+def _bad_request(violations: list[tuple[str, str]], count: int, code: str) -> Problem:
     told = [f"{param}: {message}" for param, message in violations[:MAX_VIOLATIONS]]
     if count > len(told):
         told.append(f"and {count - len(told)} more")
-    return bad_request(violations[0][0], "; ".join(told))
+    return bad_request(violations[0][0], "; ".join(told), code=code)
 
 
 def _headers(error: NanoserveError, row: _Row) -> dict[str, str]:

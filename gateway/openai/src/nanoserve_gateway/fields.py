@@ -39,10 +39,22 @@ from openai.types.responses import (
     response_retrieve_params,
 )
 from openai.types.responses.response_create_params import StreamOptions
+from openai.types.responses.response_format_text_config_param import ResponseFormatTextConfigParam
+from openai.types.responses.response_format_text_json_schema_config_param import ResponseFormatTextJSONSchemaConfigParam
 from openai.types.responses.response_input_param import ItemReference
-from openai.types.shared_params import Reasoning
+from openai.types.shared_params import Reasoning, ResponseFormatJSONSchema
+from openai.types.shared_params.response_format_json_schema import JSONSchema
 from pydantic import Discriminator, Field, Strict, Tag
 
+from nanoserve_gateway.constraints import (
+    FORMAT_OBJECTS,
+    FORMAT_SCHEMA,
+    FORMATS,
+    GUIDED_DECODING,
+    NOT_STRUCTURED,
+    STRUCTURED_OUTPUTS,
+    StructuredOutputs,
+)
 from nanoserve_gateway.schema import Field as Line
 from nanoserve_gateway.schema import Schema, label, refused, served
 
@@ -56,7 +68,6 @@ TopK = Annotated[int, Field(ge=-1, le=2**32 - 1)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
 TOOLS = "tools are not served yet"
-FORMAT = "structured output is not served yet"
 MEDIA = "the model reads and writes text only"
 HOSTED = "it is a service of OpenAI's own platform"
 RETENTION = "the prefix cache keeps what it can, for as long as it can"
@@ -173,7 +184,9 @@ CHAT = Schema(
         refused("modalities", MEDIA, ["text"]),
         served("prediction", "What the answer is expected to be. Where it is right, tokens come several at a time."),
         refused("reasoning_effort", "what the model's template knows goes into chat_template_kwargs"),
-        refused("response_format", FORMAT, {"type": "text"}),
+        served("response_format", FORMATS),
+        *STRUCTURED_OUTPUTS,
+        *GUIDED_DECODING,
         refused("store", "chat completions are not stored; responses are", False),
         refused("verbosity", "the model takes no such instruction", "medium"),
         refused("web_search_options", HOSTED),
@@ -196,6 +209,10 @@ CHAT = Schema(
         ChatCompletionContentPartTextParam: _MESSAGES,
         ChatCompletionPredictionContentParam: (),
         ChatCompletionStreamOptionsParam: _STREAM_OPTIONS,
+        **FORMAT_OBJECTS,
+        ResponseFormatJSONSchema: (),
+        JSONSchema: FORMAT_SCHEMA,
+        StructuredOutputs: NOT_STRUCTURED,
     },
 )
 
@@ -216,8 +233,10 @@ COMPLETIONS = Schema(
         refused("best_of", "every choice is returned; use n", 1),
         refused("suffix", "the model fills no gaps", ""),
         *_REPORTS,
+        *STRUCTURED_OUTPUTS,
+        *GUIDED_DECODING,
     ),
-    {ChatCompletionStreamOptionsParam: _STREAM_OPTIONS},
+    {ChatCompletionStreamOptionsParam: _STREAM_OPTIONS, StructuredOutputs: NOT_STRUCTURED},
 )
 
 
@@ -255,7 +274,7 @@ _CONVERSATION = (
     served("previous_response_id", "Continues that conversation."),
     refused("conversation", "use previous_response_id"),
     served("reasoning", "Only without anything in it."),
-    served("text", "Plain text alone."),
+    served("text", "The `format` of the answer."),
     *_NO_TOOLS,
     refused("truncation", "a prompt that is too long is refused", "disabled"),
     _TEMPLATE_KWARGS,
@@ -272,9 +291,11 @@ _OF_CONVERSATION: dict[type, tuple[Line, ...]] = {
         label("logprobs", "Of the answer that comes back; not read."),
     ),
     ResponseTextConfigParam: (
-        refused("format", FORMAT, {"type": "text"}),
+        served("format", FORMATS, ResponseFormatTextConfigParam),
         refused("verbosity", _NO_INSTRUCTION, "medium"),
     ),
+    **FORMAT_OBJECTS,
+    ResponseFormatTextJSONSchemaConfigParam: FORMAT_SCHEMA,
     Reasoning: (
         refused("context", _IN_TEMPLATE, "auto"),
         refused("effort", _IN_TEMPLATE),
@@ -306,10 +327,15 @@ RESPONSES = Schema(
         refused("prompt", "there are no stored prompts"),
         served("stream_options", "Only without anything in it."),
         *_CONVERSATION,
+        *STRUCTURED_OUTPUTS,
         served("return_token_ids", f"{_TOKEN_IDS}.", bool),
         served("stop", "Extension. At most 16 texts of at most 1,024 characters.", str | list[str]),
     ),
-    {**_OF_CONVERSATION, StreamOptions: (refused("include_obfuscation", "nothing is padded", False),)},
+    {
+        **_OF_CONVERSATION,
+        StructuredOutputs: NOT_STRUCTURED,
+        StreamOptions: (refused("include_obfuscation", "nothing is padded", False),),
+    },
 )
 
 _MODEL = served("model", "Name of a served model. Default: the server's.", str)

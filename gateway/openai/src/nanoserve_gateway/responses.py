@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanoserve_client import Delta, FinishReason, Result, Started, TokenLogprob
+from nanoserve_client import Delta, FinishReason, GenerateOptions, Result, Started, TokenLogprob
 from nanoserve_client.requests import chat_prompt, generate_request
 from openai.types.responses import (
     Response,
@@ -40,9 +40,10 @@ from openai.types.responses.response_text_delta_event import Logprob as DeltaLog
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 from pydantic import BaseModel
 
-from nanoserve_gateway.answer import chat_options, check, frame, new_id, options, text_of, unchecked
+from nanoserve_gateway.answer import WHOLE, chat_options, check, frame, new_id, options, text_of, unchecked
 from nanoserve_gateway.background import Recording
 from nanoserve_gateway.chat import content_of
+from nanoserve_gateway.constraints import Constraint, outcome_of
 from nanoserve_gateway.errors import Problem
 
 LOGPROBS = "message.output_text.logprobs"
@@ -98,7 +99,9 @@ class ResponseAnswer:
         self._keep = keep
         self._has_logprobs = LOGPROBS in fields.get("include", ())
         unknown = [name for name in fields.get("include", ()) if name not in INCLUDABLE]
+        self._constraint = Constraint(fields)
         check(
+            *self._constraint.rules,
             (bool(unknown), "include", f"{', '.join(unknown)} is not known; there are: {', '.join(INCLUDABLE)}"),
             ("top_logprobs" in fields and not self._has_logprobs, "top_logprobs", f"needs {LOGPROBS} in include"),
             (self.is_background and not self._is_kept, "background", "needs store"),
@@ -106,7 +109,7 @@ class ResponseAnswer:
         self.recording = Recording() if self.is_background and self.is_streamed else None
         self._items = items_of(fields["input"])
         self._messages = messages_after(self._items, previous)
-        chosen = options(fields)
+        chosen: GenerateOptions = {**options(fields), **self._constraint.options}
         chosen["max_tokens"] = fields.get("max_output_tokens")
         if self._has_logprobs:
             chosen["logprobs"] = fields.get("top_logprobs", 0)
@@ -122,7 +125,7 @@ class ResponseAnswer:
     @property
     def names(self) -> Mapping[str, str]:
         names = {"output.logprobs": "top_logprobs", "stopping.max_tokens": "max_output_tokens", "prompt": "input"}
-        return {**names, **places(self._fields, len(self._items), len(self._messages))}
+        return {**names, **self._constraint.names, **places(self._fields, len(self._items), len(self._messages))}
 
     def queue(self) -> Iterator[bytes]:
         """Frames of a response in the background, before the service begins with it."""
@@ -187,6 +190,7 @@ class ResponseAnswer:
             background=self.is_background,
             store=self._is_kept,
             parallel_tool_calls=self._fields.get("parallel_tool_calls", False),
+            text={"format": (self._fields.get("text") or {}).get("format", {"type": "text"})},
             tool_choice="none",
             tools=[],
             truncation="disabled",
@@ -209,7 +213,7 @@ class ResponseAnswer:
         self._draft.finish_reason = reason
 
     def _finish(self, result: Result) -> Response:
-        is_whole = self._draft.finish_reason in (FinishReason.EOS, FinishReason.STOP)
+        is_whole = self._draft.finish_reason in WHOLE
         status = "completed" if is_whole else "incomplete"
         response = self.snapshot(
             status,
@@ -217,6 +221,7 @@ class ResponseAnswer:
             incomplete_details=None if is_whole else IncompleteDetails(reason="max_output_tokens"),
             completed_at=time.time() if is_whole else None,
             usage=_usage(result),
+            **outcome_of(result, 0),
         )
         return self._end(response)
 

@@ -15,6 +15,7 @@ import operator
 import reprlib
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, Required
@@ -150,7 +151,10 @@ class Schema:
             is_required = typing.get_origin(hint) in (typing.Required, Required)
             members[field] = (self._convert(hint), ...) if is_required else (self._convert(hint) | None, None)
         config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
-        return pydantic.create_model(name, __config__=config, __validators__=validators, **members)
+        with warnings.catch_warnings():
+            # Fields that are called as methods of pydantic's old versions, such as `schema`, take their places.
+            warnings.filterwarnings("ignore", 'Field name ".*" in ".*" shadows an attribute', UserWarning)
+            return pydantic.create_model(name, __config__=config, __validators__=validators, **members)
 
     @functools.cache  # noqa: B019 - schemas live as long as the process
     def _object(self, hint: Any) -> type[pydantic.BaseModel]:
