@@ -109,7 +109,7 @@ def test_with_keys_it_takes_an_admin_key(guarded):
 
 def test_a_request_shows_in_the_events_without_its_text(served):
     prompt = "Xylophones quarrel behind Zanzibar"
-    body = {"model": "nanoserve-builtin", "prompt": prompt, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"model": "nanoserve-builtin", "prompt": prompt, "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with httpx.Client(base_url=served.url, timeout=TIMEOUT_S) as http:
         done = threading.Event()
 

@@ -111,16 +111,11 @@ def plan_reply(
 
     Raises ConstraintInvalid, and InvalidRequest if what is wanted takes a dialect that is not known.
     """
+    _check_known(dialect, tool_use, max_reasoning_tokens)
     reasoning = dialect.reasoning
     is_reasoning = reasoning is not None and reasoning.is_open(prompt)
     has_closed = reasoning is not None and prompt.rstrip().endswith(reasoning.end)
     may_reason = reasoning is not None and begins_message and not has_closed
-    if max_reasoning_tokens is not None and reasoning is None:
-        why = "how the model writes its reasoning is not known; the server's --reasoning-parser says it"
-        raise InvalidRequest([Violation("stopping.max_reasoning_tokens", why)])
-    if tool_use.allowed and dialect.calls is None and tool_use.is_held:
-        why = "how the model writes calls of tools is not known; the server's --tool-call-parser says it"
-        raise InvalidRequest([Violation("chat.tool_choice", why)])
     answer = wanted.constraint
     may_call = bool(tool_use.allowed) and dialect.calls is not None
     needs_grammar = (
@@ -157,6 +152,16 @@ def plan_reply(
         is_reasoning=is_reasoning,
     )
     return Reply(wanted, tool_use, dialect, is_reasoning, constraint, _relaxed(whole, tool_use))
+
+
+def _check_known(dialect: Dialect, tool_use: ToolUse, max_reasoning_tokens: int | None) -> None:
+    """Raise InvalidRequest if what is wanted takes a dialect that is not known."""
+    if max_reasoning_tokens is not None and dialect.reasoning is None:
+        why = "how the model writes its reasoning is not known; the server's --reasoning-parser says it"
+        raise InvalidRequest([Violation("stopping.max_reasoning_tokens", why)])
+    if tool_use.allowed and dialect.calls is None and tool_use.is_held:
+        why = "how the model writes calls of tools is not known; the server's --tool-call-parser says it"
+        raise InvalidRequest([Violation("chat.tool_choice", why)])
 
 
 def _path_in_contract(field_: str) -> str:
