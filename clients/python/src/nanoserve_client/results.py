@@ -410,6 +410,9 @@ class Model:
     draft_sources: tuple[DraftSource, ...]
     # Name of the smaller model that guesses. Empty = there is none.
     draft_model: str
+    # How it writes its reasoning, such as "deepseek_r1", and calls of tools, such as "hermes". Empty = not known.
+    reasoning_parser: str
+    tool_call_parser: str
 
     @classmethod
     def of(cls, message: model_pb2.Model) -> Self:
