@@ -15,6 +15,7 @@ from nanoserve.constraint.matcher import make_masks
 from nanoserve.request import (
     Admission,
     DraftSource,
+    Failure,
     ScheduledSequence,
     SequenceResult,
     StepPlan,
@@ -121,15 +122,15 @@ class FakeExecutor:
         results = [self._result(s.row, s.start + s.num_known, s) for s in plan.sequences]
         return StepResult(results, num_threads=2)
 
-    def _next(self, row: int, context: list[int]) -> int:
-        """What the fake model says, of the tokens that the sequence's grammar allows."""
+    def _next(self, row: int, context: list[int]) -> int | None:
+        """What the fake model says, of the tokens that the sequence's grammar allows; None if it allows none."""
         admission = self.admissions[row]
         if admission.grammar is None:
             return next_token(context, admission.seed, self.vocab_size)
         masks = make_masks(1, self.vocab_size)
         admission.grammar.matcher(context[admission.num_prompt_tokens :]).fill(masks)
         allowed = np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little"))
-        return int(allowed[next_token(context, admission.seed, len(allowed))])
+        return int(allowed[next_token(context, admission.seed, len(allowed))]) if len(allowed) else None
 
     def _guess(self, row: int, context: list[int]) -> list[int]:
         return [] if self._draft is None else self._draft(context, self.admissions[row].seed)
@@ -160,7 +161,10 @@ class FakeExecutor:
         drafts += [-1] * (s.num_drafts - len(drafts))
         for position, token in enumerate(drafts, start=length):
             self.slots[self._slot(row, position)] = (token, position)
-        token_ids = [self._next(row, context)]
+        first = self._next(row, context)
+        if first is None:
+            return SequenceResult(failure=Failure.CONSTRAINT)
+        token_ids = [first]
         for draft in drafts:
             if draft != token_ids[-1]:
                 break

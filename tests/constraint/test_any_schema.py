@@ -43,7 +43,7 @@ async def ask(client, number):
         refusal = error
     if result is None:
         assert refusal.reason == "CONSTRAINT_INVALID"
-        assert refusal.metadata["keyword"]
+        assert refusal.metadata["keyword"], (schema, refusal)
         return []
     for completion in result.completions:
         completion.text.encode()  # no half of a character

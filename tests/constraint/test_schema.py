@@ -331,6 +331,12 @@ def test_a_contradiction_is_refused_although_relaxed(refused):
     assert refused({"allOf": [{"type": "string"}, {"type": "integer"}]}, is_relaxed=True) == [("", "allOf")]
 
 
+@pytest.mark.parametrize("is_relaxed", [False, True])
+def test_what_would_have_to_be_fetched_is_refused_by_name(refused, is_relaxed):
+    schema = {"properties": {"a": {"$ref": "https://example.com/schemas/address"}}}
+    assert refused(schema, is_relaxed=is_relaxed) == [("/properties/a", "$ref")]
+
+
 def test_a_grammar_that_is_too_large_is_refused_in_plain_words(compile_schema, monkeypatch):
     """Of the compiler's own asserts a caller reads nothing."""
     monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 100.0)

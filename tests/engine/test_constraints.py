@@ -6,6 +6,7 @@ import threading
 import pytest
 from engine_bench import PROMPT, SECONDS, running
 from fake_executor import expected_completion
+from llguidance import LLParserLimits
 
 from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.constraint.outcome import Outcome
@@ -244,3 +245,16 @@ async def test_who_waits_too_long_to_hear_what_a_constraint_comes_to_is_told(mon
     async with running() as bench:
         with pytest.raises(ConstraintInvalid, match="to compile; make it simpler"):
             await bench.engine.compile_constraint(Constraint(ConstraintKind.JSON_OBJECT))
+
+
+async def test_a_constraint_that_is_too_hard_to_follow_is_the_callers_to_mend(monkeypatch):
+    """It is known only where an output has led: after the request has started."""
+    monkeypatch.setattr(
+        "nanoserve.constraint.checker.LIMITS", LLParserLimits(max_lexer_states=30, verbose_errors=False)
+    )
+    async with running() as bench:
+        with pytest.raises(ConstraintInvalid, match="takes more than its limits allow to be followed") as caught:
+            await bench.collect(max_tokens=60, request=under(regex(r"x(\S+\s+){9,99}y")))
+        assert caught.value.field == "constraint.regex"
+        assert isinstance((await bench.collect())[-1], Finished)
+        await bench.until_free()

@@ -116,7 +116,9 @@ class ConstraintChecker:
                 raise refusal(constraint, "takes a grammar that is too large; make it simpler")
             pointer, keyword = schema.locate(error, functools.partial(self._error_of, is_relaxed=constraint.is_relaxed))
             why = _in_plain_words(error)
-            if not constraint.is_relaxed or not keyword or "Unsatisfiable" in error:
+            # What nothing satisfies, or what would have to be fetched, cannot be left out and checked in the end.
+            is_final = "Unsatisfiable" in error or "Default retriever" in error
+            if not constraint.is_relaxed or not keyword or is_final:
                 raise refusal(constraint, why, pointer=pointer, keyword=keyword)
             schema.drop(pointer, keyword, why)
         raise refusal(constraint, f"more than {MAX_DROPS} keywords cannot be enforced")

@@ -208,6 +208,11 @@ def too_slow(constraint: Constraint) -> ConstraintInvalid:
     return refusal(constraint, f"takes longer than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler")
 
 
+def too_hard(constraint: Constraint) -> ConstraintInvalid:
+    """The error of a constraint that compiles, and takes more than LIMITS allow where an output has led it."""
+    return refusal(constraint, "takes more than its limits allow to be followed; make it simpler")
+
+
 def _digest(constraint: Constraint) -> str:
     """Of all that the compiled constraint depends on."""
 

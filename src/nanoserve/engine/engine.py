@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, too_slow
+from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, too_hard, too_slow
 from nanoserve.dialect.formats import Dialect
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
@@ -555,8 +555,8 @@ class Engine:
                     stream.fail(EngineFailure("the model computed NaN or infinity for this request"))
                 case RequestFailed(reason=Failure.NO_TOKEN):
                     stream.fail(EngineFailure("what the request asks for leaves no token that could be drawn"))
-                case RequestFailed(reason=Failure.CONSTRAINT):
-                    stream.fail(EngineFailure("to follow the constraint takes more than its limits allow"))
+                case RequestFailed(reason=Failure.CONSTRAINT) if stream.request.constraint is not None:
+                    stream.fail(too_hard(stream.request.constraint))
                 case RequestFailed(reason=Failure.STEP):
                     stream.fail(EngineFailure())
                 case RequestFailed(reason=RequestError() as error):
