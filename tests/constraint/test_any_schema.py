@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import sys
 from pathlib import Path
 
 import jsonschema_rs
@@ -20,8 +21,13 @@ def address():
         yield server.address
 
 
+def number(text):
+    """JSON's numbers have no bound, and infinity is none of them."""
+    return min(max(float(text), -sys.float_info.max), sys.float_info.max)
+
+
 def is_valid(schema, text):
-    return jsonschema_rs.validator_for(schema, validate_formats=True).is_valid(json.loads(text))
+    return jsonschema_rs.validator_for(schema, validate_formats=True).is_valid(json.loads(text, parse_float=number))
 
 
 async def ask(client, number):

@@ -331,6 +331,15 @@ def test_a_contradiction_is_refused_although_relaxed(refused):
     assert refused({"allOf": [{"type": "string"}, {"type": "integer"}]}, is_relaxed=True) == [("", "allOf")]
 
 
+def test_a_hostname_has_an_end(compile_schema, accepts):
+    label = "a" * 49
+    for schema in ({"format": "hostname"}, {"format": "hostname", "maxLength": 300}):
+        compiled = compile_schema({"type": "string", **schema})
+        assert accepts(compiled, json.dumps(".".join([label] * 5)))
+        assert not accepts(compiled, json.dumps(".".join([label] * 6)))
+    assert not accepts(compile_schema({"format": "hostname", "maxLength": 9}), '"abc.defghij"')
+
+
 @pytest.mark.parametrize("is_relaxed", [False, True])
 def test_what_would_have_to_be_fetched_is_refused_by_name(refused, is_relaxed):
     schema = {"properties": {"a": {"$ref": "https://example.com/schemas/address"}}}

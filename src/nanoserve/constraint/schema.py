@@ -62,6 +62,8 @@ UNSUPPORTED = _names(
 )
 # Formats that the grammar holds to.
 FORMATS = _names("date-time time date duration email hostname ipv4 ipv6 uri uuid")
+# What the grammars of formats leave open: characters of the whole.
+_MAX_LENGTHS = {"hostname": 253}
 # OpenAPI's, of numbers: the range that each stands for. None = any number.
 _NUMBER_FORMATS: dict[str, tuple[int, int] | None] = {
     "int8": (-(2**7), 2**7 - 1),
@@ -366,6 +368,10 @@ def _judge(node: _Node, ref_roots: set[str]) -> Iterator[KeywordUse]:
         if keyword == "format" and isinstance(value, str) and value in _NUMBER_FORMATS:
             treatment = Treatment.ENFORCED
             _put_range(value, node.schema)
+        elif keyword == "format" and isinstance(value, str) and value in _MAX_LENGTHS:
+            treatment = Treatment.ENFORCED
+            given = node.schema.get("maxLength", _MAX_LENGTHS[value])
+            node.schema["maxLength"] = min(given, _MAX_LENGTHS[value]) if isinstance(given, int | float) else given
         elif keyword in ENFORCED:
             why = _why_not(keyword, value, node.schema)
             treatment = Treatment.REFUSED if why else Treatment.ENFORCED
