@@ -222,3 +222,35 @@ async def test_each_of_several_replies_is_read_by_itself(told):
     for index in range(3):
         parts, _ = joined(events, index)
         assert (parts.reasoning, parts.content) == ("A", "b")
+
+
+@pytest.mark.parametrize("params", [{}, {"detokenize": False}, {"skip_special_tokens": False}])
+async def test_calls_are_checked_in_the_end_whatever_is_shown_of_the_text(monkeypatch, params):
+    """Tools that are not strict, where a call is required: what of a schema has no grammar is checked."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2, "uniqueItems": True}
+        },
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    use = ToolUse((Tool("f", schema),), REQUIRED, parallel=False)
+    # The model may not reason.
+    closed = OPEN + "\n</think>\n\n"
+
+    async def tokenize(_self, prompt, **_):
+        return [1, 2, 3], prompt.messages[0]["content"]
+
+    monkeypatch.setattr(Engine, "tokenize", tokenize)
+    seen = set()
+    async with running() as bench:
+        for seed in range(12):
+            chat = Chat([{"role": "user", "content": closed}], tool_use=use)
+            events = await bench.collect(chat, seed=seed, max_tokens=120, **params)
+            text = bytes(t for e in events if isinstance(e, Delta) for t in e.token_ids).decode()
+            if events[-1].outcomes != [Outcome.TRUNCATED]:
+                is_unique = len({*json.loads(text[text.index("[") : text.index("]") + 1])}) == 2
+                assert events[-1].outcomes == [Outcome.RELAXED_OK if is_unique else Outcome.RELAXED_VIOLATED]
+                seen.add(is_unique)
+    assert seen == {True, False}

@@ -145,16 +145,16 @@ class RequestStream:
         params = request.params
         # By sequence. None = not kept.
         self.texts: list[str] | None = [""] * params.n if keeps_text else None
-        self._decoders: list[TextStream] | None = None
-        if params.detokenize:
-            context = request.prompt_token_ids if goes_on else ()
-            marks = reply.marks if reply is not None and reply.is_read else frozenset()
-            self._decoders = [TextStream(codec, params, context, marks=marks) for _ in range(params.n)]
         # By sequence, where the parts of its text are told, or looked at in the end.
         self._readers: list[Reader] = []
-        self._tells_parts = reply is not None and reply.wanted.parse
         if reply is not None and reply.is_read:
             self._readers = [reply.reader() for _ in range(params.n)]
+        self._tells_parts = reply is not None and reply.wanted.parse
+        self._decoders: list[TextStream] | None = None
+        if params.detokenize or self._readers:
+            context = request.prompt_token_ids if goes_on else ()
+            marks = reply.marks if reply is not None and self._readers else frozenset()
+            self._decoders = [TextStream(codec, params, context, marks=marks) for _ in range(params.n)]
         self._events: deque[StreamEvent] = deque()
         # Unread output, by sequence.
         self._pending: dict[int, Delta] = {}
@@ -203,7 +203,8 @@ class RequestStream:
         stopped = False
         if self._decoders is not None:
             piece = self._decode(output.index, token_ids, finish_reason, delta)
-            delta.text += piece.text
+            if self.request.params.detokenize:
+                delta.text += piece.text
             if self.texts is not None:
                 self.texts[output.index] += piece.text
             if piece.stop_string is not None:
@@ -223,16 +224,20 @@ class RequestStream:
             progress.first_token_s = progress.first_token_s or output.time_s
             progress.last_token_s = output.time_s
         if finish_reason is not None:
-            # What a stop string or token cuts off was a part of what the grammar saw.
-            is_cut = finish_reason is FinishReason.STOP and not self.request.params.include_stop
-            if output.satisfies and not is_cut and len(token_ids) == len(output.token_ids):
-                self._satisfied.add(output.index)
-            progress.finish_reasons[output.index] = finish_reason
-            progress.num_preemptions += output.num_preemptions
-            if len(progress.finish_reasons) == self.request.params.n:
-                self._finish()
+            self._end(output, len(token_ids), finish_reason)
         self._news.set()
         return stopped
+
+    def _end(self, output: SequenceOutput, num_tokens: int, finish_reason: FinishReason) -> None:
+        """The sequence ends with so many of the output's tokens."""
+        # What a stop string or token cuts off was a part of what the grammar saw.
+        is_cut = finish_reason is FinishReason.STOP and not self.request.params.include_stop
+        if output.satisfies and not is_cut and num_tokens == len(output.token_ids):
+            self._satisfied.add(output.index)
+        self.progress.finish_reasons[output.index] = finish_reason
+        self.progress.num_preemptions += output.num_preemptions
+        if len(self.progress.finish_reasons) == self.request.params.n:
+            self._finish()
 
     def _decode(self, index: int, token_ids: list[int], finish_reason: FinishReason | None, delta: Delta) -> TextPiece:
         """The text of some tokens. Adds its parts to the delta, if they are wanted."""
@@ -246,7 +251,7 @@ class RequestStream:
         for place in range(max(1, len(token_ids))):
             is_last = place + 1 >= len(token_ids)
             piece = decoder.push(token_ids[place : place + 1], finish_reason if is_last else None)
-            parts.add(reader.push(piece.marked, num_tokens=piece.num_tokens))
+            parts.add(reader.push(self._less_eos(piece, token_ids, finish_reason), num_tokens=piece.num_tokens))
             text, num_tokens, stop_string = text + piece.text, num_tokens + piece.num_tokens, piece.stop_string
             if stop_string is not None:
                 break
@@ -257,6 +262,12 @@ class RequestStream:
             delta.parts = delta.parts or Parts()
             delta.parts.add(parts)
         return TextPiece(text, num_tokens, stop_string)
+
+    def _less_eos(self, piece: TextPiece, token_ids: list[int], finish_reason: FinishReason | None) -> str:
+        """The text that is read: EOS is no part of it, also where special tokens are kept."""
+        if finish_reason is FinishReason.EOS and not self.request.params.skip_special_tokens:
+            return piece.marked.removesuffix(self._codec.token(token_ids[-1]))
+        return piece.marked
 
     def fail(self, error: RequestError) -> None:
         """End the stream with an error, behind what was pushed."""
