@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import math
 import random
 import sys
+from decimal import ROUND_DOWN, Context, Decimal
 from pathlib import Path
 
 import jsonschema_rs
@@ -22,8 +24,12 @@ def address():
 
 
 def number(text):
-    """JSON's numbers have no bound, and infinity is none of them."""
-    return min(max(float(text), -sys.float_info.max), sys.float_info.max)
+    """As a float near to it, which lies on the same side of every bound: JSON's numbers have no size and no precision."""
+    exact = Decimal(text)
+    near = float(Context(prec=15, rounding=ROUND_DOWN).plus(exact))
+    if near == 0 != exact:
+        return math.copysign(sys.float_info.min, exact)
+    return min(max(near, -sys.float_info.max), sys.float_info.max)
 
 
 def is_valid(schema, text):
