@@ -24,7 +24,7 @@ def address():
 
 
 def number(text):
-    """As a float near to it, which lies on the same side of every bound: JSON's numbers have no size and no precision."""
+    """As a float near to it, on the same side of every bound: JSON's numbers have no size and no precision."""
     exact = Decimal(text)
     near = float(Context(prec=15, rounding=ROUND_DOWN).plus(exact))
     if near == 0 != exact:
