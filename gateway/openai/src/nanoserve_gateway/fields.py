@@ -12,11 +12,17 @@ from nanoserve_client import CallOptions, ConstraintOptions, GenerateOptions
 from nanoserve_client.requests import explanations
 from openai.types import completion_create_params
 from openai.types.chat import (
+    ChatCompletionAllowedToolChoiceParam,
+    ChatCompletionAllowedToolsParam,
     ChatCompletionAssistantMessageParam,
     ChatCompletionContentPartTextParam,
     ChatCompletionDeveloperMessageParam,
+    ChatCompletionFunctionCallOptionParam,
+    ChatCompletionFunctionMessageParam,
+    ChatCompletionFunctionToolParam,
     ChatCompletionMessageFunctionToolCallParam,
     ChatCompletionMessageParam,
+    ChatCompletionNamedToolChoiceParam,
     ChatCompletionPredictionContentParam,
     ChatCompletionSystemMessageParam,
     ChatCompletionToolMessageParam,
@@ -25,14 +31,21 @@ from openai.types.chat import (
 from openai.types.chat import (
     completion_create_params as chat_create_params,
 )
+from openai.types.chat.chat_completion_assistant_message_param import FunctionCall
 from openai.types.chat.chat_completion_message_function_tool_call_param import Function
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 from openai.types.responses import (
     EasyInputMessageParam,
+    FunctionToolParam,
+    ResponseFunctionToolCallParam,
+    ResponseInputTextContentParam,
     ResponseInputTextParam,
     ResponseOutputMessageParam,
     ResponseOutputTextParam,
+    ResponseReasoningItemParam,
     ResponseTextConfigParam,
+    ToolChoiceAllowedParam,
+    ToolChoiceFunctionParam,
     input_item_list_params,
     input_token_count_params,
     response_create_params,
@@ -41,8 +54,8 @@ from openai.types.responses import (
 from openai.types.responses.response_create_params import StreamOptions
 from openai.types.responses.response_format_text_config_param import ResponseFormatTextConfigParam
 from openai.types.responses.response_format_text_json_schema_config_param import ResponseFormatTextJSONSchemaConfigParam
-from openai.types.responses.response_input_param import ItemReference
-from openai.types.shared_params import Reasoning, ResponseFormatJSONSchema
+from openai.types.responses.response_input_param import FunctionCallOutput, ItemReference
+from openai.types.shared_params import FunctionDefinition, Reasoning, ResponseFormatJSONSchema
 from openai.types.shared_params.response_format_json_schema import JSONSchema
 from pydantic import Discriminator, Field, Strict, Tag
 
@@ -67,7 +80,6 @@ TopK = Annotated[int, Field(ge=-1, le=2**32 - 1)]
 # OpenAI's are signed; the engine's have the same bits without a sign.
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
-TOOLS = "tools are not served yet"
 MEDIA = "the model reads and writes text only"
 HOSTED = "it is a service of OpenAI's own platform"
 RETENTION = "the prefix cache keeps what it can, for as long as it can"
@@ -80,6 +92,7 @@ _OTHERWISE |= {
     *("model", "n", "max_tokens", "stop", "logprobs", "prompt_logprobs", "add_special_tokens"),
     *("keep_special_tokens", "include_stop"),
     *("time_limit", "omit_text", "min_delta_tokens", "skip_cache_read", "prediction"),
+    # Of a conversation.
     *("parse", "max_reasoning_tokens"),
 }
 # Those that are passed on, but of which a caller may say more than the client takes.
@@ -130,11 +143,14 @@ _ADD_SPECIAL_TOKENS = served(
     "Extension. The tokenizer adds its own, such as BOS. Default: as its configuration says; false for messages.",
     bool,
 )
-_NO_TOOLS = (
-    label("parallel_tool_calls", "Without tools it changes nothing."),
-    refused("tool_choice", TOOLS, "none", "auto"),
-    refused("tools", TOOLS, []),
+_MAX_REASONING = served(
+    "max_reasoning_tokens", "Extension. Then the reasoning is closed, and the answer begins. Default: no limit.", Uint32
 )
+_TOOL = "Functions that the model may call, at most 128. Nobody here calls them: the answer says what to call."
+_TOOL_CHOICES = "none, auto, required, one certain function, or `allowed_tools`. Only with `tools`."
+_PARALLEL = served("parallel_tool_calls", "False = at most one call. Default true. Without tools it changes nothing.")
+_STRICT = "Whether all of the schema has to be enforced, or the request is refused."
+_STRICT_IN_CHAT = f"{_STRICT} Default false: with `auto` the arguments are then the model's own."
 # What chats and responses have of OpenAI's platform.
 _PLATFORM = (
     label("safety_identifier", LABEL),
@@ -168,7 +184,7 @@ CHAT = Schema(
     "ChatCompletionRequest",
     chat_create_params.CompletionCreateParamsNonStreaming,
     (
-        served("messages", "system, developer, user, assistant and tool; text content only."),
+        served("messages", "system, developer, user, assistant, tool and function; text content only."),
         *_COMMON,
         *_passed_on(chat_create_params.CompletionCreateParamsNonStreaming),
         *_CHOICES,
@@ -177,10 +193,14 @@ CHAT = Schema(
         served("top_logprobs", "0 to 20. Only with `logprobs`.", Uint32),
         label("metadata", "Returned with an answer that is not streamed; it changes no token."),
         *_PLATFORM,
-        *_NO_TOOLS,
+        served("tools", _TOOL),
+        served("tool_choice", _TOOL_CHOICES),
+        _PARALLEL,
+        served("functions", "`tools` by OpenAI's older name. At most one is called."),
+        served("function_call", "none, auto, or the name of a function. Only with `functions`."),
+        _MAX_REASONING,
+        served("include_reasoning", "Extension. False leaves `reasoning` out of the answer. Default true.", bool),
         refused("audio", MEDIA),
-        refused("function_call", TOOLS, "none"),
-        refused("functions", TOOLS, []),
         refused("modalities", MEDIA, ["text"]),
         served("prediction", "What the answer is expected to be. Where it is right, tokens come several at a time."),
         refused("reasoning_effort", "what the model's template knows goes into chat_template_kwargs"),
@@ -198,14 +218,25 @@ CHAT = Schema(
         ChatCompletionDeveloperMessageParam: (),
         ChatCompletionUserMessageParam: (),
         ChatCompletionAssistantMessageParam: (
+            served("reasoning", "Extension. What it thought before, for templates that show it.", str),
+            served("reasoning_content", "Extension. The same; `reasoning` goes first.", str),
             refused("audio", MEDIA),
-            refused("function_call", "use tool_calls"),
             refused("refusal", "the model's template knows none"),
             refused("annotations", "the model's template knows none", []),
         ),
         ChatCompletionToolMessageParam: (),
+        ChatCompletionFunctionMessageParam: (served("content", "Its answer; null is an empty one.", str),),
         ChatCompletionMessageFunctionToolCallParam: (),
         Function: (),
+        FunctionCall: (),
+        ChatCompletionFunctionToolParam: (),
+        FunctionDefinition: (served("strict", _STRICT_IN_CHAT, bool),),
+        ChatCompletionNamedToolChoiceParam: (),
+        ChatCompletionAllowedToolChoiceParam: (),
+        ChatCompletionAllowedToolsParam: (
+            served("tools", "Of `tools`, by their names.", Required[list[ChatCompletionNamedToolChoiceParam]]),
+        ),
+        ChatCompletionFunctionCallOptionParam: (),
         ChatCompletionContentPartTextParam: _MESSAGES,
         ChatCompletionPredictionContentParam: (),
         ChatCompletionStreamOptionsParam: _STREAM_OPTIONS,
@@ -245,6 +276,8 @@ def _kind_of_item(item: Any) -> str | None:
     if not isinstance(item, dict):
         return None
     kind = item.get("type")
+    if kind in ("function_call", "function_call_output", "reasoning"):
+        return str(kind)
     if kind == "item_reference" or (kind is None and item.get("role") is None and "id" in item):
         return "reference"
     if kind not in (None, "message"):
@@ -255,11 +288,15 @@ def _kind_of_item(item: Any) -> str | None:
 _InputItem = Annotated[
     Annotated[EasyInputMessageParam, Tag("message")]
     | Annotated[ResponseOutputMessageParam, Tag("output")]
+    | Annotated[ResponseFunctionToolCallParam, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")]
+    | Annotated[ResponseReasoningItemParam, Tag("reasoning")]
     | Annotated[ItemReference, Tag("reference")],
     Discriminator(
         _kind_of_item,
         custom_error_type="item",
-        custom_error_message="only items of the types message and item_reference are served: no tools, no reasoning",
+        custom_error_message="only items of the types message, function_call, function_call_output, reasoning and"
+        " item_reference are served",
     ),
 ]
 # Of a message. Many clients send back what they were given, and as many only the words of it.
@@ -269,13 +306,54 @@ _ITEM = (
     served("type", "May be left out.", Literal["message"]),
     refused("phase", "the model's template knows none"),
 )
+_ID = served("id", "Any, or none.", str)
+_STATUS = served("status", "Any, or none.", Literal["in_progress", "completed", "incomplete"])
+_DIRECT = "a call is the model's own"
+_NO_NAMESPACE = refused("namespace", "tools go by their names alone")
+_NOT_AWAITED = refused("async", "the answer of a tool is what the next request brings", False)
+_CALLS: dict[type, tuple[Line, ...]] = {
+    FunctionToolParam: (
+        served("parameters", "A JSON Schema of an object. Default: no parameters.", dict[str, Any]),
+        served("strict", f"{_STRICT} Default true.", bool),
+        refused("allowed_callers", _DIRECT, ["direct"]),
+        _NOT_AWAITED,
+        refused("defer_loading", "the model is shown all tools", False),
+        refused("output_schema", "the model's template knows none"),
+    ),
+    ToolChoiceFunctionParam: (),
+    ToolChoiceAllowedParam: (served("tools", "Of `tools`, by their names.", Required[list[ToolChoiceFunctionParam]]),),
+    ResponseFunctionToolCallParam: (
+        _ID,
+        _STATUS,
+        refused("caller", _DIRECT, {"type": "direct"}),
+        _NO_NAMESPACE,
+        _NOT_AWAITED,
+    ),
+    FunctionCallOutput: (
+        _ID,
+        _STATUS,
+        served("call_id", "Of the call that it answers.", Required[str]),
+        served("name", "Of the function, for templates that know one.", str),
+        refused("caller", _DIRECT, {"type": "direct"}),
+        _NO_NAMESPACE,
+    ),
+    ResponseInputTextContentParam: _MESSAGES,
+    ResponseReasoningItemParam: (
+        _ID,
+        _STATUS,
+        refused("summary", "none are made; the reasoning itself is in content", []),
+        refused("encrypted_content", "the reasoning stands in content, as it is"),
+    ),
+}
 _CONVERSATION = (
     served("instructions", "A system message before all others; not carried over to the next response."),
     served("previous_response_id", "Continues that conversation."),
     refused("conversation", "use previous_response_id"),
     served("reasoning", "Only without anything in it."),
     served("text", "The `format` of the answer."),
-    *_NO_TOOLS,
+    served("tools", f"{_TOOL} No tools of OpenAI's own."),
+    served("tool_choice", _TOOL_CHOICES),
+    _PARALLEL,
     refused("truncation", "a prompt that is too long is refused", "disabled"),
     _TEMPLATE_KWARGS,
 )
@@ -294,6 +372,7 @@ _OF_CONVERSATION: dict[type, tuple[Line, ...]] = {
         served("format", FORMATS, ResponseFormatTextConfigParam),
         refused("verbosity", _NO_INSTRUCTION, "medium"),
     ),
+    **_CALLS,
     **FORMAT_OBJECTS,
     ResponseFormatTextJSONSchemaConfigParam: FORMAT_SCHEMA,
     Reasoning: (
@@ -309,7 +388,11 @@ RESPONSES = Schema(
     "ResponseRequest",
     response_create_params.ResponseCreateParamsNonStreaming,
     (
-        served("input", "A text, or messages of text, or references to kept ones.", Required[str | list[_InputItem]]),
+        served(
+            "input",
+            "A text, or items: messages of text, calls, their answers, reasoning, or references to kept items.",
+            Required[str | list[_InputItem]],
+        ),
         *_COMMON,
         *_passed_on(response_create_params.ResponseCreateParamsNonStreaming),
         served("max_output_tokens", "0 = the prompt alone. Default: what the context leaves.", Uint32),
@@ -323,10 +406,11 @@ RESPONSES = Schema(
         refused("background_options", HOSTED),
         refused("context_management", "nothing is compacted", []),
         refused("image", MEDIA),
-        label("max_tool_calls", "Without tools it changes nothing."),
+        label("max_tool_calls", "It counts calls of OpenAI's own tools; there are none."),
         refused("prompt", "there are no stored prompts"),
         served("stream_options", "Only without anything in it."),
         *_CONVERSATION,
+        _MAX_REASONING,
         *STRUCTURED_OUTPUTS,
         served("return_token_ids", f"{_TOKEN_IDS}.", bool),
         served("stop", "Extension. At most 16 texts of at most 1,024 characters.", str | list[str]),
@@ -346,6 +430,11 @@ TOKENIZE = Schema(
         _MODEL,
         served("prompt", "A text. This or messages.", str),
         served("messages", "A conversation, rendered with the model's template.", list[ChatCompletionMessageParam]),
+        served(
+            "tools",
+            "That the model is shown. With messages only.",
+            list[ChatCompletionFunctionToolParam],
+        ),
         _ADD_SPECIAL_TOKENS,
         *_TEMPLATE,
         served("return_token_strs", "False leaves out the tokens' texts. Default true.", bool),
