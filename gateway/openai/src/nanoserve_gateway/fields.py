@@ -12,31 +12,21 @@ from nanoserve_client import CallOptions, ConstraintOptions, GenerateOptions
 from nanoserve_client.requests import explanations
 from openai.types import completion_create_params
 from openai.types.chat import (
-    ChatCompletionAllowedToolChoiceParam,
-    ChatCompletionAllowedToolsParam,
     ChatCompletionAssistantMessageParam,
     ChatCompletionContentPartTextParam,
     ChatCompletionDeveloperMessageParam,
-    ChatCompletionFunctionCallOptionParam,
-    ChatCompletionFunctionMessageParam,
     ChatCompletionFunctionToolParam,
-    ChatCompletionMessageFunctionToolCallParam,
     ChatCompletionMessageParam,
-    ChatCompletionNamedToolChoiceParam,
     ChatCompletionPredictionContentParam,
     ChatCompletionSystemMessageParam,
-    ChatCompletionToolMessageParam,
     ChatCompletionUserMessageParam,
 )
 from openai.types.chat import (
     completion_create_params as chat_create_params,
 )
-from openai.types.chat.chat_completion_assistant_message_param import FunctionCall
-from openai.types.chat.chat_completion_message_function_tool_call_param import Function
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 from openai.types.responses import (
     EasyInputMessageParam,
-    FunctionToolParam,
     ResponseFunctionToolCallParam,
     ResponseInputTextContentParam,
     ResponseInputTextParam,
@@ -44,8 +34,6 @@ from openai.types.responses import (
     ResponseOutputTextParam,
     ResponseReasoningItemParam,
     ResponseTextConfigParam,
-    ToolChoiceAllowedParam,
-    ToolChoiceFunctionParam,
     input_item_list_params,
     input_token_count_params,
     response_create_params,
@@ -55,10 +43,11 @@ from openai.types.responses.response_create_params import StreamOptions
 from openai.types.responses.response_format_text_config_param import ResponseFormatTextConfigParam
 from openai.types.responses.response_format_text_json_schema_config_param import ResponseFormatTextJSONSchemaConfigParam
 from openai.types.responses.response_input_param import FunctionCallOutput, ItemReference
-from openai.types.shared_params import FunctionDefinition, Reasoning, ResponseFormatJSONSchema
+from openai.types.shared_params import Reasoning, ResponseFormatJSONSchema
 from openai.types.shared_params.response_format_json_schema import JSONSchema
 from pydantic import Discriminator, Field, Strict, Tag
 
+from nanoserve_gateway import tool_fields
 from nanoserve_gateway.constraints import (
     FORMAT_OBJECTS,
     FORMAT_SCHEMA,
@@ -146,11 +135,6 @@ _ADD_SPECIAL_TOKENS = served(
 _MAX_REASONING = served(
     "max_reasoning_tokens", "Extension. Then the reasoning is closed, and the answer begins. Default: no limit.", Uint32
 )
-_TOOL = "Functions that the model may call, at most 128. Nobody here calls them: the answer says what to call."
-_TOOL_CHOICES = "none, auto, required, one certain function, or `allowed_tools`. Only with `tools`."
-_PARALLEL = served("parallel_tool_calls", "False = at most one call. Default true. Without tools it changes nothing.")
-_STRICT = "Whether all of the schema has to be enforced, or the request is refused."
-_STRICT_IN_CHAT = f"{_STRICT} Default false: with `auto` the arguments are then the model's own."
 # What chats and responses have of OpenAI's platform.
 _PLATFORM = (
     label("safety_identifier", LABEL),
@@ -193,11 +177,8 @@ CHAT = Schema(
         served("top_logprobs", "0 to 20. Only with `logprobs`.", Uint32),
         label("metadata", "Returned with an answer that is not streamed; it changes no token."),
         *_PLATFORM,
-        served("tools", _TOOL),
-        served("tool_choice", _TOOL_CHOICES),
-        _PARALLEL,
-        served("functions", "`tools` by OpenAI's older name. At most one is called."),
-        served("function_call", "none, auto, or the name of a function. Only with `functions`."),
+        *tool_fields.TOOLS,
+        *tool_fields.FUNCTIONS,
         _MAX_REASONING,
         served("include_reasoning", "Extension. False leaves `reasoning` out of the answer. Default true.", bool),
         refused("audio", MEDIA),
@@ -224,19 +205,7 @@ CHAT = Schema(
             refused("refusal", "the model's template knows none"),
             refused("annotations", "the model's template knows none", []),
         ),
-        ChatCompletionToolMessageParam: (),
-        ChatCompletionFunctionMessageParam: (served("content", "Its answer; null is an empty one.", str),),
-        ChatCompletionMessageFunctionToolCallParam: (),
-        Function: (),
-        FunctionCall: (),
-        ChatCompletionFunctionToolParam: (),
-        FunctionDefinition: (served("strict", _STRICT_IN_CHAT, bool),),
-        ChatCompletionNamedToolChoiceParam: (),
-        ChatCompletionAllowedToolChoiceParam: (),
-        ChatCompletionAllowedToolsParam: (
-            served("tools", "Of `tools`, by their names.", Required[list[ChatCompletionNamedToolChoiceParam]]),
-        ),
-        ChatCompletionFunctionCallOptionParam: (),
+        **tool_fields.OF_CHAT,
         ChatCompletionContentPartTextParam: _MESSAGES,
         ChatCompletionPredictionContentParam: (),
         ChatCompletionStreamOptionsParam: _STREAM_OPTIONS,
@@ -306,54 +275,13 @@ _ITEM = (
     served("type", "May be left out.", Literal["message"]),
     refused("phase", "the model's template knows none"),
 )
-_ID = served("id", "Any, or none.", str)
-_STATUS = served("status", "Any, or none.", Literal["in_progress", "completed", "incomplete"])
-_DIRECT = "a call is the model's own"
-_NO_NAMESPACE = refused("namespace", "tools go by their names alone")
-_NOT_AWAITED = refused("async", "the answer of a tool is what the next request brings", False)
-_CALLS: dict[type, tuple[Line, ...]] = {
-    FunctionToolParam: (
-        served("parameters", "A JSON Schema of an object. Default: no parameters.", dict[str, Any]),
-        served("strict", f"{_STRICT} Default true.", bool),
-        refused("allowed_callers", _DIRECT, ["direct"]),
-        _NOT_AWAITED,
-        refused("defer_loading", "the model is shown all tools", False),
-        refused("output_schema", "the model's template knows none"),
-    ),
-    ToolChoiceFunctionParam: (),
-    ToolChoiceAllowedParam: (served("tools", "Of `tools`, by their names.", Required[list[ToolChoiceFunctionParam]]),),
-    ResponseFunctionToolCallParam: (
-        _ID,
-        _STATUS,
-        refused("caller", _DIRECT, {"type": "direct"}),
-        _NO_NAMESPACE,
-        _NOT_AWAITED,
-    ),
-    FunctionCallOutput: (
-        _ID,
-        _STATUS,
-        served("call_id", "Of the call that it answers.", Required[str]),
-        served("name", "Of the function, for templates that know one.", str),
-        refused("caller", _DIRECT, {"type": "direct"}),
-        _NO_NAMESPACE,
-    ),
-    ResponseInputTextContentParam: _MESSAGES,
-    ResponseReasoningItemParam: (
-        _ID,
-        _STATUS,
-        refused("summary", "none are made; the reasoning itself is in content", []),
-        refused("encrypted_content", "the reasoning stands in content, as it is"),
-    ),
-}
 _CONVERSATION = (
     served("instructions", "A system message before all others; not carried over to the next response."),
     served("previous_response_id", "Continues that conversation."),
     refused("conversation", "use previous_response_id"),
     served("reasoning", "Only without anything in it."),
     served("text", "The `format` of the answer."),
-    served("tools", f"{_TOOL} No tools of OpenAI's own."),
-    served("tool_choice", _TOOL_CHOICES),
-    _PARALLEL,
+    *tool_fields.TOOLS,
     refused("truncation", "a prompt that is too long is refused", "disabled"),
     _TEMPLATE_KWARGS,
 )
@@ -364,6 +292,7 @@ _OF_CONVERSATION: dict[type, tuple[Line, ...]] = {
     ResponseOutputMessageParam: _ITEM,
     ItemReference: (served("type", "May be left out.", Literal["item_reference"]),),
     ResponseInputTextParam: _MESSAGES,
+    ResponseInputTextContentParam: _MESSAGES,
     ResponseOutputTextParam: (
         refused("annotations", "the model cites nothing", []),
         label("logprobs", "Of the answer that comes back; not read."),
@@ -372,7 +301,7 @@ _OF_CONVERSATION: dict[type, tuple[Line, ...]] = {
         served("format", FORMATS, ResponseFormatTextConfigParam),
         refused("verbosity", _NO_INSTRUCTION, "medium"),
     ),
-    **_CALLS,
+    **tool_fields.OF_RESPONSES,
     **FORMAT_OBJECTS,
     ResponseFormatTextJSONSchemaConfigParam: FORMAT_SCHEMA,
     Reasoning: (
