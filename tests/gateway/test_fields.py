@@ -227,6 +227,18 @@ def test_null_is_the_same_as_absent_within_objects_too():
     assert RESPONSES.parse(given)["input"] == [{"role": "user", "content": "x"}]
 
 
+def test_what_openais_clients_add_may_come_back():
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    function = {**call["function"], "parsed_arguments": {"a": 1}}
+    said = {"role": "assistant", "content": "x", "parsed": {"a": 1}, "tool_calls": [{**call, "function": function}]}
+    assert CHAT.parse({"messages": [said]})["messages"] == [{"role": "assistant", "content": "x", "tool_calls": [call]}]
+    made = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    assert RESPONSES.parse({"input": [{**made, "parsed_arguments": {"a": 1}}]})["input"] == [made]
+    [part] = SAID["content"]
+    parsed = {**SAID, "content": [{**part, "parsed": {"a": 1}}]}
+    assert RESPONSES.parse({"input": [parsed]})["input"] == [SAID]
+
+
 def test_variables_of_the_template_keep_their_nulls():
     given = {**REQUESTS[CHAT], "chat_template_kwargs": {"date": None, "deep": {"a": None}}}
     assert CHAT.parse(given) == given

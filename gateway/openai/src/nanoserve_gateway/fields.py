@@ -144,6 +144,7 @@ _PLATFORM = (
     refused("prompt_cache_retention", RETENTION),
     refused("service_tier", "all requests are alike; see priority", "auto", "default"),
 )
+_PARSED = label("parsed", "OpenAI's clients add it to an answer that they have read; not read.")
 # vLLM's, which chat and completions share.
 _REPORTS = (
     _ADD_SPECIAL_TOKENS,
@@ -204,6 +205,7 @@ CHAT = Schema(
             refused("audio", MEDIA),
             refused("refusal", "the model's template knows none"),
             refused("annotations", "the model's template knows none", []),
+            _PARSED,
         ),
         **tool_fields.OF_CHAT,
         ChatCompletionContentPartTextParam: _MESSAGES,
@@ -295,6 +297,7 @@ _OF_CONVERSATION: dict[type, tuple[Line, ...]] = {
     ResponseInputTextContentParam: _MESSAGES,
     ResponseOutputTextParam: (
         refused("annotations", "the model cites nothing", []),
+        _PARSED,
         label("logprobs", "Of the answer that comes back; not read."),
     ),
     ResponseTextConfigParam: (

@@ -24,7 +24,7 @@ from openai.types.responses import (
 from openai.types.responses.response_input_param import FunctionCallOutput
 from openai.types.shared_params import FunctionDefinition
 
-from nanoserve_gateway.schema import Field, refused, served
+from nanoserve_gateway.schema import Field, label, refused, served
 
 _WHAT = "Functions that the model may call, at most 128. Nobody here calls them: the answer says what to call."
 _STRICT = "Whether all of the schema has to be enforced, or the request is refused."
@@ -40,11 +40,12 @@ FUNCTIONS = (
     served("function_call", "none, auto, or the name of a function. Only with `functions`."),
 )
 
+_PARSED = label("parsed_arguments", "OpenAI's clients add it to a call that they have read; not read.")
 OF_CHAT: dict[type, tuple[Field, ...]] = {
     ChatCompletionToolMessageParam: (),
     ChatCompletionFunctionMessageParam: (served("content", "Its answer; null is an empty one.", str),),
     ChatCompletionMessageFunctionToolCallParam: (),
-    Function: (),
+    Function: (_PARSED,),
     FunctionCall: (),
     ChatCompletionFunctionToolParam: (),
     FunctionDefinition: (
@@ -78,7 +79,7 @@ OF_RESPONSES: dict[type, tuple[Field, ...]] = {
     ),
     ToolChoiceFunctionParam: (),
     ToolChoiceAllowedParam: (served("tools", _NAMES, Required[list[ToolChoiceFunctionParam]]),),
-    ResponseFunctionToolCallParam: (*_OWN, *_OF_PROGRAM, _NOT_AWAITED),
+    ResponseFunctionToolCallParam: (*_OWN, *_OF_PROGRAM, _NOT_AWAITED, _PARSED),
     FunctionCallOutput: (
         *_OWN,
         served("call_id", "Of the call that it answers.", Required[str]),
