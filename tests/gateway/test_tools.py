@@ -58,7 +58,7 @@ def test_tools_reach_their_place():
         ({"type": "function", "function": {"name": "get_time"}}, REQUIRED, ["get_time"]),
         *[
             (
-                {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [*TOOLS[:0], *named]}},
+                {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}},
                 number,
                 ["get_time", "get_weather"],
             )
@@ -131,7 +131,7 @@ def test_calls_by_the_older_name_are_tied_to_their_answers():
     ("fields", "param"),
     [
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": TOOLS[0]["function"] and {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"function_call": {"name": "f"}}, "function_call"),
         ({"tools": TOOLS, "function_call": "none"}, "function_call"),
         ({"functions": [TIME], "tool_choice": "auto"}, "tool_choice"),
@@ -344,10 +344,14 @@ def test_tokens_and_logprobs_are_told_once_of_a_delta_with_many_parts():
 
 
 def test_tokens_of_reasoning_are_counted():
-    answer = chat()
-    _, result = run(answer, delta(content="", reasoning="hm", finish_reason=EOS))
-    usage = json.loads(to_json(answer.whole([result])))["usage"]
-    assert usage["completion_tokens_details"]["reasoning_tokens"] == 0
+    progress = Progress(None, is_parsed=True)
+    usage = pb.Usage(prompt_tokens=4, completion_tokens=5, reasoning_tokens=2)
+    last = pb.GenerateResponse(finished=pb.Finished(usage=usage))
+    for event in (started(), delta(content="so", reasoning="hm", finish_reason=EOS), last):
+        progress.take(event)
+    progress.end()
+    told = json.loads(to_json(chat().whole([progress.result()])))["usage"]
+    assert told["completion_tokens_details"]["reasoning_tokens"] == 2
 
 
 def test_what_of_a_tool_was_not_enforced_is_told_of_that_tool():
