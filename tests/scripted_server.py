@@ -25,6 +25,8 @@ def started(**fields: Any) -> pb.GenerateResponse:
 
 
 def delta(index: int = 0, text: str = "", token_ids: tuple[int, ...] = (), **fields: Any) -> pb.GenerateResponse:
+    """Of an output that is all content, unless fields say otherwise."""
+    fields = {"content": text, **fields}
     return pb.GenerateResponse(delta=pb.Delta(index=index, text=text, token_ids=token_ids, **fields))
 
 

@@ -121,7 +121,7 @@ def test_an_unknown_field_is_refused(schema):
         (CHAT, {"seed": 2**64}, "seed"),
         (CHAT, {"logit_bias": {"x": 1}}, "logit_bias.x"),
         (CHAT, {"stop": ["a", 5]}, "stop[1]"),
-        (CHAT, {"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role"),
         (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
         (CHAT, {"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour"),
@@ -130,7 +130,22 @@ def test_an_unknown_field_is_refused(schema):
         (CHAT, {"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         (COMPLETIONS, {"prompt": [1, "a"]}, "prompt[1]"),
         (COMPLETIONS, {"prompt": [[1], [-1]]}, "prompt[0]"),
-        (RESPONSES, {"input": [{"type": "function_call"}]}, "input[0]"),
+        (RESPONSES, {"input": [{"type": "web_search_call"}]}, "input[0]"),
+        (RESPONSES, {"input": [{"type": "function_call"}]}, "input[0].arguments"),
+        (RESPONSES, {"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        (RESPONSES, {"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "input[0].encrypted_content"),
+        (RESPONSES, {"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        (RESPONSES, {"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools[0].defer_loading"),
+        (RESPONSES, {"tool_choice": {"type": "mcp", "server_label": "x"}}, "tool_choice.type"),
+        (CHAT, {"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "x": 1}}]}, "tools[0].function.x"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]}, "tools[0].function.strict"),
+        (CHAT, {"tool_choice": "any"}, "tool_choice"),
+        (CHAT, {"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice.type"),
+        (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        (CHAT, {"functions": [{"description": "x"}]}, "functions[0].name"),
+        (CHAT, {"messages": [{"role": "function", "content": "x"}]}, "messages[0].name"),
         (RESPONSES, {"input": [{"type": "item_reference"}]}, "input[0].id"),
         (RESPONSES, {"text": {"verbosity": "low"}}, "text.verbosity"),
         (RESPONSES, {"text": {"format": {"type": "grammar"}}}, "text.format.type"),
@@ -168,8 +183,8 @@ def test_what_is_wrong_is_named_by_its_path(schema, change, param):
     ("message", "text"),
     [
         (
-            {"role": "function", "content": "x"},
-            "messages[0].role: 'function' is not served; served: developer, system, user, assistant, tool",
+            {"role": "critic", "content": "x"},
+            "messages[0].role: 'critic' is not served; served: developer, system, user, assistant, tool, function",
         ),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
@@ -210,6 +225,18 @@ def test_null_is_the_same_as_absent_within_objects_too():
     item = {"role": "user", "content": "x", "type": None, "status": None}
     given = {"input": [item], "reasoning": {"effort": None}, "text": {"format": None, "verbosity": None}}
     assert RESPONSES.parse(given)["input"] == [{"role": "user", "content": "x"}]
+
+
+def test_what_openais_clients_add_may_come_back():
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    function = {**call["function"], "parsed_arguments": {"a": 1}}
+    said = {"role": "assistant", "content": "x", "parsed": {"a": 1}, "tool_calls": [{**call, "function": function}]}
+    assert CHAT.parse({"messages": [said]})["messages"] == [{"role": "assistant", "content": "x", "tool_calls": [call]}]
+    made = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    assert RESPONSES.parse({"input": [{**made, "parsed_arguments": {"a": 1}}]})["input"] == [made]
+    [part] = SAID["content"]
+    parsed = {**SAID, "content": [{**part, "parsed": {"a": 1}}]}
+    assert RESPONSES.parse({"input": [parsed]})["input"] == [SAID]
 
 
 def test_variables_of_the_template_keep_their_nulls():
@@ -290,7 +317,7 @@ def test_all_violations_are_told_at_once():
     with pytest.raises(BadRequest) as caught:
         CHAT.parse({"tools": [1], "x": 1, "top_p": "1", "messages": [{"role": "user"}, {"role": "x"}]})
     assert {v.param for v in caught.value.violations} == {
-        *("tools", "x", "top_p", "messages[0].content"),
+        *("tools[0]", "x", "top_p", "messages[0].content"),
     }
 
 

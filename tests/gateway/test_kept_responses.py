@@ -295,12 +295,12 @@ def test_a_stream_in_the_background_gives_signs_of_life_and_ends_when_it_is_canc
             assert httpx.post(f"{gateway.url}/v1/responses/{id}/cancel").json()["status"] == "cancelled"
             assert not [line for line in lines if "completed" in line]
         assert gateway.script.ended.wait(WAIT_S)
-        assert stream_of(gateway, id)[-1]["type"] == "response.content_part.added"
+        assert stream_of(gateway, id)[-1]["type"] == "response.in_progress"
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_stream_that_is_kept_takes_room(is_streamed):
-    with scripted_gateway(max_stored_bytes=12_000) as gateway:
+    with scripted_gateway(max_stored_bytes=15_000) as gateway:
         ids = []
         for _ in range(4):
             answer = create(gateway, background=True, stream=is_streamed)

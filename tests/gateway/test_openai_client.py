@@ -195,8 +195,8 @@ def test_errors_are_the_packages_typed_exceptions(client):
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, messages=[{"role": "user", "content": "x " * 10_000}])
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        chat(client, tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(openai.BadRequestError, match="web_search_options"):
+        chat(client, web_search_options={})
 
 
 def test_a_time_limit_of_the_caller_ends_the_request(client, served):

@@ -160,7 +160,8 @@ def test_a_strict_schema_that_cannot_be_enforced_is_refused_and_else_checked(cli
     assert set(outcomes.values()) == {"relaxed_ok", "relaxed_violated"}
     for text, outcome in outcomes.items():
         assert outcome == ("relaxed_ok" if is_valid(text, NOT_ENFORCEABLE) else "relaxed_violated")
-    unenforced = [{"pointer": "", "keyword": "uniqueItems", "why": "cannot be enforced"}]
+    place = "response_format.json_schema.schema"
+    unenforced = [{"pointer": "", "keyword": "uniqueItems", "why": "cannot be enforced", "param": place}]
     assert [choice.unenforced for choice in answer.choices] == [unenforced] * 8
 
 

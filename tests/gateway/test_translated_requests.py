@@ -70,9 +70,9 @@ def test_options_of_a_conversation_reach_its_place():
 @pytest.mark.parametrize("make", [chat, completion, lambda **fields: response(**fields)[0]])
 def test_what_is_not_asked_for_is_left_to_the_server(make):
     [request] = make(model=None).requests
-    plain = pb.GenerateRequest(
-        sampling=pb.Sampling(), stopping=pb.Stopping(), output=pb.OutputOptions(), cache=pb.CacheOptions()
-    )
+    # Of a conversation the parts are told apart.
+    output = pb.OutputOptions(parse=make is not completion)
+    plain = pb.GenerateRequest(sampling=pb.Sampling(), stopping=pb.Stopping(), output=output, cache=pb.CacheOptions())
     request.ClearField("text")
     request.ClearField("chat")
     assert request == plain

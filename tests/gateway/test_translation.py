@@ -49,7 +49,8 @@ def events_of(pieces, cuts):
         tokens = [token(1 + number, c.encode()) for number, c in enumerate(text)]
         marks = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
         for begin, end in itertools.pairwise(marks):
-            events.append(pb.Delta(index=index, text=text[begin:end], logprobs=tokens[begin:end]))
+            part = text[begin:end]
+            events.append(pb.Delta(index=index, text=part, content=part, logprobs=tokens[begin:end]))
             events[-1].token_ids.extend(t.token_id for t in tokens[begin:end])
         # A last delta may bring a reason alone.
         events.append(pb.Delta(index=index, finish_reason=reason))
@@ -58,7 +59,7 @@ def events_of(pieces, cuts):
 
 def run(events, answer):
     """The frames of a stream, and its result."""
-    progress = Progress(None)
+    progress = Progress(None, is_parsed=answer.requests[0].output.parse)
     progress.take(started())
     parts = [b"".join(answer.begin([progress.started]))]
     deltas = (progress.take(pb.GenerateResponse(delta=event)) for event in events)
@@ -363,7 +364,7 @@ def test_a_chunk_of_tokens_whose_text_is_still_to_come_has_an_empty_text():
     ],
 )
 def test_what_ended_a_choice_is_told(make, end, reason):
-    frames, result = run([pb.Delta(text="a", **end)], make(stream=True))
+    frames, result = run([pb.Delta(text="a", content="a", **end)], make(stream=True))
     whole = json.loads(to_json(make().whole([result])))
     for choice in (frames[-2]["choices"][0], whole["choices"][0]):
         assert choice["stop_reason"] == reason

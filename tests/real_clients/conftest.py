@@ -42,6 +42,14 @@ def url(model):
 
 
 @pytest.fixture(scope="session")
+def caller_url():
+    """Of a server with the built-in model, which calls tools as SmolLM2-135M cannot; without a path."""
+    with serving("--http-port", str(free_port())) as server:
+        server.wait_until_ready_over_http()
+        yield server.url
+
+
+@pytest.fixture(scope="session")
 def python_with() -> Callable[..., str]:
     """The Python of an environment that has the packages."""
 

@@ -14,6 +14,10 @@ pytestmark = pytest.mark.soak
 
 HERE = Path(__file__).parent
 LM_EVAL = HERE / "lm_eval"
+PYDANTIC_AI = ("pydantic-ai", "pydantic-ai-slim[openai]==2.68.0")
+OPENAI_AGENTS = ("openai-agents", "openai-agents==0.24.0")
+OPENAI_JAVASCRIPT = ("openai-javascript", "openai@7.59.0", "zod@4.6.7")
+AI_SDK = ("ai-sdk", "ai@7.0.173", "@ai-sdk/openai@4.0.118", "@ai-sdk/openai-compatible@3.0.92", "zod@4.6.7")
 
 
 @pytest.mark.parametrize("script", ["chat", "completions", "responses", "structured", "models_and_errors"])
@@ -28,8 +32,7 @@ def test_langchain(url, run, script):
 
 @pytest.mark.parametrize("script", ["agent", "structured"])
 def test_pydantic_ai(url, run, python_with, script):
-    python = python_with("pydantic-ai", "pydantic-ai-slim[openai]==2.68.0")
-    run(python, HERE / f"pydantic_ai/{script}.py", f"{url}/v1")
+    run(python_with(*PYDANTIC_AI), HERE / f"pydantic_ai/{script}.py", f"{url}/v1")
 
 
 def test_instructor(url, run, python_with):
@@ -37,7 +40,7 @@ def test_instructor(url, run, python_with):
 
 
 def test_openai_agents(url, run, python_with):
-    run(python_with("openai-agents", "openai-agents==0.24.0"), HERE / "openai_agents/agent.py", f"{url}/v1")
+    run(python_with(*OPENAI_AGENTS), HERE / "openai_agents/agent.py", f"{url}/v1")
 
 
 @pytest.mark.parametrize("script", ["completion", "responses", "structured", "anthropic_messages"])
@@ -49,14 +52,26 @@ def test_litellm(url, run, python_with, script):
 
 @pytest.mark.parametrize("script", ["chat", "responses", "structured"])
 def test_openai_javascript(url, run, folder_with, script):
-    folder = folder_with("openai-javascript", "openai@7.59.0", "zod@4.6.7")
-    run_node(run, folder, HERE / f"openai_javascript/{script}.mjs", url)
+    run_node(run, folder_with(*OPENAI_JAVASCRIPT), HERE / f"openai_javascript/{script}.mjs", url)
 
 
 @pytest.mark.parametrize("script", ["chat", "responses", "structured"])
 def test_ai_sdk(url, run, folder_with, script):
-    packages = ("ai@7.0.173", "@ai-sdk/openai@4.0.118", "@ai-sdk/openai-compatible@3.0.92", "zod@4.6.7")
-    run_node(run, folder_with("ai-sdk", *packages), HERE / f"ai_sdk/{script}.mjs", url)
+    run_node(run, folder_with(*AI_SDK), HERE / f"ai_sdk/{script}.mjs", url)
+
+
+def test_tools_of_langchain(caller_url, run):
+    run(sys.executable, HERE / "langchain/tools.py", f"{caller_url}/v1")
+
+
+@pytest.mark.parametrize(("folder", "packages"), [("pydantic_ai", PYDANTIC_AI), ("openai_agents", OPENAI_AGENTS)])
+def test_tools_of_agents(caller_url, run, python_with, folder, packages):
+    run(python_with(*packages), HERE / folder / "tools.py", f"{caller_url}/v1")
+
+
+@pytest.mark.parametrize(("folder", "packages"), [("openai_javascript", OPENAI_JAVASCRIPT), ("ai_sdk", AI_SDK)])
+def test_tools_in_javascript(caller_url, run, folder_with, folder, packages):
+    run_node(run, folder_with(*packages), HERE / folder / "tools.mjs", caller_url)
 
 
 def run_node(run, folder, script, url):

@@ -116,6 +116,12 @@ def chat_options(fields: Mapping[str, Any]) -> ChatOptions:
     return cast(ChatOptions, {ours: fields[name] for name, ours in OF_CHAT.items() if name in fields})
 
 
+def is_parsed(fields: Mapping[str, Any]) -> bool:
+    """Whether the service is to tell reasoning, content and calls of a chat apart. What keeps the marks between them is
+    told as it is."""
+    return bool(fields.get("skip_special_tokens", True))
+
+
 def tokenize_options(fields: Mapping[str, Any]) -> TokenizeOptions:
     """How a prompt is tokenized, for the client."""
     own = {name: fields[name] for name in ("model", "add_special_tokens") if name in fields}
@@ -194,9 +200,10 @@ class Chunks:
         else:
             yield self.chunk(choice)
 
-    def end(self, results: Sequence[Result]) -> Iterator[bytes]:
+    def end(self, results: Sequence[Result], names: Mapping[str, str] = MappingProxyType({})) -> Iterator[bytes]:
+        """names: as those of an Answer."""
         for prompt, sequence, choice in self._last:
-            yield self.chunk({**choice, **outcome_of(results[prompt], sequence)})
+            yield self.chunk({**choice, **outcome_of(results[prompt], sequence, names)})
         if self._has_usage:
             yield frame({**self._head, "choices": [], "usage": usage_of(results).model_dump(exclude_unset=True)})
         yield DONE
@@ -272,12 +279,14 @@ def usage_of(results: Sequence[Result]) -> CompletionUsage:
     cached = sum(result.usage.cached_tokens for result in results)
     predictions = [u for result in results if (u := result.usage.drafts.get(DraftSource.PREDICTION)) is not None]
     accepted = sum(usage.accepted_tokens for usage in predictions)
+    reasoning = sum(result.usage.reasoning_tokens for result in results)
     return CompletionUsage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         completion_tokens_details=CompletionTokensDetails(
+            reasoning_tokens=reasoning,
             accepted_prediction_tokens=accepted,
             rejected_prediction_tokens=sum(usage.tokens for usage in predictions) - accepted,
         ),

@@ -30,7 +30,7 @@ from starlette.routing import BaseRoute, Route
 
 from nanoserve_gateway import live, pages, pieces, tracing
 from nanoserve_gateway.answer import OF_CHAT, Answer, Prompt, check, to_json, tokenize_options
-from nanoserve_gateway.chat import ChatAnswer, messages_of
+from nanoserve_gateway.chat import ChatAnswer, messages_of, names_of_functions
 from nanoserve_gateway.completions import CompletionAnswer
 from nanoserve_gateway.config import GatewayConfig
 from nanoserve_gateway.conversations import Conversations
@@ -41,6 +41,7 @@ from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QU
 from nanoserve_gateway.refusals import Refusals
 from nanoserve_gateway.schema import BadRequest, Schema, Violation
 from nanoserve_gateway.streaming import EventStream, Generation, all_of, unless_gone
+from nanoserve_gateway.tools import Tools
 
 # Of an answer. A thousand take some 5 ms.
 LARGE_NUM_LOGPROBS = 2000
@@ -217,10 +218,17 @@ class Gateway:
         if ("prompt" in fields) == ("messages" in fields):
             raise BadRequest([Violation("prompt", "either prompt or messages is required")])
         is_text = "prompt" in fields
-        check(*((is_text and name in fields, name, "is for messages only") for name in OF_CHAT))
+        check(*((is_text and name in fields, name, "is for messages only") for name in (*OF_CHAT, "tools")))
+        tools = Tools(fields)
         prompt = fields["prompt"] if is_text else messages_of(fields["messages"])
-        options: dict[str, Any] = {**tokenize_options(fields), **self._incoming.call_options(request)}
-        tokens = await self._client.tokenize(prompt, **options)
+        options: dict[str, Any] = {**tokenize_options(fields), **tools.tokenize_options}
+        options |= self._incoming.call_options(request)
+        try:
+            tokens = await self._client.tokenize(prompt, **options)
+        except NanoserveError as error:
+            raise refused(
+                error, {} if is_text else {**tools.names, **names_of_functions(fields["messages"])}
+            ) from error
         models = await self._client.list_models(**self._incoming.call_options(request))
         name = fields.get("model") or models[0].name
         most = next(model.max_context_tokens for model in models if model.name == name)

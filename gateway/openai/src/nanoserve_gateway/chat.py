@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nanoserve_client import Completion, Delta, GenerateOptions, Result, Started, TokenLogprob
+from nanoserve_client import Completion, Delta, GenerateOptions, Result, Started, TokenizeOptions, TokenLogprob
 from nanoserve_client.requests import Messages, chat_prompt, generate_request
-from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionTokenLogprob
+from openai.types.chat import ChatCompletion, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
@@ -15,7 +15,7 @@ from nanoserve_gateway.answer import (
     chat_options,
     check,
     error_frame,
-    finish_reason,
+    is_parsed,
     naming,
     new_id,
     now,
@@ -29,6 +29,7 @@ from nanoserve_gateway.answer import (
 )
 from nanoserve_gateway.constraints import Constraint, outcome_of
 from nanoserve_gateway.errors import Problem
+from nanoserve_gateway.tools import Telling, Tools
 
 
 class ChatAnswer:
@@ -37,14 +38,15 @@ class ChatAnswer:
     def __init__(self, fields: Mapping[str, Any]) -> None:
         """fields: as CHAT.parse returns them. Raises BadRequest."""
         limit, other = fields.get("max_tokens"), fields.get("max_completion_tokens")
-        constraint = Constraint(fields)
+        constraint, tools = Constraint(fields), Tools(fields)
         check(
             *stream_rules(fields),
             *constraint.rules,
+            *tools.rules,
             (None not in (limit, other) and limit != other, "max_tokens", "differs from max_completion_tokens"),
             (bool(fields.get("top_logprobs")) and not fields.get("logprobs"), "top_logprobs", "is for logprobs only"),
         )
-        chosen: GenerateOptions = {**options(fields), **constraint.options}
+        chosen: GenerateOptions = {**options(fields), **constraint.options, "parse": is_parsed(fields)}
         if other is not None:
             chosen["max_tokens"] = other
         if fields.get("logprobs"):
@@ -52,26 +54,43 @@ class ChatAnswer:
         if (prediction := fields.get("prediction")) is not None:
             content = prediction["content"]
             chosen["prediction"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
-        messages, template = messages_of(fields["messages"]), chat_options(fields)
-        self.requests = [generate_request(chat_prompt(messages, template), chosen)]
+        messages = messages_of(fields["messages"])
+        prompt = chat_prompt(messages, {**chat_options(fields), **tools.options})
+        tools.choose(prompt)
+        self.requests = [generate_request(prompt, chosen)]
         self._has_token_ids = bool(fields.get("return_token_ids"))
-        self.prompts = [Prompt(messages, tokenize_options(fields), self._has_token_ids)]
+        as_prompt: TokenizeOptions = {**tokenize_options(fields), **tools.tokenize_options}
+        self.prompts = [Prompt(messages, as_prompt, self._has_token_ids)]
         self.is_streamed = bool(fields.get("stream"))
-        self.names = {
-            **constraint.names,
-            "output.logprobs": "top_logprobs",
-            "output.prompt_logprobs": "prompt_logprobs",
-            "stopping.max_tokens": "max_tokens" if other is None else "max_completion_tokens",
-            "prompt": "messages",
-            "predicted_text": "prediction",
-        }
+        self._fields, self._constraint, self._tools = fields, constraint, tools
+        self._telling = Telling(
+            is_parsed=is_parsed(fields),
+            has_reasoning=fields.get("include_reasoning", True),
+            are_functions=tools.are_functions,
+        )
         self._name = naming(fields, text_of)
         self._has_logprobs = bool(fields.get("logprobs"))
         self._prompt_logprobs: int | None = fields.get("prompt_logprobs")
         self._metadata = fields.get("metadata")
         self._id, self._created = new_id("chatcmpl-"), now()
         kind = "chat.completion.chunk"
-        self._chunks = Chunks(kind, self._id, self._created, fields, has_outcomes=bool(constraint))
+        has_outcomes = bool(constraint or tools)
+        self._chunks = Chunks(kind, self._id, self._created, fields, has_outcomes=has_outcomes)
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        is_newer = "max_completion_tokens" in self._fields
+        return {
+            **self._constraint.names,
+            **self._tools.names,
+            **names_of_functions(self._fields["messages"]),
+            "output.logprobs": "top_logprobs",
+            "output.prompt_logprobs": "prompt_logprobs",
+            "output.parse": "skip_special_tokens",
+            "stopping.max_tokens": "max_completion_tokens" if is_newer else "max_tokens",
+            "prompt": "messages",
+            "predicted_text": "prediction",
+        }
 
     def begin(self, starts: Sequence[Started]) -> Iterator[bytes]:
         self._chunks.begin(starts)
@@ -81,8 +100,8 @@ class ChatAnswer:
             yield self._chunks.chunk({"index": index, "delta": delta, "finish_reason": None}, told)
 
     def delta(self, prompt: int, delta: Delta) -> Iterator[bytes]:
-        """A chunk with what is new, unless it is tokens whose text is still to come and that are not told themselves;
-        and one with the end, because many clients read no text there."""
+        """Chunks with what is new, one for each part, unless it is tokens whose text is still to come and that are not
+        told themselves; and one with the end, because many clients read no text there."""
         self._chunks.count(delta)
         told: dict[str, Any] = {}
         if self._has_logprobs and delta.logprobs:
@@ -90,16 +109,18 @@ class ChatAnswer:
             told["logprobs"] = {"content": tokens, "refusal": None}
         if self._has_token_ids and delta.token_ids:
             told["token_ids"] = delta.token_ids
-        if delta.text or told:
-            content = {"content": delta.text}
-            yield self._chunks.chunk({"index": delta.index, "delta": content, "finish_reason": None, **told})
+        pieces = list(self._telling.pieces(delta)) or ([{"content": ""}] if told else [])
+        for piece in pieces:
+            yield self._chunks.chunk({"index": delta.index, "delta": piece, "finish_reason": None, **told})
+            told = {"token_ids": ()} if self._has_token_ids else {}
         if delta.finish_reason is not None:
-            end = {"finish_reason": finish_reason(delta.finish_reason), "stop_reason": stop_reason(delta)}
+            reason = self._telling.finish_reason(delta, delta.finish_reason)
+            end = {"finish_reason": reason, "stop_reason": stop_reason(delta)}
             told = {"token_ids": ()} if self._has_token_ids else {}
             yield from self._chunks.last(prompt, delta.index, {"index": delta.index, "delta": {}, **end, **told})
 
     def end(self, results: Sequence[Result]) -> Iterator[bytes]:
-        return self._chunks.end(results)
+        return self._chunks.end(results, self.names)
 
     def fail(self, problem: Problem) -> Iterator[bytes]:
         yield error_frame(problem)
@@ -126,13 +147,13 @@ class ChatAnswer:
 
     def _choice(self, completion: Completion, result: Result) -> Choice:
         tokens = [logprob_of(token, self._name) for token in completion.logprobs]
-        extra = outcome_of(result, completion.index)
+        extra = outcome_of(result, completion.index, self.names)
         if self._has_token_ids:
             extra["token_ids"] = completion.token_ids
         return Choice(
             index=completion.index,
-            finish_reason=finish_reason(completion.finish_reason),  # type: ignore[arg-type]
-            message=ChatCompletionMessage(role="assistant", content=completion.text, refusal=None),
+            finish_reason=self._telling.finish_reason_of(completion),  # type: ignore[arg-type]
+            message=self._telling.message(completion),
             logprobs=ChoiceLogprobs(content=tokens, refusal=None) if self._has_logprobs else None,
             stop_reason=stop_reason(completion),  # type: ignore[call-arg]
             **extra,
@@ -141,13 +162,36 @@ class ChatAnswer:
 
 def messages_of(messages: Sequence[Mapping[str, Any]]) -> Messages:
     """Checked messages of the API as the client takes them."""
-    return [_message(message) for message in messages]
+    taken = []
+    # Ids of calls by OpenAI's older name, which have none there, until they are answered: by the function's name.
+    waiting: dict[str, str] = {}
+    for place, message in enumerate(messages):
+        if (call := message.get("function_call")) is not None:
+            waiting[call["name"]] = id = f"call_{place}"
+            message = {**message, "tool_calls": [*message.get("tool_calls", ()), {"id": id, "function": call}]}
+        elif message["role"] == "function":
+            message = {**message, "role": "tool", "tool_call_id": waiting.pop(message["name"], None)}
+        taken.append(_message(message))
+    return taken
+
+
+def names_of_functions(messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What callers call the contract's fields of the calls that they make by the older name."""
+    names = {}
+    for place, message in enumerate(messages):
+        if message.get("function_call") is not None:
+            call = f"chat.messages[{place}].tool_calls[{len(message.get('tool_calls', ()))}]"
+            names[f"{call}.arguments_json"] = f"messages[{place}].function_call.arguments"
+            names[call] = f"messages[{place}].function_call"
+    return names
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     taken = {key: message[key] for key in ("role", "name", "tool_call_id") if message.get(key) is not None}
     taken["tool_calls"] = [_tool_call(call) for call in message.get("tool_calls") or ()]
     taken["content"] = content_of(message.get("content"))
+    # As Telling writes it.
+    taken["reasoning"] = message.get("reasoning", message.get("reasoning_content"))
     if taken["content"] is None and not taken["tool_calls"]:
         # An assistant who said nothing; the service wants a text of whoever makes no calls.
         taken["content"] = ""

@@ -9,11 +9,13 @@ What bears a name of vLLM's is always enforced, or refused.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Required, TypedDict, cast
 
-from nanoserve_client import ConstraintOptions, Result
+from nanoserve_client import ConstraintOptions, Result, UnenforcedKeyword
 from openai.types.shared_params import ResponseFormatJSONObject, ResponseFormatText
 
+from nanoserve_gateway.errors import rest_name
 from nanoserve_gateway.schema import Field, refused, served
 
 # ------------------------------------------------------------------------------------------- lines of the table
@@ -167,13 +169,18 @@ def _of_structured(fields: Mapping[str, Any]) -> Iterator[_Found]:
             yield _Found(f"structured_outputs.{name}", option, asked[name])
 
 
-def outcome_of(result: Result, index: int) -> dict[str, Any]:
-    """What became of a sequence's constraint; nothing if there was none."""
+def outcome_of(result: Result, index: int, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """What became of a sequence's constraint; nothing if there was none. names: what the API calls fields of the
+    contract that have other names there."""
     if (outcome := result.completions[index].constraint_outcome) is None:
         return {}
     told: dict[str, Any] = {"constraint_outcome": outcome.value}
     if result.unenforced:
-        told["unenforced"] = [
-            {"pointer": each.pointer, "keyword": each.keyword, "why": each.why} for each in result.unenforced
-        ]
+        told["unenforced"] = [_unenforced(each, names) for each in result.unenforced]
     return told
+
+
+def _unenforced(each: UnenforcedKeyword, names: Mapping[str, str]) -> dict[str, str]:
+    told = {"pointer": each.pointer, "keyword": each.keyword, "why": each.why}
+    # Of several schemas there may be, those of tools, which one it is.
+    return {**told, "param": rest_name(each.field, names)} if each.field else told

@@ -20,18 +20,12 @@ from nanoserve_gateway.config import GatewayConfig
 from nanoserve_gateway.errors import Refused, bad_request, problem_of, refused
 from nanoserve_gateway.exchange import Incoming, json_answer, owner_of
 from nanoserve_gateway.fields import INPUT_TOKENS, RESPONSES
-from nanoserve_gateway.responses import (
-    Remembered,
-    ResponseAnswer,
-    conversation,
-    items_of,
-    messages_after,
-    page_of,
-    places,
-)
+from nanoserve_gateway.items import conversation, items_of, page_of, places, turns_of
+from nanoserve_gateway.responses import Remembered, ResponseAnswer
 from nanoserve_gateway.schema import BadRequest, Violation
 from nanoserve_gateway.store import ResponseStore
 from nanoserve_gateway.streaming import Generation, unless_gone
+from nanoserve_gateway.tools import Tools
 
 NOT_KEPT = "no response {id!r} is kept: it has not ended, was not stored, was deleted, or made room for others"
 # So long a caller waits to hear whether a response in the background is refused; then it is queued.
@@ -118,13 +112,18 @@ class Conversations:
     async def count_tokens(self, request: Request) -> Response:
         fields = await self._incoming.fields(request, INPUT_TOKENS)
         owner = owner_of(request)
-        items = items_of(self._resolved(owner, fields.get("input", ())))
-        messages = messages_after(items, self._previous(owner, fields))
-        options: dict[str, Any] = {**tokenize_options(fields), **self._incoming.call_options(request)}
+        tools = Tools(fields, strict=True)
+        check(*tools.rules)
+        turns = turns_of(items_of(self._resolved(owner, fields.get("input", ()))))
+        previous = self._previous(owner, fields)
+        before = previous.messages if previous else ()
+        messages = [*before, *(turn.message for turn in turns)]
+        options: dict[str, Any] = {**tokenize_options(fields), **tools.tokenize_options}
+        options |= self._incoming.call_options(request)
         try:
             tokens = await self._client().tokenize(conversation(fields, messages), **options)
         except NanoserveError as error:
-            raise refused(error, places(fields, len(items), len(messages))) from error
+            raise refused(error, {**tools.names, **places(fields, len(before), turns)}) from error
         return JSONResponse({"object": "response.input_tokens", "input_tokens": len(tokens.token_ids)})
 
     async def get(self, request: Request) -> Response:
@@ -182,7 +181,7 @@ class Conversations:
         return given if isinstance(given, str) else [self._item(owner, place, item) for place, item in enumerate(given)]
 
     def _item(self, owner: str, place: int, item: Mapping[str, Any]) -> Mapping[str, Any]:
-        if "role" in item:
+        if "role" in item or item.get("type", "item_reference") != "item_reference":
             return item
         if (found := self._store.item(owner, item["id"])) is None:
             why = f"no item {item['id']!r} is kept: its response was deleted, or made room for others"

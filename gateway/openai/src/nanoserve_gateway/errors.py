@@ -104,7 +104,7 @@ def problem_of(error: Exception, names: Mapping[str, str] | None = None, num_pro
     if error.violations:
         count = int(error.metadata.get("violations", len(error.violations)))
         code = (error.reason or INVALID).lower()
-        return _bad_request([(_rest_name(f, names or {}), d) for f, d in error.violations], count, code)
+        return _bad_request([(rest_name(f, names or {}), d) for f, d in error.violations], count, code)
     if num_prompts > (most := int(error.metadata.get("max_waiting", num_prompts))):
         # However often it is tried again.
         return bad_request("prompt", f"has {num_prompts} prompts; the server lets {most} requests wait (--max-waiting)")
@@ -153,7 +153,7 @@ def _headers(error: NanoserveError, row: _Row) -> dict[str, str]:
     return {"x-should-retry": "false"} if row.status in (409, 500, 504) else {}
 
 
-def _rest_name(path: str, names: Mapping[str, str]) -> str:
+def rest_name(path: str, names: Mapping[str, str]) -> str:
     """A field of the contract as the API's callers know it."""
     if path == "chat":  # as a whole, as when the template refuses it
         path = "chat.messages"

@@ -15,23 +15,24 @@ from openai.types.chat import (
     ChatCompletionAssistantMessageParam,
     ChatCompletionContentPartTextParam,
     ChatCompletionDeveloperMessageParam,
-    ChatCompletionMessageFunctionToolCallParam,
+    ChatCompletionFunctionToolParam,
     ChatCompletionMessageParam,
     ChatCompletionPredictionContentParam,
     ChatCompletionSystemMessageParam,
-    ChatCompletionToolMessageParam,
     ChatCompletionUserMessageParam,
 )
 from openai.types.chat import (
     completion_create_params as chat_create_params,
 )
-from openai.types.chat.chat_completion_message_function_tool_call_param import Function
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 from openai.types.responses import (
     EasyInputMessageParam,
+    ResponseFunctionToolCallParam,
+    ResponseInputTextContentParam,
     ResponseInputTextParam,
     ResponseOutputMessageParam,
     ResponseOutputTextParam,
+    ResponseReasoningItemParam,
     ResponseTextConfigParam,
     input_item_list_params,
     input_token_count_params,
@@ -41,11 +42,12 @@ from openai.types.responses import (
 from openai.types.responses.response_create_params import StreamOptions
 from openai.types.responses.response_format_text_config_param import ResponseFormatTextConfigParam
 from openai.types.responses.response_format_text_json_schema_config_param import ResponseFormatTextJSONSchemaConfigParam
-from openai.types.responses.response_input_param import ItemReference
+from openai.types.responses.response_input_param import FunctionCallOutput, ItemReference
 from openai.types.shared_params import Reasoning, ResponseFormatJSONSchema
 from openai.types.shared_params.response_format_json_schema import JSONSchema
 from pydantic import Discriminator, Field, Strict, Tag
 
+from nanoserve_gateway import tool_fields
 from nanoserve_gateway.constraints import (
     FORMAT_OBJECTS,
     FORMAT_SCHEMA,
@@ -67,7 +69,6 @@ TopK = Annotated[int, Field(ge=-1, le=2**32 - 1)]
 # OpenAI's are signed; the engine's have the same bits without a sign.
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
-TOOLS = "tools are not served yet"
 MEDIA = "the model reads and writes text only"
 HOSTED = "it is a service of OpenAI's own platform"
 RETENTION = "the prefix cache keeps what it can, for as long as it can"
@@ -80,6 +81,7 @@ _OTHERWISE |= {
     *("model", "n", "max_tokens", "stop", "logprobs", "prompt_logprobs", "add_special_tokens"),
     *("keep_special_tokens", "include_stop"),
     *("time_limit", "omit_text", "min_delta_tokens", "skip_cache_read", "prediction"),
+    # Of a conversation.
     *("parse", "max_reasoning_tokens"),
 }
 # Those that are passed on, but of which a caller may say more than the client takes.
@@ -130,10 +132,8 @@ _ADD_SPECIAL_TOKENS = served(
     "Extension. The tokenizer adds its own, such as BOS. Default: as its configuration says; false for messages.",
     bool,
 )
-_NO_TOOLS = (
-    label("parallel_tool_calls", "Without tools it changes nothing."),
-    refused("tool_choice", TOOLS, "none", "auto"),
-    refused("tools", TOOLS, []),
+_MAX_REASONING = served(
+    "max_reasoning_tokens", "Extension. Then the reasoning is closed, and the answer begins. Default: no limit.", Uint32
 )
 # What chats and responses have of OpenAI's platform.
 _PLATFORM = (
@@ -144,6 +144,7 @@ _PLATFORM = (
     refused("prompt_cache_retention", RETENTION),
     refused("service_tier", "all requests are alike; see priority", "auto", "default"),
 )
+_PARSED = label("parsed", "OpenAI's clients add it to an answer that they have read; not read.")
 # vLLM's, which chat and completions share.
 _REPORTS = (
     _ADD_SPECIAL_TOKENS,
@@ -168,7 +169,7 @@ CHAT = Schema(
     "ChatCompletionRequest",
     chat_create_params.CompletionCreateParamsNonStreaming,
     (
-        served("messages", "system, developer, user, assistant and tool; text content only."),
+        served("messages", "system, developer, user, assistant, tool and function; text content only."),
         *_COMMON,
         *_passed_on(chat_create_params.CompletionCreateParamsNonStreaming),
         *_CHOICES,
@@ -177,10 +178,11 @@ CHAT = Schema(
         served("top_logprobs", "0 to 20. Only with `logprobs`.", Uint32),
         label("metadata", "Returned with an answer that is not streamed; it changes no token."),
         *_PLATFORM,
-        *_NO_TOOLS,
+        *tool_fields.TOOLS,
+        *tool_fields.FUNCTIONS,
+        _MAX_REASONING,
+        served("include_reasoning", "Extension. False leaves `reasoning` out of the answer. Default true.", bool),
         refused("audio", MEDIA),
-        refused("function_call", TOOLS, "none"),
-        refused("functions", TOOLS, []),
         refused("modalities", MEDIA, ["text"]),
         served("prediction", "What the answer is expected to be. Where it is right, tokens come several at a time."),
         refused("reasoning_effort", "what the model's template knows goes into chat_template_kwargs"),
@@ -198,14 +200,14 @@ CHAT = Schema(
         ChatCompletionDeveloperMessageParam: (),
         ChatCompletionUserMessageParam: (),
         ChatCompletionAssistantMessageParam: (
+            served("reasoning", "Extension. What it thought before, for templates that show it.", str),
+            served("reasoning_content", "Extension. The same; `reasoning` goes first.", str),
             refused("audio", MEDIA),
-            refused("function_call", "use tool_calls"),
             refused("refusal", "the model's template knows none"),
             refused("annotations", "the model's template knows none", []),
+            _PARSED,
         ),
-        ChatCompletionToolMessageParam: (),
-        ChatCompletionMessageFunctionToolCallParam: (),
-        Function: (),
+        **tool_fields.OF_CHAT,
         ChatCompletionContentPartTextParam: _MESSAGES,
         ChatCompletionPredictionContentParam: (),
         ChatCompletionStreamOptionsParam: _STREAM_OPTIONS,
@@ -245,6 +247,8 @@ def _kind_of_item(item: Any) -> str | None:
     if not isinstance(item, dict):
         return None
     kind = item.get("type")
+    if kind in ("function_call", "function_call_output", "reasoning"):
+        return str(kind)
     if kind == "item_reference" or (kind is None and item.get("role") is None and "id" in item):
         return "reference"
     if kind not in (None, "message"):
@@ -255,11 +259,15 @@ def _kind_of_item(item: Any) -> str | None:
 _InputItem = Annotated[
     Annotated[EasyInputMessageParam, Tag("message")]
     | Annotated[ResponseOutputMessageParam, Tag("output")]
+    | Annotated[ResponseFunctionToolCallParam, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")]
+    | Annotated[ResponseReasoningItemParam, Tag("reasoning")]
     | Annotated[ItemReference, Tag("reference")],
     Discriminator(
         _kind_of_item,
         custom_error_type="item",
-        custom_error_message="only items of the types message and item_reference are served: no tools, no reasoning",
+        custom_error_message="only items of the types message, function_call, function_call_output, reasoning and"
+        " item_reference are served",
     ),
 ]
 # Of a message. Many clients send back what they were given, and as many only the words of it.
@@ -275,7 +283,7 @@ _CONVERSATION = (
     refused("conversation", "use previous_response_id"),
     served("reasoning", "Only without anything in it."),
     served("text", "The `format` of the answer."),
-    *_NO_TOOLS,
+    *tool_fields.TOOLS,
     refused("truncation", "a prompt that is too long is refused", "disabled"),
     _TEMPLATE_KWARGS,
 )
@@ -286,14 +294,17 @@ _OF_CONVERSATION: dict[type, tuple[Line, ...]] = {
     ResponseOutputMessageParam: _ITEM,
     ItemReference: (served("type", "May be left out.", Literal["item_reference"]),),
     ResponseInputTextParam: _MESSAGES,
+    ResponseInputTextContentParam: _MESSAGES,
     ResponseOutputTextParam: (
         refused("annotations", "the model cites nothing", []),
+        _PARSED,
         label("logprobs", "Of the answer that comes back; not read."),
     ),
     ResponseTextConfigParam: (
         served("format", FORMATS, ResponseFormatTextConfigParam),
         refused("verbosity", _NO_INSTRUCTION, "medium"),
     ),
+    **tool_fields.OF_RESPONSES,
     **FORMAT_OBJECTS,
     ResponseFormatTextJSONSchemaConfigParam: FORMAT_SCHEMA,
     Reasoning: (
@@ -309,7 +320,11 @@ RESPONSES = Schema(
     "ResponseRequest",
     response_create_params.ResponseCreateParamsNonStreaming,
     (
-        served("input", "A text, or messages of text, or references to kept ones.", Required[str | list[_InputItem]]),
+        served(
+            "input",
+            "A text, or items: messages of text, calls, their answers, reasoning, or references to kept items.",
+            Required[str | list[_InputItem]],
+        ),
         *_COMMON,
         *_passed_on(response_create_params.ResponseCreateParamsNonStreaming),
         served("max_output_tokens", "0 = the prompt alone. Default: what the context leaves.", Uint32),
@@ -323,10 +338,11 @@ RESPONSES = Schema(
         refused("background_options", HOSTED),
         refused("context_management", "nothing is compacted", []),
         refused("image", MEDIA),
-        label("max_tool_calls", "Without tools it changes nothing."),
+        label("max_tool_calls", "It counts calls of OpenAI's own tools; there are none."),
         refused("prompt", "there are no stored prompts"),
         served("stream_options", "Only without anything in it."),
         *_CONVERSATION,
+        _MAX_REASONING,
         *STRUCTURED_OUTPUTS,
         served("return_token_ids", f"{_TOKEN_IDS}.", bool),
         served("stop", "Extension. At most 16 texts of at most 1,024 characters.", str | list[str]),
@@ -346,6 +362,11 @@ TOKENIZE = Schema(
         _MODEL,
         served("prompt", "A text. This or messages.", str),
         served("messages", "A conversation, rendered with the model's template.", list[ChatCompletionMessageParam]),
+        served(
+            "tools",
+            "That the model is shown. With messages only.",
+            list[ChatCompletionFunctionToolParam],
+        ),
         _ADD_SPECIAL_TOKENS,
         *_TEMPLATE,
         served("return_token_strs", "False leaves out the tokens' texts. Default true.", bool),
