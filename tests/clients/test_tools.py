@@ -86,11 +86,11 @@ def piece(index, arguments="", *, complete=False, **first):
 async def test_parts_come_as_they_are_told_and_are_joined_in_the_end(face, server):
     def generate(_request, _context):
         yield started()
-        yield delta(0, "<think>Hm", (1,), reasoning="H")
+        yield delta(0, "<think>Hm", (1,), reasoning="H", content="")
         yield delta(0, "m</think>Well.", (1,), reasoning="mm", content="Well.")
         yield delta(0, "", (1,), tool_calls=[piece(0, '{"city"', id="a", name="weather")])
         last = [piece(0, ': "Rome"}', complete=True), piece(1, "{", id="b", name="time")]
-        yield delta(0, "...", (1,), finish_reason=pb.FINISH_REASON_LENGTH, tool_calls=last)
+        yield delta(0, "...", (1,), finish_reason=pb.FINISH_REASON_LENGTH, tool_calls=last, content="")
         yield finished(4)
 
     server.script.generate = generate
