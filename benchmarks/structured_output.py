@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -150,8 +151,13 @@ async def first(client: AsyncClient, rounds: int) -> None:
         show_times(f"first token, {name}"[:28], each)
 
 
-async def attack(client: AsyncClient) -> None:
-    """Until it is cancelled."""
+async def attack(address: str) -> None:
+    """Until it is ended: four callers."""
+    async with AsyncClient(address) as client:
+        await asyncio.gather(*(send_hostile(client) for _ in range(4)))
+
+
+async def send_hostile(client: AsyncClient) -> None:
     while True:
         branches = [
             {"type": "object", "properties": {f"{next(numbers)}" + "x" * 200: {"pattern": "(a|b)*c{1,50}"}}}
@@ -162,16 +168,19 @@ async def attack(client: AsyncClient) -> None:
             raise AssertionError("it is expected to be refused")
 
 
-async def hostile(client: AsyncClient, arguments: argparse.Namespace) -> None:
+async def hostile(address: str, client: AsyncClient, arguments: argparse.Namespace) -> None:
     gaps: dict[str, list[float]] = {"alone": [], "beside hostile schemas": []}
     for number in range(arguments.rounds + 1):
         for name, seen in gaps.items():
-            attackers = [asyncio.create_task(attack(client)) for _ in range(4 if name != "alone" else 0)]
+            attackers = []
+            if name != "alone":
+                # Elsewhere: what they take to write their schemas must not count.
+                attackers.append(await asyncio.create_subprocess_exec(sys.executable, __file__, "--attack", address))
             callers = (run(client, f"{PROMPT} {i}", arguments.tokens) for i in range(arguments.streams))
             answers = await asyncio.gather(*callers)
             for attacker in attackers:
-                attacker.cancel()
-            await asyncio.gather(*attackers, return_exceptions=True)
+                attacker.terminate()
+                await attacker.wait()
             if number:
                 seen += [gap for _, own in answers for gap in own]
     for name, seen in gaps.items():
@@ -198,18 +207,21 @@ async def measure(address: str, arguments: argparse.Namespace) -> None:
                 case "first":
                     await first(client, arguments.rounds)
                 case "hostile":
-                    await hostile(client, arguments)
+                    await hostile(address, client, arguments)
 
 
 def main() -> None:
     workloads = ("streams", "guesses", "call", "first", "hostile")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--workloads", nargs="+", default=workloads, choices=workloads)
     arguments = parser.parse_args()
+    if arguments.attack:
+        asyncio.run(attack(arguments.attack))
     options = ("--http-port", "0", "--max-context-tokens", "2048", "--kv-memory", "1GiB")
     with serving((str(arguments.folder), *options)) as (_, address):
         asyncio.run(measure(address, arguments))
