@@ -169,7 +169,11 @@ class FakeExecutor:
             if draft != token_ids[-1]:
                 break
             context.append(draft)
-            token_ids.append(self._next(row, context))
+            following = self._next(row, context)
+            if following is None:  # complete
+                context.pop()
+                break
+            token_ids.append(following)
         assert len(self.tokens[row]) == length
         self.tokens[row] += token_ids
         self.num_accepted_drafts += len(token_ids) - 1
