@@ -116,6 +116,24 @@ class CacheOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterOptions:
+    """LoRA adapters."""
+
+    adapter: str | None = option(
+        None, "NAME=PATH of a PEFT folder to load at the start; more of them with commas between."
+    )
+    adapters: Path | None = option(
+        None, "Folder of PEFT folders: each is an adapter called like it, read when a request first asks for it."
+    )
+    adapter_memory_bytes: int = option(
+        2 * 2**30, "Most memory for the weights of adapters that are read.", flag="--adapter-memory", at_least=1
+    )
+    adapter_slots: int = option(
+        16, "Adapters that can be computed with in one step; their weights take memory a second time.", at_least=1
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """How requests share the steps."""
 
@@ -206,6 +224,7 @@ class Options:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
+    adapters: AdapterOptions = field(default_factory=AdapterOptions)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     observability: ObservabilityOptions = field(default_factory=ObservabilityOptions)
@@ -244,7 +263,7 @@ class Options:
 SECTIONS: dict[str, Any] = {part.name: part.default_factory for part in fields(Options)} | {"client": ClientOptions}
 SERVE_SECTIONS = tuple(part.name for part in fields(Options))
 # What a model in this process needs.
-ENGINE_SECTIONS = ("model", "cache", "scheduler")
+ENGINE_SECTIONS = ("model", "cache", "adapters", "scheduler")
 
 
 # --------------------------------------------------------------------------------- options as people see them

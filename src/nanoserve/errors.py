@@ -109,6 +109,73 @@ class ModelNotFound(Rejection):
         self.name = name
 
 
+class AdapterNotFound(Rejection):
+    """No adapter has this name."""
+
+    reason = "ADAPTER_NOT_FOUND"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no adapter {name!r}; ListModels names those that are served")
+        self.name = name
+
+    def __reduce__(self) -> tuple[type["AdapterNotFound"], tuple[str]]:
+        """It travels between processes."""
+        return type(self), (self.name,)
+
+
+class AdapterInvalid(Rejection):
+    """An adapter cannot be served: its folder is not what it must be. All that is wrong with it is told."""
+
+    reason = "ADAPTER_INVALID"
+
+    def __init__(self, name: str, problems: list[str]) -> None:
+        """problems: at least one, each a clause that names the file, tensor or setting."""
+        super().__init__(f"adapter {name!r} cannot be served: {'; '.join(problems)}")
+        self.name = name
+        self.problems = problems
+        self.violations = [Violation("path", problem) for problem in problems]
+        self.facts = {"adapter": name, "violations": len(problems)}
+
+    def __reduce__(self) -> tuple[type["AdapterInvalid"], tuple[str, list[str]]]:
+        """It travels between processes."""
+        return type(self), (self.name, self.problems)
+
+
+class AdapterInUse(Rejection):
+    """The name has other weights already, or requests run with it."""
+
+    reason = "ADAPTER_IN_USE"
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"adapter {name!r} {why}")
+        self.name = name
+        self.why = why
+        self.facts = {"adapter": name}
+
+    def __reduce__(self) -> tuple[type["AdapterInUse"], tuple[str, str]]:
+        """It travels between processes."""
+        return type(self), (self.name, self.why)
+
+
+class AdapterMemoryFull(Rejection):
+    """There is no room for the weights of one more adapter."""
+
+    reason = "ADAPTER_MEMORY_FULL"
+
+    def __init__(self, name: str, num_bytes: int, max_bytes: int) -> None:
+        """num_bytes: what it takes. max_bytes: of all adapters together."""
+        super().__init__(
+            f"adapter {name!r} takes {num_bytes} bytes; adapters that are in use leave less of --adapter-memory"
+            f" ({max_bytes} bytes)"
+        )
+        self.name, self.num_bytes, self.max_bytes = name, num_bytes, max_bytes
+        self.facts = {"adapter": name, "bytes": num_bytes, "max_bytes": max_bytes}
+
+    def __reduce__(self) -> tuple[type["AdapterMemoryFull"], tuple[str, int, int]]:
+        """It travels between processes."""
+        return type(self), (self.name, self.num_bytes, self.max_bytes)
+
+
 class Overloaded(Rejection):
     """The queue is full."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any, Protocol, overload
 
+from nanoserve.adapter.vocabulary import Adapter, AdapterAnswer, AdapterMessage
 from nanoserve.errors import Rejection, RequestError
 from nanoserve.step_record import StepRecord
 
@@ -228,6 +229,8 @@ class Request:
     skip_cache_read: bool = False
     # What the output must be. None = anything.
     constraint: Constraint | None = None
+    # Weights besides the model's. None = no others.
+    adapter: Adapter | None = None
 
 
 class DraftSource(enum.Enum):
@@ -301,6 +304,8 @@ class Admission:
     owner: str = ""
     # What the completion must be; None = anything. It lives in this process alone.
     grammar: "Grammar | None" = None
+    # Where the weights of its adapter are, for as long as it has the row. None = the model's alone.
+    adapter_slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,7 +513,16 @@ class ConstraintCompiled:
     result: ConstraintReport | RequestError
 
 
-Event = RequestStarted | SequenceOutput | RequestFailed | CacheReset | ConstraintCompiled | StepRecord | EngineEnded
+Event = (
+    RequestStarted
+    | SequenceOutput
+    | RequestFailed
+    | CacheReset
+    | ConstraintCompiled
+    | AdapterAnswer
+    | StepRecord
+    | EngineEnded
+)
 
 
 # ------------------------------------------------------------------- what the scheduler is told besides requests
@@ -540,7 +554,7 @@ class CompileConstraint:
     constraint: Constraint
 
 
-Message = Request | Abort | ResetCache | CompileConstraint | ObserveSteps
+Message = Request | Abort | ResetCache | CompileConstraint | AdapterMessage | ObserveSteps
 
 
 # ---------------------------------------------------------------------------------------- how the start goes

@@ -58,6 +58,7 @@ class WaitReason(enum.Enum):
     PREFIX = "prefix"  # another sequence of the step computes what its prompt begins with
     BATCH = "batch"  # static batching: the batch has begun
     CONSTRAINT = "constraint"  # its constraint is compiled
+    ADAPTER = "adapter"  # its adapter is read, or waits for a slot
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ that a variable or the file turned is turned back by its opposite: `--prefix-cac
 USED_BY = {
     "model": "serve, generate, chat, bench offline",
     "cache": "serve, generate, chat, bench offline",
+    "adapters": "serve, generate, chat, bench offline",
     "scheduler": "serve, generate, chat, bench offline",
     "server": "serve",
     "observability": "serve",

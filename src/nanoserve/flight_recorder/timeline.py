@@ -26,6 +26,7 @@ WANTED = {
     WaitReason.PREFIX: "its prefix to be cached",
     WaitReason.BATCH: "the batch to end",
     WaitReason.CONSTRAINT: "its constraint to be compiled",
+    WaitReason.ADAPTER: "its adapter to be in a slot",
 }
 
 

@@ -18,6 +18,10 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from nanoserve.errors import (
+    AdapterInUse,
+    AdapterInvalid,
+    AdapterMemoryFull,
+    AdapterNotFound,
     CancelledByOperator,
     ConstraintInvalid,
     ContextLengthExceeded,
@@ -63,6 +67,10 @@ _TABLE: dict[type[RequestError], grpc.StatusCode] = {
     ConstraintInvalid: grpc.StatusCode.INVALID_ARGUMENT,
     ContextLengthExceeded: grpc.StatusCode.INVALID_ARGUMENT,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    AdapterNotFound: grpc.StatusCode.NOT_FOUND,
+    AdapterInvalid: grpc.StatusCode.INVALID_ARGUMENT,
+    AdapterInUse: grpc.StatusCode.FAILED_PRECONDITION,
+    AdapterMemoryFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     NotReady: grpc.StatusCode.UNAVAILABLE,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -112,7 +120,7 @@ def _build(error: RequestError, request_id: str, limit: int) -> ErrorStatus:
 def _details(error: RequestError, limit: int) -> Iterator[Message]:
     """What only this kind of error has."""
     match error:
-        case InvalidRequest() | ConstraintInvalid():
+        case InvalidRequest() | ConstraintInvalid() | AdapterInvalid():
             violations = [
                 {"field": _cut(each.field, limit), "description": _cut(each.description, limit)}
                 for each in error.violations[:MAX_VIOLATIONS]

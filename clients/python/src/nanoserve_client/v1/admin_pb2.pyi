@@ -78,6 +78,8 @@ class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason
     """Another sequence of the step computes what its prompt begins with; in the next step that is cached."""
     WAIT_REASON_CONSTRAINT: _WaitReason.ValueType  # 6
     """Its constraint is compiled; others pass meanwhile."""
+    WAIT_REASON_ADAPTER: _WaitReason.ValueType  # 7
+    """Its adapter is read, or waits for a slot; others pass meanwhile."""
 
 class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
     """Why sequences wait. The head of the queue waits for something, all others for the head."""
@@ -96,7 +98,37 @@ WAIT_REASON_PREFIX: WaitReason.ValueType  # 5
 """Another sequence of the step computes what its prompt begins with; in the next step that is cached."""
 WAIT_REASON_CONSTRAINT: WaitReason.ValueType  # 6
 """Its constraint is compiled; others pass meanwhile."""
+WAIT_REASON_ADAPTER: WaitReason.ValueType  # 7
+"""Its adapter is read, or waits for a slot; others pass meanwhile."""
 Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
+
+class _AdapterResidency:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterResidencyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterResidency.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_RESIDENCY_UNSPECIFIED: _AdapterResidency.ValueType  # 0
+    """Never sent."""
+    ADAPTER_RESIDENCY_DISK: _AdapterResidency.ValueType  # 1
+    """In its folder alone: they are read again when a request asks for them."""
+    ADAPTER_RESIDENCY_HOST: _AdapterResidency.ValueType  # 2
+    """In main memory."""
+    ADAPTER_RESIDENCY_ACTIVE: _AdapterResidency.ValueType  # 3
+    """In a slot, ready for the next step."""
+
+class AdapterResidency(_AdapterResidency, metaclass=_AdapterResidencyEnumTypeWrapper):
+    """Where an adapter's weights are."""
+
+ADAPTER_RESIDENCY_UNSPECIFIED: AdapterResidency.ValueType  # 0
+"""Never sent."""
+ADAPTER_RESIDENCY_DISK: AdapterResidency.ValueType  # 1
+"""In its folder alone: they are read again when a request asks for them."""
+ADAPTER_RESIDENCY_HOST: AdapterResidency.ValueType  # 2
+"""In main memory."""
+ADAPTER_RESIDENCY_ACTIVE: AdapterResidency.ValueType  # 3
+"""In a slot, ready for the next step."""
+Global___AdapterResidency: _TypeAlias = AdapterResidency  # noqa: Y015
 
 @_typing.final
 class CancelRequest(_message.Message):
@@ -975,3 +1007,216 @@ class TimelineEnd(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TimelineEnd: _TypeAlias = TimelineEnd  # noqa: Y015
+
+@_typing.final
+class LoadAdapterRequest(_message.Message):
+    """What to load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What callers will call it: 1 to 128 characters of letters, digits and ._:/- and not the name of a model. Required."""
+    path: _builtins.str
+    """A PEFT folder (adapter_config.json, adapter_model.safetensors) on the server, under its --adapters folder, symbolic
+    links resolved; relative to it or absolute. Empty = the subfolder called like the adapter.
+    """
+    pinned: _builtins.bool
+    """It keeps its slot, also when nobody asks for it."""
+    replace: _builtins.bool
+    """A name that has other weights gets these: running requests end with theirs, new ones get the new. Unset, and the
+    weights differ: ADAPTER_IN_USE. To load the same weights again changes nothing.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+        pinned: _builtins.bool = ...,
+        replace: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path", "pinned", b"pinned", "replace", b"replace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadAdapterRequest: _TypeAlias = LoadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class LoadAdapterResponse(_message.Message):
+    """What was loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """As ListAdapters gives it."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnloadAdapterRequest(_message.Message):
+    """What to unload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DRAIN_TIMEOUT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As ListAdapters gives it. Required."""
+    @_builtins.property
+    def drain_timeout(self) -> _duration_pb2.Duration:
+        """How long running requests may take to end, 0 to 3600 s. Default: 30 s."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        drain_timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain_timeout", b"drain_timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain_timeout", b"drain_timeout", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadAdapterRequest: _TypeAlias = UnloadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnloadAdapterResponse(_message.Message):
+    """Its weights are gone from memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadAdapterResponse: _TypeAlias = UnloadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class ListAdaptersRequest(_message.Message):
+    """Takes nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class ListAdaptersResponse(_message.Message):
+    """All adapters that were loaded, by name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    memory_bytes: _builtins.int
+    """Bytes of all weights in main memory, and the most that they may take (--adapter-memory)."""
+    memory_limit_bytes: _builtins.int
+    slots: _builtins.int
+    """Adapters that can be computed with in one step (--adapter-slots)."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """Those under the --adapters folder that nobody asked for yet are not among them."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        memory_bytes: _builtins.int = ...,
+        memory_limit_bytes: _builtins.int = ...,
+        slots: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    """A LoRA adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENCY_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What GenerateRequest.adapter takes."""
+    revision: _builtins.str
+    """Hexadecimal digest of its content, as in Started.adapter_revision."""
+    path: _builtins.str
+    """The folder that it was read from."""
+    rank: _builtins.int
+    """The largest of its layers."""
+    bytes: _builtins.int
+    """Of its weights in memory."""
+    residency: Global___AdapterResidency.ValueType
+    """Where they are now."""
+    pinned: _builtins.bool
+    """It keeps its slot."""
+    running: _builtins.int
+    """Sequences that run with it."""
+    waiting: _builtins.int
+    """Sequences that wait."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        path: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        residency: Global___AdapterResidency.ValueType = ...,
+        pinned: _builtins.bool = ...,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "name", b"name", "path", b"path", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "revision", b"revision", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015

@@ -60,6 +60,21 @@ class AdminServiceStub:
                 request_serializer=nanoserve_dot_v1_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
                 response_deserializer=nanoserve_dot_v1_dot_admin__pb2.ExplainRequestResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/nanoserve.v1.AdminService/LoadAdapter',
+                request_serializer=nanoserve_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=nanoserve_dot_v1_dot_admin__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/nanoserve.v1.AdminService/UnloadAdapter',
+                request_serializer=nanoserve_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=nanoserve_dot_v1_dot_admin__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/nanoserve.v1.AdminService/ListAdapters',
+                request_serializer=nanoserve_dot_v1_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=nanoserve_dot_v1_dot_admin__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -106,6 +121,31 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Reads a LoRA adapter, checks it whole, and serves it under a name. OK means that it is servable. Errors:
+        INVALID_ARGUMENT (INVALID_REQUEST; ADAPTER_INVALID with everything that is wrong with the folder), NOT_FOUND
+        (ADAPTER_NOT_FOUND: no such folder), FAILED_PRECONDITION (ADAPTER_IN_USE: the name has other weights and `replace` is
+        not set), RESOURCE_EXHAUSTED (ADAPTER_MEMORY_FULL).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Stops to serve an adapter: new requests for it are refused at once, running ones may end. Errors: NOT_FOUND
+        (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (ADAPTER_IN_USE: requests still ran after drain_timeout; it is served on).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """The adapters that were loaded, and what they take.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -133,6 +173,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ExplainRequest,
                     request_deserializer=nanoserve_dot_v1_dot_admin__pb2.ExplainRequestRequest.FromString,
                     response_serializer=nanoserve_dot_v1_dot_admin__pb2.ExplainRequestResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=nanoserve_dot_v1_dot_admin__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=nanoserve_dot_v1_dot_admin__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=nanoserve_dot_v1_dot_admin__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=nanoserve_dot_v1_dot_admin__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=nanoserve_dot_v1_dot_admin__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=nanoserve_dot_v1_dot_admin__pb2.ListAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -271,6 +326,87 @@ class AdminService:
             '/nanoserve.v1.AdminService/ExplainRequest',
             nanoserve_dot_v1_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
             nanoserve_dot_v1_dot_admin__pb2.ExplainRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nanoserve.v1.AdminService/LoadAdapter',
+            nanoserve_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+            nanoserve_dot_v1_dot_admin__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nanoserve.v1.AdminService/UnloadAdapter',
+            nanoserve_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+            nanoserve_dot_v1_dot_admin__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nanoserve.v1.AdminService/ListAdapters',
+            nanoserve_dot_v1_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+            nanoserve_dot_v1_dot_admin__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

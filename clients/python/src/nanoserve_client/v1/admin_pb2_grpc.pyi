@@ -50,6 +50,18 @@ class AdminServiceStub:
     for the last 1024 that ended, refused ones too. Errors: NOT_FOUND (REQUEST_NOT_FOUND) for an id that is not, or no
     longer, known; NOT_RECORDED if the server keeps no records.
     """
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadAdapterRequest, _admin_pb2.LoadAdapterResponse]
+    """Reads a LoRA adapter, checks it whole, and serves it under a name. OK means that it is servable. Errors:
+    INVALID_ARGUMENT (INVALID_REQUEST; ADAPTER_INVALID with everything that is wrong with the folder), NOT_FOUND
+    (ADAPTER_NOT_FOUND: no such folder), FAILED_PRECONDITION (ADAPTER_IN_USE: the name has other weights and `replace` is
+    not set), RESOURCE_EXHAUSTED (ADAPTER_MEMORY_FULL).
+    """
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadAdapterRequest, _admin_pb2.UnloadAdapterResponse]
+    """Stops to serve an adapter: new requests for it are refused at once, running ones may end. Errors: NOT_FOUND
+    (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (ADAPTER_IN_USE: requests still ran after drain_timeout; it is served on).
+    """
+    ListAdapters: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAdaptersRequest, _admin_pb2.ListAdaptersResponse]
+    """The adapters that were loaded, and what they take."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -73,6 +85,18 @@ class AdminServiceAsyncStub(AdminServiceStub):
     for the last 1024 that ended, refused ones too. Errors: NOT_FOUND (REQUEST_NOT_FOUND) for an id that is not, or no
     longer, known; NOT_RECORDED if the server keeps no records.
     """
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadAdapterRequest, _admin_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """Reads a LoRA adapter, checks it whole, and serves it under a name. OK means that it is servable. Errors:
+    INVALID_ARGUMENT (INVALID_REQUEST; ADAPTER_INVALID with everything that is wrong with the folder), NOT_FOUND
+    (ADAPTER_NOT_FOUND: no such folder), FAILED_PRECONDITION (ADAPTER_IN_USE: the name has other weights and `replace` is
+    not set), RESOURCE_EXHAUSTED (ADAPTER_MEMORY_FULL).
+    """
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadAdapterRequest, _admin_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Stops to serve an adapter: new requests for it are refused at once, running ones may end. Errors: NOT_FOUND
+    (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (ADAPTER_IN_USE: requests still ran after drain_timeout; it is served on).
+    """
+    ListAdapters: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAdaptersRequest, _admin_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    """The adapters that were loaded, and what they take."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """The operator's surface: no HTTP mapping, and no route at the edge proxy. With API keys, it takes an admin key."""
@@ -123,5 +147,35 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         for the last 1024 that ended, refused ones too. Errors: NOT_FOUND (REQUEST_NOT_FOUND) for an id that is not, or no
         longer, known; NOT_RECORDED if the server keeps no records.
         """
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _admin_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.LoadAdapterResponse, _abc.Awaitable[_admin_pb2.LoadAdapterResponse]]:
+        """Reads a LoRA adapter, checks it whole, and serves it under a name. OK means that it is servable. Errors:
+        INVALID_ARGUMENT (INVALID_REQUEST; ADAPTER_INVALID with everything that is wrong with the folder), NOT_FOUND
+        (ADAPTER_NOT_FOUND: no such folder), FAILED_PRECONDITION (ADAPTER_IN_USE: the name has other weights and `replace` is
+        not set), RESOURCE_EXHAUSTED (ADAPTER_MEMORY_FULL).
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _admin_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UnloadAdapterResponse, _abc.Awaitable[_admin_pb2.UnloadAdapterResponse]]:
+        """Stops to serve an adapter: new requests for it are refused at once, running ones may end. Errors: NOT_FOUND
+        (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (ADAPTER_IN_USE: requests still ran after drain_timeout; it is served on).
+        """
+
+    @_abc_1.abstractmethod
+    def ListAdapters(
+        self,
+        request: _admin_pb2.ListAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListAdaptersResponse, _abc.Awaitable[_admin_pb2.ListAdaptersResponse]]:
+        """The adapters that were loaded, and what they take."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -202,6 +202,7 @@ class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
@@ -218,6 +219,10 @@ class GenerateRequest(_message.Message):
     PREDICTED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a served model, as ListModels gives it. Empty = the server's default model."""
+    adapter: _builtins.str
+    """Name of a LoRA adapter. Empty = none: the model as it is. `model` may name the adapter as well, as OpenAI's clients
+    do; where both name one, it must be the same.
+    """
     text: _builtins.str
     """Plain text, tokenized as is: what spells a special token becomes one. Not empty."""
     n: _builtins.int
@@ -273,6 +278,7 @@ class GenerateRequest(_message.Message):
         self,
         *,
         model: _builtins.str = ...,
+        adapter: _builtins.str = ...,
         text: _builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
         chat: Global___Chat | None = ...,
@@ -290,7 +296,7 @@ class GenerateRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_max_draft_tokens", b"_max_draft_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "constraint", b"constraint", "max_draft_tokens", b"max_draft_tokens", "n", b"n", "output", b"output", "predicted_text", b"predicted_text", "predicted_token_ids", b"predicted_token_ids", "prediction", b"prediction", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_max_draft_tokens", b"_max_draft_tokens", "_n", b"_n", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "constraint", b"constraint", "max_draft_tokens", b"max_draft_tokens", "model", b"model", "n", b"n", "output", b"output", "predicted_text", b"predicted_text", "predicted_token_ids", b"predicted_token_ids", "prediction", b"prediction", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_max_draft_tokens", b"_max_draft_tokens", "_n", b"_n", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "constraint", b"constraint", "max_draft_tokens", b"max_draft_tokens", "model", b"model", "n", b"n", "output", b"output", "predicted_text", b"predicted_text", "predicted_token_ids", b"predicted_token_ids", "prediction", b"prediction", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
@@ -980,18 +986,24 @@ class Started(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    ADAPTER_REVISION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Metadata x-request-id, or one that the server made."""
     model: _builtins.str
     """The model that serves it."""
+    adapter: _builtins.str
+    """The adapter that it is computed with. Empty = none."""
     prompt_tokens: _builtins.int
     """Length of the tokenized prompt."""
     cached_tokens: _builtins.int
     """How many of them were read from the prefix cache."""
+    adapter_revision: _builtins.str
+    """Digest of the adapter's content: an adapter that is replaced meanwhile gets another. Empty = there is none."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the request arrived."""
@@ -1005,14 +1017,16 @@ class Started(_message.Message):
         *,
         request_id: _builtins.str = ...,
         model: _builtins.str = ...,
+        adapter: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         sampling: Global___Sampling | None = ...,
+        adapter_revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "create_time", b"create_time", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_revision", b"adapter_revision", "cached_tokens", b"cached_tokens", "create_time", b"create_time", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -57,8 +57,9 @@ class GenerationServiceServicer:
 
         Errors, each with google.rpc.ErrorInfo{reason, domain "nanoserve"} and RequestInfo:
         INVALID_ARGUMENT (INVALID_REQUEST with every violation by field path; CONTEXT_LENGTH_EXCEEDED; CONSTRAINT_INVALID with
-        JSON pointer and keyword),
-        NOT_FOUND (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (OVERLOADED; retry after RetryInfo),
+        JSON pointer and keyword;
+        ADAPTER_INVALID with all that is wrong with its folder), NOT_FOUND (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND),
+        RESOURCE_EXHAUSTED (OVERLOADED; retry after RetryInfo; ADAPTER_MEMORY_FULL),
         UNAVAILABLE (NOT_READY: starting or draining), DEADLINE_EXCEEDED (DEADLINE), ABORTED (CANCELLED_BY_OPERATOR),
         INTERNAL (ENGINE_FAILURE), UNAUTHENTICATED.
         """

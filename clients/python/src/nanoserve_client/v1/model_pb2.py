@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from nanoserve_client.v1 import generation_pb2 as nanoserve_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18nanoserve/v1/model.proto\x12\x0cnanoserve.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dnanoserve/v1/generation.proto\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.nanoserve.v1.Model\"\xd4\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x30\n\x10\x64\x65\x66\x61ult_sampling\x18\x07 \x01(\x0b\x32\x16.nanoserve.v1.Sampling\x12\x18\n\x10max_draft_tokens\x18\t \x01(\r\x12\x30\n\rdraft_sources\x18\n \x03(\x0e\x32\x19.nanoserve.v1.DraftSource\x12\x13\n\x0b\x64raft_model\x18\x0b \x01(\t\x12\x18\n\x10reasoning_parser\x18\x0c \x01(\t\x12\x18\n\x10tool_call_parser\x18\r \x01(\t\"\x96\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.nanoserve.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"C\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"U\n\x16\x43heckConstraintRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\nconstraint\x18\x02 \x01(\x0b\x32\x18.nanoserve.v1.Constraint\"\xe0\x01\n\x17\x43heckConstraintResponse\x12\x10\n\x08\x65nforced\x18\x01 \x01(\x08\x12*\n\x08keywords\x18\x02 \x03(\x0b\x32\x18.nanoserve.v1.KeywordUse\x12\x15\n\rkeyword_count\x18\x03 \x01(\r\x12\x15\n\rgrammar_bytes\x18\x04 \x01(\r\x12*\n\x07\x63ompile\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nfirst_mask\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"n\n\nKeywordUse\x12\x0f\n\x07pointer\x18\x01 \x01(\t\x12\x0f\n\x07keyword\x18\x02 \x01(\t\x12\x31\n\ttreatment\x18\x03 \x01(\x0e\x32\x1e.nanoserve.v1.KeywordTreatment\x12\x0b\n\x03why\x18\x04 \x01(\t*\x96\x01\n\x10KeywordTreatment\x12!\n\x1dKEYWORD_TREATMENT_UNSPECIFIED\x10\x00\x12\x1e\n\x1aKEYWORD_TREATMENT_ENFORCED\x10\x01\x12\x1d\n\x19KEYWORD_TREATMENT_RELAXED\x10\x02\x12 \n\x1cKEYWORD_TREATMENT_ANNOTATION\x10\x03\x32\xed\x03\n\x0cModelService\x12m\n\nListModels\x12\x1f.nanoserve.v1.ListModelsRequest\x1a .nanoserve.v1.ListModelsResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\x12\x14/nanoserve/v1/models\x12l\n\x08Tokenize\x12\x1d.nanoserve.v1.TokenizeRequest\x1a\x1e.nanoserve.v1.TokenizeResponse\"!\x82\xd3\xe4\x93\x02\x1b\"\x16/nanoserve/v1/tokenize:\x01*\x12t\n\nDetokenize\x12\x1f.nanoserve.v1.DetokenizeRequest\x1a .nanoserve.v1.DetokenizeResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/nanoserve/v1/detokenize:\x01*\x12\x89\x01\n\x0f\x43heckConstraint\x12$.nanoserve.v1.CheckConstraintRequest\x1a%.nanoserve.v1.CheckConstraintResponse\")\x82\xd3\xe4\x93\x02#\"\x1e/nanoserve/v1/check_constraint:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18nanoserve/v1/model.proto\x12\x0cnanoserve.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dnanoserve/v1/generation.proto\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.nanoserve.v1.Model\"\xfb\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x30\n\x10\x64\x65\x66\x61ult_sampling\x18\x07 \x01(\x0b\x32\x16.nanoserve.v1.Sampling\x12\x11\n\tlora_rank\x18\x08 \x01(\r\x12\x18\n\x10max_draft_tokens\x18\t \x01(\r\x12\x30\n\rdraft_sources\x18\n \x03(\x0e\x32\x19.nanoserve.v1.DraftSource\x12\x13\n\x0b\x64raft_model\x18\x0b \x01(\t\x12\x18\n\x10reasoning_parser\x18\x0c \x01(\t\x12\x18\n\x10tool_call_parser\x18\r \x01(\t\"\x96\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.nanoserve.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"C\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"U\n\x16\x43heckConstraintRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\nconstraint\x18\x02 \x01(\x0b\x32\x18.nanoserve.v1.Constraint\"\xe0\x01\n\x17\x43heckConstraintResponse\x12\x10\n\x08\x65nforced\x18\x01 \x01(\x08\x12*\n\x08keywords\x18\x02 \x03(\x0b\x32\x18.nanoserve.v1.KeywordUse\x12\x15\n\rkeyword_count\x18\x03 \x01(\r\x12\x15\n\rgrammar_bytes\x18\x04 \x01(\r\x12*\n\x07\x63ompile\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nfirst_mask\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"n\n\nKeywordUse\x12\x0f\n\x07pointer\x18\x01 \x01(\t\x12\x0f\n\x07keyword\x18\x02 \x01(\t\x12\x31\n\ttreatment\x18\x03 \x01(\x0e\x32\x1e.nanoserve.v1.KeywordTreatment\x12\x0b\n\x03why\x18\x04 \x01(\t*\x96\x01\n\x10KeywordTreatment\x12!\n\x1dKEYWORD_TREATMENT_UNSPECIFIED\x10\x00\x12\x1e\n\x1aKEYWORD_TREATMENT_ENFORCED\x10\x01\x12\x1d\n\x19KEYWORD_TREATMENT_RELAXED\x10\x02\x12 \n\x1cKEYWORD_TREATMENT_ANNOTATION\x10\x03\x32\xed\x03\n\x0cModelService\x12m\n\nListModels\x12\x1f.nanoserve.v1.ListModelsRequest\x1a .nanoserve.v1.ListModelsResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\x12\x14/nanoserve/v1/models\x12l\n\x08Tokenize\x12\x1d.nanoserve.v1.TokenizeRequest\x1a\x1e.nanoserve.v1.TokenizeResponse\"!\x82\xd3\xe4\x93\x02\x1b\"\x16/nanoserve/v1/tokenize:\x01*\x12t\n\nDetokenize\x12\x1f.nanoserve.v1.DetokenizeRequest\x1a .nanoserve.v1.DetokenizeResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/nanoserve/v1/detokenize:\x01*\x12\x89\x01\n\x0f\x43heckConstraint\x12$.nanoserve.v1.CheckConstraintRequest\x1a%.nanoserve.v1.CheckConstraintResponse\")\x82\xd3\xe4\x93\x02#\"\x1e/nanoserve/v1/check_constraint:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,28 +43,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELSERVICE'].methods_by_name['Detokenize']._serialized_options = b'\202\323\344\223\002\035\"\030/nanoserve/v1/detokenize:\001*'
   _globals['_MODELSERVICE'].methods_by_name['CheckConstraint']._loaded_options = None
   _globals['_MODELSERVICE'].methods_by_name['CheckConstraint']._serialized_options = b'\202\323\344\223\002#\"\036/nanoserve/v1/check_constraint:\001*'
-  _globals['_KEYWORDTREATMENT']._serialized_start=1360
-  _globals['_KEYWORDTREATMENT']._serialized_end=1510
+  _globals['_KEYWORDTREATMENT']._serialized_start=1399
+  _globals['_KEYWORDTREATMENT']._serialized_end=1549
   _globals['_LISTMODELSREQUEST']._serialized_start=168
   _globals['_LISTMODELSREQUEST']._serialized_end=187
   _globals['_LISTMODELSRESPONSE']._serialized_start=189
   _globals['_LISTMODELSRESPONSE']._serialized_end=246
   _globals['_MODEL']._serialized_start=249
-  _globals['_MODEL']._serialized_end=589
-  _globals['_TOKENIZEREQUEST']._serialized_start=592
-  _globals['_TOKENIZEREQUEST']._serialized_end=742
-  _globals['_TOKENIZERESPONSE']._serialized_start=744
-  _globals['_TOKENIZERESPONSE']._serialized_end=811
-  _globals['_DETOKENIZEREQUEST']._serialized_start=813
-  _globals['_DETOKENIZEREQUEST']._serialized_end=895
-  _globals['_DETOKENIZERESPONSE']._serialized_start=897
-  _globals['_DETOKENIZERESPONSE']._serialized_end=931
-  _globals['_CHECKCONSTRAINTREQUEST']._serialized_start=933
-  _globals['_CHECKCONSTRAINTREQUEST']._serialized_end=1018
-  _globals['_CHECKCONSTRAINTRESPONSE']._serialized_start=1021
-  _globals['_CHECKCONSTRAINTRESPONSE']._serialized_end=1245
-  _globals['_KEYWORDUSE']._serialized_start=1247
-  _globals['_KEYWORDUSE']._serialized_end=1357
-  _globals['_MODELSERVICE']._serialized_start=1513
-  _globals['_MODELSERVICE']._serialized_end=2006
+  _globals['_MODEL']._serialized_end=628
+  _globals['_TOKENIZEREQUEST']._serialized_start=631
+  _globals['_TOKENIZEREQUEST']._serialized_end=781
+  _globals['_TOKENIZERESPONSE']._serialized_start=783
+  _globals['_TOKENIZERESPONSE']._serialized_end=850
+  _globals['_DETOKENIZEREQUEST']._serialized_start=852
+  _globals['_DETOKENIZEREQUEST']._serialized_end=934
+  _globals['_DETOKENIZERESPONSE']._serialized_start=936
+  _globals['_DETOKENIZERESPONSE']._serialized_end=970
+  _globals['_CHECKCONSTRAINTREQUEST']._serialized_start=972
+  _globals['_CHECKCONSTRAINTREQUEST']._serialized_end=1057
+  _globals['_CHECKCONSTRAINTRESPONSE']._serialized_start=1060
+  _globals['_CHECKCONSTRAINTRESPONSE']._serialized_end=1284
+  _globals['_KEYWORDUSE']._serialized_start=1286
+  _globals['_KEYWORDUSE']._serialized_end=1396
+  _globals['_MODELSERVICE']._serialized_start=1552
+  _globals['_MODELSERVICE']._serialized_end=2045
 # @@protoc_insertion_point(module_scope)

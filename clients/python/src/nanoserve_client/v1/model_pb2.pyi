@@ -98,11 +98,13 @@ class Model(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
+    LORA_RANK_FIELD_NUMBER: _builtins.int
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     DRAFT_SOURCES_FIELD_NUMBER: _builtins.int
     DRAFT_MODEL_FIELD_NUMBER: _builtins.int
@@ -110,10 +112,14 @@ class Model(_message.Message):
     TOOL_CALL_PARSER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What GenerateRequest.model takes."""
+    base_model: _builtins.str
+    """Of an adapter: the name of the model that it changes. Empty = it is that model."""
     max_context_tokens: _builtins.int
     """Most tokens of prompt and completion together."""
     vocab_size: _builtins.int
     """Token ids are below it."""
+    lora_rank: _builtins.int
+    """Of an adapter: the largest rank of its layers; 0 = it is no adapter, or was not read yet."""
     max_draft_tokens: _builtins.int
     """Most tokens of a sequence that are guessed at once: what an unset GenerateRequest.max_draft_tokens means."""
     draft_model: _builtins.str
@@ -144,11 +150,13 @@ class Model(_message.Message):
         self,
         *,
         name: _builtins.str = ...,
+        base_model: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         max_context_tokens: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         default_sampling: _generation_pb2.Sampling | None = ...,
+        lora_rank: _builtins.int = ...,
         max_draft_tokens: _builtins.int = ...,
         draft_sources: _abc.Iterable[_generation_pb2.DraftSource.ValueType] | None = ...,
         draft_model: _builtins.str = ...,
@@ -157,7 +165,7 @@ class Model(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "default_sampling", b"default_sampling", "draft_model", b"draft_model", "draft_sources", b"draft_sources", "eos_token_ids", b"eos_token_ids", "max_context_tokens", b"max_context_tokens", "max_draft_tokens", b"max_draft_tokens", "name", b"name", "reasoning_parser", b"reasoning_parser", "tool_call_parser", b"tool_call_parser", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "default_sampling", b"default_sampling", "draft_model", b"draft_model", "draft_sources", b"draft_sources", "eos_token_ids", b"eos_token_ids", "lora_rank", b"lora_rank", "max_context_tokens", b"max_context_tokens", "max_draft_tokens", b"max_draft_tokens", "name", b"name", "reasoning_parser", b"reasoning_parser", "tool_call_parser", b"tool_call_parser", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

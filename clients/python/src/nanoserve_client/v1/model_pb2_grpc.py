@@ -62,7 +62,7 @@ class ModelServiceServicer:
     """
 
     def ListModels(self, request, context):
-        """The served models, in order of their names.
+        """The served model, and behind it its adapters, in order of their names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
