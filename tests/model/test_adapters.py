@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, LONGEST, VOCAB_SIZE, save_tiny_model
-from feeder import BLOCK_SIZE, Feeder
+from feeder import Feeder
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nanoserve.adapter.weights import AdapterWeights, Pair
 from nanoserve.config import ModelOptions
-from nanoserve.model.adapters import AdapterSlots, group
+from nanoserve.model.adapters import AdapterSlots
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.weights import LINEAR
 
@@ -42,9 +42,7 @@ def logits_with(model: PreTrainedModel, weights: AdapterWeights | None, token_id
     for path, pair in weights.pairs.items() if weights is not None else ():
         layer = model.get_submodule(path)
         assert isinstance(layer, LINEAR)
-        hooks.append(
-            layer.register_forward_hook(lambda _, args, out, pair=pair: out + args[0] @ pair.a.t() @ pair.b)
-        )
+        hooks.append(layer.register_forward_hook(lambda _, args, out, pair=pair: out + args[0] @ pair.a.t() @ pair.b))
     with torch.inference_mode():
         logits = model(torch.tensor([token_ids])).logits[0]
     for hook in hooks:

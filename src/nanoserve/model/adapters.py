@@ -18,7 +18,7 @@ read them once. `LayerAdapters` stands behind each layer, and calls this as an o
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nanoserve.adapter.weights import AdapterWeights, Pair
 from nanoserve.model.attention import attending
@@ -40,6 +41,8 @@ READING = 8
 BEGINNING = 256
 # Of the trial run that shows which layers are given every token.
 NUM_TOKENS = 37
+# The least of adapters that take part in a trial.
+TRIAL_RANK = 16
 
 
 # ------------------------------------------------------------------------------------------------ the operator
@@ -68,10 +71,15 @@ def is_adapting() -> bool:
 class LayerAdapters:
     """Stands behind a layer that adapters may change. Implements Adapted of weights.py."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, pair: Pair) -> None:
         self.index = torch.tensor(index)  # a tensor: a compiled layer takes no other number
+        # In a step of one token, what its adapter adds here.
+        self.a, self.b = pair.a, pair.b
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.shape[:-1].numel() == 1:  # a part of the compiled layer
+            inner = (self.a.float() * x.flatten().float()).sum(-1, keepdim=True)  # [rank, 1]
+            return out + (inner * self.b.float()).sum(0).to(out.dtype)
         if torch.compiler.is_compiling() or is_adapting():
             return out + torch.ops.nanoserve.adapters(self.index, x, out.shape[-1])  # type: ignore[no-any-return]
         return out
@@ -93,10 +101,26 @@ def _shape_of_operator(_layer: Tensor, x: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def some_addition(_layer: int, x: Tensor, out_features: int) -> Tensor:
-    """An Addition that stands in for adapters in a trial: no two of its numbers are the same."""
-    ramp = torch.linspace(-0.2, 0.2, out_features, device=x.device)
-    return (x.float().mean(-1, keepdim=True) * ramp).to(x.dtype)
+def put_trial_adapters(module: nn.Module, paths: Iterable[str], dtype: torch.dtype) -> list[LayerAdapters]:
+    """Put behind layers what adds a trial_addition. No two ranks are the same, so that none is taken for another."""
+    put = []
+    for rank, path in enumerate(paths, start=TRIAL_RANK):
+        layer: ServedLinear = module.get_submodule(path)  # type: ignore[assignment]
+        a = torch.zeros(rank, layer.in_features)
+        a[0] = 1 / layer.in_features
+        b = _ramp(layer.out_features).repeat(rank, 1)
+        put.append(LayerAdapters(0, Pair(a.to(dtype), b.to(dtype))))
+        layer.adapted = put[-1]
+    return put
+
+
+def trial_addition(_layer: int, x: Tensor, out_features: int) -> Tensor:
+    """An Addition: to each output something else."""
+    return (x.float().mean(-1, keepdim=True) * _ramp(out_features)).to(x.dtype)
+
+
+def _ramp(size: int) -> Tensor:
+    return torch.linspace(-0.2, 0.2, size)
 
 
 # --------------------------------------------------------------------------------------------------- the stacks
@@ -229,13 +253,13 @@ class _Step:
         if groups is None:
             groups = self._groups[stack.places] = self._group(stack)
         rows = x.reshape(self.num_tokens, -1)
-        out = x.new_zeros(self.num_tokens, out_features)
-        for tokens, columns, foreign in groups:
-            inner = rows[tokens] @ stack.a[columns].t()
-            if foreign is not None:
-                # Filled and not multiplied: what is infinite times zero is not a number.
-                inner.masked_fill_(foreign, 0)
-            torch.mm(inner, stack.b[columns], out=out[tokens])
+        if len(groups) == 1 and groups[0][0] == slice(0, self.num_tokens):
+            _, columns, foreign = groups[0]
+            out = _inner(rows, stack.a[columns], foreign) @ stack.b[columns]
+        else:
+            out = x.new_zeros(self.num_tokens, out_features)
+            for tokens, columns, foreign in groups:
+                torch.mm(_inner(rows[tokens], stack.a[columns], foreign), stack.b[columns], out=out[tokens])
         return out.view(*x.shape[:-1], out_features)
 
     def _group(self, stack: _Stack) -> list[tuple[slice, slice, Tensor | None]]:
@@ -244,6 +268,13 @@ class _Step:
         return [
             (slice(each.first, each.end), slice(*each.columns), each.foreign(stack.a.device)) for each in group(runs)
         ]
+
+
+def _inner(rows: Tensor, a: Tensor, foreign: Tensor | None) -> Tensor:
+    """rows: [tokens, in_features]; a: [columns, in_features]. Returns [tokens, columns]."""
+    inner = functional.linear(rows, a)
+    # Filled and not multiplied: what is infinite times zero is not a number.
+    return inner if foreign is None else inner.masked_fill_(foreign, 0)
 
 
 # --------------------------------------------------------------------------------------------------- the slots
@@ -259,10 +290,16 @@ class AdapterSlots:
         self.num_slots = num_slots
         self._layers = find_targets(model)
         self._stacks: list[_Stack] = []
+        self._adapted: list[LayerAdapters] = []
+        # The slot that steps of one token are set to.
+        self._single: int | None = None
+        # The last step, because the next is often of the same slots; and what it was made for.
+        self._step: tuple[tuple[tuple[int | None, ...], tuple[int, ...]], _Step] | None = None
         for index, layer in enumerate(self._layers.values()):
-            layer.adapted = LayerAdapters(index)
             a, b = (torch.empty(0, n, dtype=model.dtype, device=model.device) for n in self._size(layer))
             self._stacks.append(_Stack(a, b, (None,) * num_slots))
+            self._adapted.append(LayerAdapters(index, Pair(a, b)))
+            layer.adapted = self._adapted[-1]
         self._writing = threading.Lock()
 
     @staticmethod
@@ -277,12 +314,26 @@ class AdapterSlots:
         with self._writing, torch.inference_mode():
             for i, path in enumerate(self._layers):
                 self._stacks[i] = self._stacks[i].with_pair(slot, weights.pairs.get(path))
+            self._single = None
 
     def step(self, slots: Sequence[int | None], counts: Sequence[int]) -> AbstractContextManager[None]:
         """While it lasts, layers of the model add what the adapters in these slots do: in turn, to so many tokens."""
         if all(slot is None for slot in slots):
             return nullcontext()
-        return adapting(_Step(self._stacks, slots, counts).add)
+        if list(counts) == [1] and slots[0] != self._single:
+            self._choose(slots[0])
+        key = tuple(slots), tuple(counts)
+        if self._step is None or self._step[0] != key:
+            self._step = key, _Step(self._stacks, slots, counts)
+        return adapting(self._step[1].add)
+
+    def _choose(self, slot: int | None) -> None:
+        """Steps of one token are computed with this slot."""
+        assert slot is not None
+        self._single = slot
+        for adapted, stack in zip(self._adapted, self._stacks, strict=True):
+            columns = slice(*(stack.places[slot] or (0, 0)))
+            adapted.a, adapted.b = stack.a[columns], stack.b[columns]
 
 
 def find_targets(model: LoadedModel) -> dict[str, ServedLinear]:

@@ -10,6 +10,7 @@ same make, and any part only if, on a trial call, it computes what the plain one
 what cannot be compiled is served as it is.
 """
 
+import copy
 import hashlib
 import logging
 import os
@@ -31,7 +32,7 @@ import transformers
 from torch import Tensor, nn
 
 from nanoserve.model import attend
-from nanoserve.model.adapters import adapting, is_adapting, some_addition
+from nanoserve.model.adapters import adapting, is_adapting, put_trial_adapters, trial_addition
 from nanoserve.model.attention import AttentionForm, CompiledAttention, attending
 from nanoserve.model.cpu import compiled_folder
 from nanoserve.model.formulas import Formula, Place, attention_formula
@@ -343,17 +344,31 @@ def _forward(run_layer: Callable[..., Any], layer: nn.Module, call: LayerCall) -
 def _computes_the_same(trial: _Trial, run_layer: Callable[..., Any]) -> bool:
     """Whether a compiled layer gives what the layer gave."""
     with _standing_in(trial.call):
-        got = _first(run_layer(trial.layer, trial.call.args, trial.call.kwargs)).float()
+        layer = _with_trial_adapters(trial.layer, trial.call) if trial.call.adapted else trial.layer
+        got = _first(run_layer(layer, trial.call.args, trial.call.kwargs)).float()
     hidden, want = trial.call.args[0], _first(trial.result).float()
     added = (want - hidden.float()).norm()
     rounding = TOLERATED_STEPS * torch.finfo(hidden.dtype).eps * hidden.float().norm()
     return bool((got - want).norm() <= TOLERANCE * added + rounding)
 
 
+def _with_trial_adapters(layer: nn.Module, call: LayerCall) -> nn.Module:
+    """A copy with the same weights: the adapters of the layer itself are in use."""
+
+    def copied(module: nn.Module) -> nn.Module:
+        new = copy.copy(module)
+        new._modules = {name: child if child is None else copied(child) for name, child in module._modules.items()}
+        return new
+
+    layer = copied(layer)
+    put_trial_adapters(layer, call.adapted, call.args[0].dtype)
+    return layer
+
+
 @contextmanager
 def _standing_in(call: LayerCall) -> Iterator[None]:
     """Something takes the place of attention, and of adapters where the call is with them."""
-    with attending(stand_in), adapting(some_addition) if call.adapted else nullcontext():
+    with attending(stand_in), adapting(trial_addition) if call.adapted else nullcontext():
         yield
 
 
