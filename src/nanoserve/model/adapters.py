@@ -1,20 +1,14 @@
-"""LoRA adapters beside the model: what a step adds to each linear layer, for all of its adapters at once.
+"""LoRA adapters on the model side: slots that their weights lie in, and the operator that adds what they change.
 
-    slots        0      1        2          3                 each has a range of the stack, as wide as its rank
+    slots        0      1        2          3
     stack of  [ r r | r r r r |  free  | r r r r r r ]        A: [columns, in_features]; B: [columns, out_features]
-    a layer                                                   (S-LoRA, arXiv 2311.03285, stores ranks unpadded too)
+    a layer     a slot has as many columns as its adapter has ranks, and nothing is padded (S-LoRA, arXiv 2311.03285)
 
-    tokens     [ base base | 0 1 1 3 | 3 3 3 3 3 3 3 3 ]      fewer tokens of a sequence first, then by slot
-    groups                  └───────┘ └───────────────┘       few tokens together, a long chunk by itself
+    tokens    [ base base | 0 1 1 3 | 3 3 3 3 3 3 3 3 ]       fewer tokens of a sequence first, then by slot
+    groups                 └───────┘ └───────────────┘        computed by adapter_products.py
 
-A group is computed with the columns from its first slot to its last, in two products; between them, what a token got
-from columns of others becomes zero:
-
-    y[group] += where(own, x[group] A^T, 0) B                 own: [tokens, columns]
-
-Gathering weights for each token, as batched products want it, reads them as often as there are tokens; these products
-read them once. `LayerAdapters` stands behind each layer, and calls this as an operator, so that compiled layers can;
-`adapting` opens a step.
+A LayerAdapters stands behind each layer, and calls an operator, as layers do for attention, so that compiled layers
+can; `adapting` opens a step.
 """
 
 import threading
@@ -27,18 +21,14 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nanoserve.adapter.weights import AdapterWeights, Pair
+from nanoserve.model.adapter_products import Columns, Group, make_groups
 from nanoserve.model.attention import attending
 from nanoserve.model.loader import LoadedModel
 from nanoserve.model.probe import stand_in
 from nanoserve.model.weights import ServedLinear
 
-# What is a group is chosen by cost, in numbers of a layer's width: a product reads each of its columns, which takes as
-# long as multiplying it with so many tokens, and begins, which takes as long as so many columns of one token.
-READING = 8
-BEGINNING = 256
 # Of the trial run that shows which layers are given every token.
 NUM_TOKENS = 37
 # The least of adapters that take part in a trial.
@@ -126,10 +116,6 @@ def _ramp(size: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------- the stacks
 
 
-# A range of columns: the first, and the one behind the last.
-Place = tuple[int, int]
-
-
 @dataclass(frozen=True, slots=True)
 class _Stack:
     """What all slots add to one layer. A new one takes its place when a slot is written."""
@@ -138,7 +124,7 @@ class _Stack:
     a: Tensor
     b: Tensor
     # Of each slot. None = its adapter does not change this layer, or it is empty.
-    places: tuple[Place | None, ...]
+    places: tuple[Columns | None, ...]
 
     def with_pair(self, slot: int, pair: Pair | None) -> "_Stack":
         places = list(self.places)
@@ -156,12 +142,12 @@ class _Stack:
         places[slot] = place
         return replace(stack, places=tuple(places))
 
-    def _repacked(self, places: Sequence[Place | None], num_more: int) -> "_Stack":
+    def _repacked(self, places: Sequence[Columns | None], num_more: int) -> "_Stack":
         """A copy without gaps, in the order of the slots, and with so many columns more at its end."""
         sizes = [0 if place is None else place[1] - place[0] for place in places]
         capacity, first = sum(sizes) + num_more, 0
         a, b = (old.new_empty(capacity, old.shape[1]) for old in (self.a, self.b))
-        new: list[Place | None] = []
+        new: list[Columns | None] = []
         for place, size in zip(places, sizes, strict=True):
             if place is not None:
                 a[first : first + size].copy_(self.a[slice(*place)])
@@ -171,7 +157,7 @@ class _Stack:
         return _Stack(a, b, tuple(new))
 
 
-def _first_free(places: Sequence[Place | None], size: int, capacity: int) -> Place | None:
+def _first_free(places: Sequence[Columns | None], size: int, capacity: int) -> Columns | None:
     """The first gap of a size between places. None = there is none."""
     begin = 0
     for first, end in [*sorted(place for place in places if place is not None), (capacity, capacity)]:
@@ -182,51 +168,6 @@ def _first_free(places: Sequence[Place | None], size: int, capacity: int) -> Pla
 
 
 # ------------------------------------------------------------------------------------------------------ a step
-
-
-@dataclass(slots=True)
-class _Group:
-    """Tokens that are computed together, and the columns that they are computed with."""
-
-    first: int
-    end: int
-    columns: Place
-    # Of runs of tokens: the first, the one behind the last, and their own columns.
-    parts: list[tuple[int, int, Place]]
-
-    @property
-    def cost(self) -> int:
-        first, end = self.columns
-        return BEGINNING + (end - first) * (READING + self.end - self.first)
-
-    def with_part(self, other: "_Group") -> "_Group":
-        columns = min(self.columns[0], other.columns[0]), max(self.columns[1], other.columns[1])
-        return _Group(self.first, other.end, columns, [*self.parts, *other.parts])
-
-    def foreign(self, device: torch.device) -> Tensor | None:
-        """[tokens, columns]: which columns are not a token's own. None = all of them are everybody's."""
-        if all(own == self.columns for _, _, own in self.parts) and self.num_own == self.end - self.first:
-            return None
-        foreign = torch.ones(self.end - self.first, self.columns[1] - self.columns[0], dtype=torch.bool)
-        for first, end, own in self.parts:
-            foreign[first - self.first : end - self.first, own[0] - self.columns[0] : own[1] - self.columns[0]] = False
-        return foreign.to(device)
-
-    @property
-    def num_own(self) -> int:
-        return sum(end - first for first, end, _ in self.parts)
-
-
-def group(runs: Sequence[tuple[int, int, Place]]) -> list[_Group]:
-    """runs: of tokens, in order, with their columns."""
-    groups: list[_Group] = []
-    for run in runs:
-        single = _Group(*run, [run])
-        if groups and (joined := groups[-1].with_part(single)).cost <= groups[-1].cost + single.cost:
-            groups[-1] = joined
-        else:
-            groups.append(single)
-    return groups
 
 
 class _Step:
@@ -244,7 +185,7 @@ class _Step:
                 self._runs.append((first, end, slot))
             first = end
         # Most layers have the same places, and so the same groups.
-        self._groups: dict[tuple[Place | None, ...], list[tuple[slice, slice, Tensor | None]]] = {}
+        self._groups: dict[tuple[Columns | None, ...], list[Group]] = {}
 
     def add(self, index: int, x: Tensor, out_features: int) -> Tensor:
         """An Addition."""
@@ -252,29 +193,17 @@ class _Step:
         groups = self._groups.get(stack.places)
         if groups is None:
             groups = self._groups[stack.places] = self._group(stack)
-        rows = x.reshape(self.num_tokens, -1)
-        if len(groups) == 1 and groups[0][0] == slice(0, self.num_tokens):
-            _, columns, foreign = groups[0]
-            out = _inner(rows, stack.a[columns], foreign) @ stack.b[columns]
-        else:
-            out = x.new_zeros(self.num_tokens, out_features)
-            for tokens, columns, foreign in groups:
-                torch.mm(_inner(rows[tokens], stack.a[columns], foreign), stack.b[columns], out=out[tokens])
-        return out.view(*x.shape[:-1], out_features)
+        x, shape = x.reshape(self.num_tokens, -1), (*x.shape[:-1], out_features)
+        if len(groups) == 1 and groups[0].tokens == slice(0, self.num_tokens):
+            return groups[0].add(x, stack.a, stack.b).view(shape)
+        out = x.new_zeros(self.num_tokens, out_features)
+        for each in groups:
+            out[each.tokens] = each.add(x, stack.a, stack.b)
+        return out.view(shape)
 
-    def _group(self, stack: _Stack) -> list[tuple[slice, slice, Tensor | None]]:
-        """Of each group: its tokens, its columns, and which of these are not a token's own."""
-        runs = [(first, end, place) for first, end, slot in self._runs if (place := stack.places[slot]) is not None]
-        return [
-            (slice(each.first, each.end), slice(*each.columns), each.foreign(stack.a.device)) for each in group(runs)
-        ]
-
-
-def _inner(rows: Tensor, a: Tensor, foreign: Tensor | None) -> Tensor:
-    """rows: [tokens, in_features]; a: [columns, in_features]. Returns [tokens, columns]."""
-    inner = functional.linear(rows, a)
-    # Filled and not multiplied: what is infinite times zero is not a number.
-    return inner if foreign is None else inner.masked_fill_(foreign, 0)
+    def _group(self, stack: _Stack) -> list[Group]:
+        runs = ((first, end, stack.places[slot]) for first, end, slot in self._runs)
+        return make_groups([(first, end, columns) for first, end, columns in runs if columns], stack.a.device)
 
 
 # --------------------------------------------------------------------------------------------------- the slots

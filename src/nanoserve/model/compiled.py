@@ -31,7 +31,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from nanoserve.model import attend
+from nanoserve.model import adapter_products, attend
 from nanoserve.model.adapters import adapting, is_adapting, put_trial_adapters, trial_addition
 from nanoserve.model.attention import AttentionForm, CompiledAttention, attending
 from nanoserve.model.cpu import compiled_folder
@@ -266,6 +266,8 @@ def _formulas(
     """What a model's steps can use, each with its name. forms: of its attention."""
     for weight in {weight.form: weight for weight in _weights(model.model) if weight.form}.values():
         yield from weight.formulas()
+    if any(isinstance(module, ServedLinear) and module.adapted for module in model.model.modules()):
+        yield from adapter_products.formulas(model.dtype)
     for i, form in enumerate(sorted(forms, key=repr)):
         yield f"attention-{i}", attention_formula(form, model.dtype, block_size), (compiled_attention, form)
 
