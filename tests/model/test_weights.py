@@ -1,13 +1,11 @@
-"""Every plain projection is a ServedLinear, whatever its weight is, and there is one place behind all of them."""
+"""Every plain projection is a ServedLinear, whatever its weight is."""
 
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 import torch
-from addition import error_of_compiled, largest_error, with_addition
 from families import save_tiny_model
 from torch import Tensor, nn
 
@@ -71,27 +69,3 @@ def test_what_no_kind_is_for_is_named(family: str, want: tuple[str, ...], tmp_pa
     named = load_model(ModelOptions(path=str(tmp_path), dtype="float32", device="cpu")).facts.left_out
     assert set(want) <= set(named)
     assert bool(want) == bool(named)
-
-
-# ------------------------------------------------------------------------------ something behind every projection
-
-
-@pytest.mark.parametrize("kind", ["plain", "packed", "narrow"])
-def test_something_can_be_added_behind_every_projection(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs, ours = with_addition(tmp_path, kind, monkeypatch)
-    if kind != "plain" and not any(kind in type(m).__name__.lower() for m in ours.model.modules()):
-        pytest.skip("not on this CPU")
-    assert not any(isinstance(module, nn.Linear) for module in ours.model.modules())
-    assert largest_error(ours, theirs, monkeypatch) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "kind", ["narrow", pytest.param("packed", marks=pytest.mark.soak), pytest.param("plain", marks=pytest.mark.soak)]
-)
-def test_what_is_added_is_compiled_without_a_break(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own: tests of missing compilers leave traces in what torch keeps of this one."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        assert process.submit(error_of_compiled, tmp_path, kind).result() < 1e-5
