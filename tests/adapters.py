@@ -14,6 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 
+# In these PEFT takes the projections of every MLP for those of experts, which are no linear layers.
+FUSED_EXPERTS = {"deepseek_v3", "glm4_moe"}
+
+
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Path of each linear layer of the text model -> its in_features and out_features."""
     found = {}
@@ -38,7 +42,7 @@ def make_adapter(
     """Write a PEFT folder of random pairs that change the logits about as much as they are large.
 
     model: transformers' own, which is left as it was, or its folder.
-    target_modules: of PEFT; None = all linear layers, the head too. Of an empty list, say what else is a target.
+    target_modules: of PEFT; None = all linear layers, the head too.
     settings: others of PEFT's LoraConfig.
     """
     with _calm():
@@ -46,7 +50,11 @@ def make_adapter(
             model = _load(model)
         if target_modules is None:
             # Whole paths, so that PEFT does not look for them in other parts of the model.
-            target_modules = list(linear_layers(model))
+            target_modules = [
+                path
+                for path in linear_layers(model)
+                if model.config.model_type not in FUSED_EXPERTS or not path.endswith(("gate_proj", "up_proj", "down_proj"))
+            ]
         elif not isinstance(target_modules, str):
             target_modules = list(target_modules)
         config = LoraConfig(
