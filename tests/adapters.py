@@ -53,7 +53,8 @@ def make_adapter(
             target_modules = [
                 path
                 for path in linear_layers(model)
-                if model.config.model_type not in FUSED_EXPERTS or not path.endswith(("gate_proj", "up_proj", "down_proj"))
+                if model.config.model_type not in FUSED_EXPERTS
+                or not path.endswith(("gate_proj", "up_proj", "down_proj"))
             ]
         elif not isinstance(target_modules, str):
             target_modules = list(target_modules)
