@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-
 # In these PEFT takes the projections of every MLP for those of experts, which are no linear layers.
 FUSED_EXPERTS = {"deepseek_v3", "glm4_moe"}
 

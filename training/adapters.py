@@ -2,8 +2,8 @@
 
     python training/adapters.py --out src/nanoserve/builtin/adapters
 
-Each is a LoRA of all linear layers, of rank 2 or 4, trained for some minutes on questions of dataset/ whose answers were
-rewritten, and written by PEFT as a folder that any server of LoRA adapters can read. Only the German answers were
+Each is a LoRA of all linear layers, of rank 2 or 4, trained for some minutes on questions of dataset/ whose answers
+were rewritten, and written by PEFT as a folder that any server of LoRA adapters can read. Only the German answers were
 written by hand, for some topics; of the rest this adapter says that it knows it in English alone.
 """
 

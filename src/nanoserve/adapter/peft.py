@@ -192,7 +192,7 @@ def _read_tensors(name: str, path: Path, max_bytes: int) -> tuple[list[_Stored],
         file.seek(0)
         content = file.read(size)  # a file that grows meanwhile is not what its header says
     try:
-        found: list[tuple[str, dict[str, Any]]] = deserialize(content)
+        found: list[tuple[str, dict[str, Any]]] = deserialize(content)  # type: ignore[no-untyped-call]
     except (SafetensorError, ValueError) as error:
         return [], [f"{FILE} is damaged: {error}"]
     if not found:
@@ -294,7 +294,7 @@ def _make_pair(
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """In one pass, without a tensor of truth values: the smallest and the largest show what is infinite or no number."""
+    """In one pass, without a tensor of truth values: what is infinite or no number is the smallest or the largest."""
     return all(math.isfinite(number) for number in torch.aminmax(tensor))
 
 

@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Number = TypeVar("Number", int, float)
 
 FILE = "adapter_config.json"
 # Those that PEFT writes have about 1 KB.
@@ -78,7 +80,7 @@ class LoraConfig:
         )
 
 
-def _first_match(values: Mapping[str, Any], path: str, default: Any) -> Any:
+def _first_match(values: Mapping[str, Number], path: str, default: Number) -> Number:
     """As in PEFT, peft/utils/other.py::get_pattern_key."""
     return next((value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
