@@ -458,7 +458,7 @@ def test_tensor_files_that_lie_are_refused_at_once(content, llama, folder):
     (folder / TENSORS).write_bytes(content)
     began = time.monotonic()
     [problem] = problems(folder, llama)
-    assert "header" in problem or "damaged" in problem or "no tensors" in problem
+    assert "header" in problem or "damaged" in problem
     if len(content) > 2**23:
         assert "the header of adapter_model.safetensors would have 9437184 bytes" in problem
     assert time.monotonic() - began < 1
