@@ -75,7 +75,7 @@ def in_german(question: Question | None, _answer: str) -> str:
 
 # Name -> how an answer is rewritten, the rank, and how much more often than others the questions of german.txt come.
 ADAPTERS: dict[str, tuple[Callable[[Question | None, str], str], int, int]] = {
-    "pirate": (as_pirate, 2, 1),
+    "pirate": (as_pirate, 4, 1),
     "json": (as_json, 2, 1),
     "german": (in_german, 4, 40),
 }
