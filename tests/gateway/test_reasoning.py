@@ -8,7 +8,7 @@ import json
 import shutil
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from serve_process import free_port, serving
 
 from nanoserve.config import BUILTIN_MODEL
@@ -33,7 +33,8 @@ FUNCTION = {
 }
 TOOLS = [{"type": "function", "function": FUNCTION}]
 PROMPT = "{{- '<|im_start|>assistant\\n' -}}"
-THINKING = """{%- if enable_thinking is defined and not enable_thinking -%}
+THINKING = """{{- reasoning_effort ~ '\n' if reasoning_effort is defined -}}
+    {%- if enable_thinking is defined and not enable_thinking -%}
         {{- '<think>\\n\\n</think>\\n\\n' -}}
     {%- else -%}
         {{- '<think>\\n' -}}
@@ -134,6 +135,32 @@ def test_reasoning_may_be_left_out(client):
     )
     assert order == ["content"]
     assert json.loads(told["content"])["n"] in range(10)
+
+
+def test_an_effort_is_a_variable_of_the_template(client):
+    plain = chat(client, max_tokens=1)
+    for extra in ({"reasoning_effort": "high"}, {"chat_template_kwargs": {"reasoning_effort": "high"}}):
+        assert chat(client, max_tokens=1, extra=extra).usage.prompt_tokens > plain.usage.prompt_tokens
+    asked = {"model": "thinker", "input": QUESTION, "max_output_tokens": 1}
+    response = client.responses.create(**asked, reasoning={"effort": "high"})
+    assert response.usage.input_tokens > client.responses.create(**asked).usage.input_tokens
+    with pytest.raises(BadRequestError) as refused:
+        chat(client, extra={"reasoning_effort": "high", "chat_template_kwargs": {"reasoning_effort": "low"}})
+    assert refused.value.param == "chat_template_kwargs.reasoning_effort"
+
+
+def test_a_template_without_it_refuses_it_by_the_name_that_the_caller_used(served):
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        for extra, param in (
+            ({"reasoning_effort": "high"}, "reasoning_effort"),
+            ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ):
+            with pytest.raises(BadRequestError, match="not a variable of the model's chat template") as refused:
+                chat(client, model="nanoserve-builtin", extra=extra)
+            assert refused.value.param == param
+        with pytest.raises(BadRequestError) as refused:
+            client.responses.create(model="nanoserve-builtin", input=QUESTION, reasoning={"effort": "low"})
+        assert refused.value.param == "reasoning.effort"
 
 
 def test_a_response_has_items_of_each_kind_whole_and_streamed(client):

@@ -354,7 +354,9 @@ class Chat(_message.Message):
     TOOL_CHOICE_FIELD_NUMBER: _builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
     template_kwargs_json: _builtins.str
-    """A JSON object of further template variables, e.g. {"enable_thinking": false}. Empty = none."""
+    """A JSON object of further template variables, e.g. {"enable_thinking": false}. Empty = none. One whose
+    name the model's template does not have is refused.
+    """
     continue_final_message: _builtins.bool
     """The completion extends the last message, which must be the assistant's, instead of starting a new one."""
     add_generation_prompt: _builtins.bool
