@@ -80,6 +80,10 @@ def test_wherever_it_breaks_off_no_cut_changes_it_and_what_is_complete_was_so_in
         for (name_, arguments, _), (whole_name, whole_arguments, _) in zip(part.calls, whole.calls, strict=False):
             assert name_ == whole_name
             assert whole_arguments.startswith(arguments)
+        format_ = call_format(name)
+        is_opened = not format_.is_at_start and any(trigger in text[:end] for trigger in format_.triggers)
+        if part.calls or is_opened:
+            assert whole.content.startswith(part.content), "the beginning of a call is no content"
 
 
 PIECES = sorted(

@@ -8,7 +8,8 @@ It follows the same table as the grammar does. What may be the beginning of a ma
 or of a value whose type is not decided is held; anything else goes out at once.
 
 What looks like a call and is none is content. A call that turns out wrong after its name was told never ends, and what
-follows is content.
+follows is content. Where something cuts the output off, a call that was opened and has no name yet is left out, and so
+is the beginning of what would close a call.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from typing import TypeAlias
 
 from nanoserve.dialect.calls import CallReader
 from nanoserve.dialect.formats import Dialect, ReasoningFormat
-from nanoserve.dialect.source import Markers, Source, Steps, Unread
+from nanoserve.dialect.source import Markers, Over, Source, Steps, Unread
 from nanoserve.dialect.tools import Tool
 
 
@@ -139,7 +140,9 @@ class OutputParser:
             if not marker:
                 marker = yield from source.until(self._later, self._say)
             if not marker:
-                self._say(source.rest())
+                # What may have become a marker. Behind a call it would have.
+                rest = source.rest()
+                self._say("" if source.is_cut_off and self._num_calls and self._is_edge else rest)
             if marker in self._frames:
                 self._is_first = True
             elif self._reasoning and marker == self._reasoning.start:
@@ -170,7 +173,10 @@ class OutputParser:
             name: str | None
             try:
                 name = yield from calls.first()
-            except Unread:
+            except Unread as wrong:
+                if isinstance(wrong, Over) and source.is_cut_off and calls.has_markers:
+                    source.rest()
+                    return
                 source.forward(mark, len(trigger))
                 self._is_first = False
                 self._say(source.since(mark))

@@ -101,6 +101,11 @@ class Source:
         for mark in self._marks:
             mark.at -= read
 
+    @property
+    def is_cut_off(self) -> bool:
+        """No more will come, and the model did not end it."""
+        return self.is_over and not self.is_complete
+
     # ------------------------------------------------------------------------------------------------- holding
 
     @contextmanager
