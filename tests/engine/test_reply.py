@@ -218,16 +218,17 @@ def in_order(events):
 @pytest.mark.parametrize("min_delta_tokens", [0, 3, 1000])
 async def test_deltas_keep_the_order_in_which_the_model_writes(told, min_delta_tokens):
     """However much of it a caller reads at once."""
-    text = f"<think>Hm.</think>One.\n{CALL}\nTwo.\n{CALL}Three."
-    events = await told(text, ToolUse((WEATHER,)), min_delta_tokens=min_delta_tokens, max_tokens=300)
-    made = 'weather{"city": "Rome"}.'
+    call = '<tool_call>{"name": "f"}</tool_call>'
+    text = f"<think>Hm</think>One{call}Two{call}3"
+    events = await told(text, ToolUse((Tool("f", {}),)), min_delta_tokens=min_delta_tokens)
+    made = "f{}."
     assert in_order(events) == [
-        ["reasoning", "Hm."],
-        ["content", "One."],
+        ["reasoning", "Hm"],
+        ["content", "One"],
         [0, made],
-        ["content", "Two."],
+        ["content", "Two"],
         [1, made],
-        ["content", "Three."],
+        ["content", "3"],
     ]
     deltas = [event for event in events if isinstance(event, Delta)]
     assert "".join(delta.text for delta in deltas) == text

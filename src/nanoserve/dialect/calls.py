@@ -53,7 +53,7 @@ class CallReader:
             try:
                 yield from self._source.first_of(texts)
             except Unread as wrong:
-                if self._is_cut_off(wrong):
+                if self._source.is_cut_off_by(wrong):
                     return None
                 continue
             if texts is self._closes:
@@ -65,16 +65,9 @@ class CallReader:
                 yield from self._source.literal(f" {self._format.between}")
                 return (yield from self._opening())
             except Unread as wrong:
-                if not self._is_cut_off(wrong):
+                if not self._source.is_cut_off_by(wrong):
                     self._source.back(mark)
                 return None
-
-    def _is_cut_off(self, wrong: Unread) -> bool:
-        """Whether this was the reason. Then the rest is read."""
-        is_cut_off = isinstance(wrong, Over) and self._source.is_cut_off
-        if is_cut_off:
-            self._source.rest()
-        return is_cut_off
 
     def arguments(self, write: Callable[[str], None]) -> Steps[None]:
         """Read the arguments of the call whose name was read. Raises Unread if they are none."""

@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 from nanoserve.dialect.calls import CallReader
 from nanoserve.dialect.formats import Dialect, ReasoningFormat
-from nanoserve.dialect.source import Markers, Over, Source, Steps, Unread
+from nanoserve.dialect.source import Markers, Source, Steps, Unread
 from nanoserve.dialect.tools import Tool
 
 
@@ -174,8 +174,8 @@ class OutputParser:
             try:
                 name = yield from calls.first()
             except Unread as wrong:
-                if isinstance(wrong, Over) and source.is_cut_off and calls.has_markers:
-                    source.rest()
+                if calls.has_markers and source.is_cut_off_by(wrong):
+                    self._space.clear()
                     return
                 source.forward(mark, len(trigger))
                 self._is_first = False
@@ -188,7 +188,8 @@ class OutputParser:
             self._events.append(CallBegun(index, name))
             try:
                 yield from calls.arguments(functools.partial(self._write, index))
-            except Unread:
+            except Unread as wrong:
+                source.is_cut_off_by(wrong)
                 break
             self._events.append(CallEnded(index))
             name = yield from calls.next()

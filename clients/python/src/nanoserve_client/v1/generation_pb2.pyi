@@ -1073,7 +1073,9 @@ class Delta(_message.Message):
     stop_token_id: _builtins.int
     """With FINISH_REASON_STOP or FINISH_REASON_EOS."""
     reasoning: _builtins.str
-    """With OutputOptions.parse, of what is new in `text`, or would be if special tokens were kept: the reasoning."""
+    """With OutputOptions.parse, of what is new in `text`, or would be if special tokens were kept: the reasoning. In a Delta
+    the model wrote reasoning, content and tool_calls in this order; what it wrote in another comes in several.
+    """
     content: _builtins.str
     """All else, without what stands between these."""
     @_builtins.property
