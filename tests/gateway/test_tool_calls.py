@@ -207,6 +207,16 @@ def test_what_is_wrong_is_named(client, options, param):
     assert caught.value.body["param"] == param
 
 
+def test_a_function_that_is_named_is_called_once_unless_more_are_asked_for(client):
+    """Also by a model that would not end, which programs that want one answer could not use."""
+    endless = {"temperature": 2, "seed": 1, "logit_bias": {"0": -100, "2": -100}, "max_tokens": 120}
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    [once] = chat(client, **endless, tool_choice=named).choices
+    assert (len(once.message.tool_calls), once.finish_reason) == (1, "tool_calls")
+    for more in ({"tool_choice": named, "parallel_tool_calls": True}, {"tool_choice": "required"}):
+        assert len(chat(client, **endless, **more).choices[0].message.tool_calls) > 1
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_wherever_calls_are_cut_off_streams_say_the_same_and_no_mark_is_content(client, seed):
     """Several calls, which come in steps of several tokens: what a grammar forces is guessed."""
