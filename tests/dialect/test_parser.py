@@ -299,6 +299,20 @@ def test_a_call_that_is_cut_off_never_ends(dialect, text, arguments):
         ]
 
 
+@pytest.mark.parametrize("dialect", [HERMES, CODER])
+def test_the_beginning_of_another_call_is_no_content_where_it_is_cut_off(dialect):
+    before = "Well. <tool_call>\n<function=get_time>\n</function>\n</tool_call>"
+    if dialect is HERMES:
+        before = 'Well. <tool_call>{"name": "get_time"}</tool_call>'
+    for end in range(len("\n<tool_call>\n") + 1):
+        found = told(dialect, before + "\n<tool_call>\n"[:end], is_complete=False)
+        assert (found.content, found.complete) == ("Well. ", [("get_time", {})])
+    # Anything else is, and so is whatever the model ends itself.
+    assert told(dialect, f"{before}\n<tools", is_complete=False).content.endswith("<tools")
+    assert told(dialect, f"{before}\n<tool", is_complete=True).content.endswith("<tool")
+    assert told(dialect, "a <tool", is_complete=False).content == "a <tool"
+
+
 def test_a_call_whose_arguments_are_whole_ended_unless_something_cut_it_off():
     text = '<tool_call>{"name": "save", "arguments": {"text": "a"}'
     assert told(HERMES, text, is_complete=True).complete == [("save", {"text": "a"})]

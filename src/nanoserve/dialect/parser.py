@@ -140,9 +140,7 @@ class OutputParser:
             if not marker:
                 marker = yield from source.until(self._later, self._say)
             if not marker:
-                # What may have become a marker. Behind a call it would have.
-                rest = source.rest()
-                self._say("" if source.is_cut_off and self._num_calls and self._is_edge else rest)
+                self._say(source.rest())
             if marker in self._frames:
                 self._is_first = True
             elif self._reasoning and marker == self._reasoning.start:

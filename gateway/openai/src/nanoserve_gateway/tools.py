@@ -74,12 +74,8 @@ class Tools:
         """For the client; the choice goes by `choose`."""
         if not self:
             return {}
-        # Who names a function wants one call of it. There is room for one function_call in an answer.
-        chosen = self._fields.get(self._field)
-        is_named = isinstance(chosen, Mapping) and chosen.get("type") != "allowed_tools"
-        parallel = self._fields.get("parallel_tool_calls", False if is_named else None)
-        if self.are_functions:
-            parallel = False
+        # There is room for one function_call in an answer.
+        parallel = False if self.are_functions else self._fields.get("parallel_tool_calls")
         return {"tools": [self._tool(given) for given in self._given], "parallel_tool_calls": parallel}
 
     @property
