@@ -410,7 +410,7 @@ def test_what_would_have_to_be_fetched_is_refused_by_name(refused, is_relaxed):
 
 def test_a_grammar_that_is_too_large_is_refused_in_plain_words(compile_schema, monkeypatch):
     """Of the compiler's own asserts a caller reads nothing."""
-    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 100.0)
+    monkeypatch.setattr(compiler, "COMPILE_CPU_S", 100.0)
     inner = {"type": "object", "properties": {f"p{i}": {} for i in range(1900)}}
     schema = {"properties": {f"q{j}": inner for j in range(11)}}
     with pytest.raises(ConstraintInvalid, match="takes a grammar that is too large; make it simpler"):
