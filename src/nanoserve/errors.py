@@ -181,16 +181,17 @@ class Overloaded(Rejection):
 
     reason = "OVERLOADED"
 
-    def __init__(self, max_waiting: int, retry_after_s: float | None = 1.0) -> None:
-        super().__init__(f"the queue is full ({max_waiting} requests wait); retry later")
-        self.max_waiting = max_waiting
+    def __init__(self, max_waiting: int, retry_after_s: float | None = 1.0, why: str = "") -> None:
+        """why: what is told instead of the number of those that wait."""
+        super().__init__(f"{why or f'the queue is full ({max_waiting} requests wait)'}; retry later")
+        self.max_waiting, self.why = max_waiting, why
         self.retry_after_s = retry_after_s
         # A caller who sends more at once than may wait learns that another attempt is of no use.
         self.facts = {"max_waiting": max_waiting}
 
-    def __reduce__(self) -> tuple[type["Overloaded"], tuple[int, float | None]]:
+    def __reduce__(self) -> tuple[type["Overloaded"], tuple[int, float | None, str]]:
         """It travels between processes."""
-        return type(self), (self.max_waiting, self.retry_after_s)
+        return type(self), (self.max_waiting, self.retry_after_s, self.why)
 
 
 class NotReady(Rejection):

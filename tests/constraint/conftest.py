@@ -53,6 +53,17 @@ def accepts(codec: TextCodec) -> Callable[[CompiledConstraint, str], bool]:
 
 
 @pytest.fixture(scope="session")
+def may_begin(codec: TextCodec) -> Callable[[CompiledConstraint, str], bool]:
+    """Whether an output may begin so, token by token."""
+
+    def run(compiled: CompiledConstraint, text: str) -> bool:
+        token_ids = codec.encode(text, add_special_tokens=False)
+        return compiled.matcher().read(token_ids) == len(token_ids)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def refused(compile_schema: Callable[..., CompiledConstraint]) -> Callable[..., list[tuple[str, str]]]:
     """Pointer and keyword of everything for which a schema is refused."""
 

@@ -45,11 +45,36 @@ def test_it_says_what_a_constraint_comes_to(process):
     assert caught.value.field == "constraint.json_schema"
 
 
-def test_one_that_takes_too_long_is_ended_with_its_process(process):
+def test_one_that_takes_too_long_is_ended_with_its_process(process, monkeypatch):
+    monkeypatch.setattr(check_process, "CLOCK_FACTOR", 1000)
     process.check(QUICK, SECONDS)
     first = process._process
     with pytest.raises(TimeoutError):
         process.check(SLOW, 0.05)
+    assert first.poll() == -signal.SIGPROF
+    process.check(QUICK, SECONDS)
+
+
+def test_time_counts_that_is_spent_on_it_and_not_that_of_others(process, monkeypatch):
+    """Beside processes that keep all CPUs busy; and not that of the constraints before it."""
+    monkeypatch.setattr(check_process, "CLOCK_FACTOR", 1000)
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
+    try:
+        for _ in range(20):
+            process.check(QUICK, 0.05)
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+
+
+def test_one_that_takes_no_time_of_a_cpu_is_ended_by_the_clock(process, monkeypatch):
+    process.check(QUICK, SECONDS)
+    first = process._process
+    monkeypatch.setattr(check_process, "CLOCK_FACTOR", 2)
+    os.kill(first.pid, signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        process.check(QUICK, 0.05)
     assert first.poll() == -signal.SIGKILL
     process.check(QUICK, SECONDS)
 

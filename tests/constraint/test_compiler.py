@@ -92,7 +92,7 @@ def test_hostile_ones_are_compiled_or_refused_in_time(compiler, constraint):
         compiled = compiler.compile(constraint)
     except ConstraintInvalid:
         return
-    assert compiled.report.compile_s + compiled.report.first_mask_s < compiler_module.COMPILE_TIMEOUT_S
+    assert compiled.report.compile_s + compiled.report.first_mask_s < compiler_module.COMPILE_CPU_S
 
 
 # ---------------------------------------------------------------------------------------------- the matcher
@@ -296,8 +296,8 @@ def test_who_waits_too_long_is_told(monkeypatch):
     monkeypatch.setattr(ConstraintCompiler, "_compile", slow)
     compiler = byte_compiler()
     with monkeypatch.context() as patch:
-        patch.setattr(compiler_module, "COMPILE_TIMEOUT_S", 0.2)
-        with pytest.raises(ConstraintInvalid, match=r"takes longer than 0.2 s"):
+        patch.setattr(compiler_module, "MAX_WAIT_S", 0.2)
+        with pytest.raises(Overloaded, match=r"constraints of others were compiled for 0.2 s .* retry later"):
             compiler.compile(regex("slow"))
     assert compiler.compile(regex("quick")).matcher().read(b"quick") == 5
     may_go_on.set()

@@ -161,13 +161,26 @@ def test_formats_of_numbers_are_ranges(compile_schema, accepts):
         ({"multipleOf": 60_000, "items": {"multipleOf": 60.001}}, ("/items", "multipleOf")),
         ({"allOf": [{"pattern": f"[a-z]*{i}.*"} for i in range(60)]}, ("", "allOf")),
         ({"items": {"enum": ["\x01"]}}, ("/items", "enum")),
+        ({"properties": {"a": {"properties": {"b": 3}}}}, ("/properties/a/properties/b", "")),
+        ({"properties": {"a": {"anyOf": [{"type": "null"}, "x"]}}}, ("/properties/a/anyOf/1", "")),
+        ({"additionalProperties": {"items": None}}, ("/additionalProperties/items", "")),
     ],
 )
 def test_what_only_the_compiler_sees_is_told_with_its_place(refused, schema, place):
     assert refused(schema) == [place]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "false", '{"const": NaN}', '{"const": "\\ud800"}'])
+BEYOND_DOUBLE = ["9" * 309, "9" * 5000, f"-{'9' * 309}", "1e309", "-1e999"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "3", "false", '{"const": NaN}', '{"const": "\\ud800"}'),
+        *(f'{{"minimum": {number}}}' for number in BEYOND_DOUBLE),
+        *(f'{{"properties": {{"a": {{"default": [{number}]}}}}}}' for number in BEYOND_DOUBLE),
+    ],
+)
 def test_what_is_no_schema_is_refused(refused, text):
     assert refused(text) == [("", "")]
 
@@ -176,13 +189,62 @@ def test_true_allows_any_value(compile_schema, accepts):
     assert accepts(compile_schema("true"), '[1,{"a":null}]')
 
 
-def test_a_schema_that_can_have_no_output_is_refused(refused):
-    assert refused({"$ref": "#"}) == [("", "")]
+def test_the_largest_numbers_are_served(compile_schema, accepts):
+    assert accepts(compile_schema(f'{{"enum": [{10**308}], "default": -1.7e308}}'), str(10**308))
 
 
-def test_recursion_with_an_end_is_served(compile_schema, accepts):
-    schema = {"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": False}
-    assert accepts(compile_schema(schema), '{"next":{"next":{}}}')
+# A list that has no last element, in several ways.
+ENDLESS = {"type": "object", "properties": {"next": {"$ref": "#/$defs/list"}}, "required": ["next"]}
+NO_END = [
+    (ENDLESS, "required"),
+    ({"type": "object", "required": ["next"], "additionalProperties": {"$ref": "#/$defs/list"}}, "required"),
+    ({"type": "array", "items": {"$ref": "#/$defs/list"}, "minItems": 1}, "minItems"),
+    ({"type": "array", "prefixItems": [{}, {"$ref": "#/$defs/list"}], "minItems": 2}, "minItems"),
+    ({"type": "array", "items": [{}], "additionalItems": {"$ref": "#/$defs/list"}, "minItems": 2}, "minItems"),
+    ({"anyOf": [ENDLESS, {"$ref": "#/$defs/list"}]}, "anyOf"),
+    ({"oneOf": [ENDLESS]}, "oneOf"),
+    ({"allOf": [{"type": "object"}, {**ENDLESS, "type": ["object", "null"]}]}, "allOf"),
+    ({"$ref": "#/$defs/list"}, "$ref"),
+]
+
+
+@pytest.mark.parametrize("is_relaxed", [False, True])
+@pytest.mark.parametrize(("definition", "keyword"), NO_END)
+def test_recursion_without_end_is_refused(refused, definition, keyword, is_relaxed):
+    """Nobody gets an output that is cut off in any case."""
+    schema = {**definition, "$defs": {"list": definition}}
+    assert refused(schema, is_relaxed=is_relaxed) == [("", keyword)]
+
+
+@pytest.mark.parametrize("definition", [definition for definition, _ in NO_END])
+def test_where_it_would_have_no_end_nothing_is_allowed(compile_schema, accepts, may_begin, definition):
+    definitions = {"$defs": {"list": definition}}
+    a_list = {"$ref": "#/$defs/list"}
+    schema = {"type": "object", "properties": {"a": a_list, "b": {}}, "additionalProperties": False, **definitions}
+    compiled = compile_schema(schema)
+    assert accepts(compiled, '{"b":1}')
+    assert not may_begin(compiled, '{"a"')
+    compiled = compile_schema({"anyOf": [a_list, {"type": "null"}], **definitions})
+    assert accepts(compiled, "null")
+    assert not may_begin(compiled, "{")
+    compiled = compile_schema({"type": "array", "items": a_list, **definitions})
+    assert accepts(compiled, "[]")
+    assert not may_begin(compiled, "[{")
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "object", "properties": {"a": {"$ref": "#"}}, "additionalProperties": False}, '{"a":{"a":{}}}'),
+        ({"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, '{"a":{"a":null}}'),
+        ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, '{"a":{"a":1}}'),
+        ({"type": "array", "items": {"$ref": "#"}, "maxItems": 2}, "[[],[[]]]"),
+        ({"type": "array", "prefixItems": [{}, {"$ref": "#"}], "minItems": 1}, "[1,[2]]"),
+        ({"anyOf": [{"type": "array", "items": {"$ref": "#"}, "minItems": 1}, {"const": 1}]}, "[[1],1]"),
+    ],
+)
+def test_recursion_with_an_end_is_served(compile_schema, accepts, schema, text):
+    assert accepts(compile_schema(schema), text)
 
 
 def test_definitions_may_lie_anywhere(compile_schema, accepts, refused):
@@ -348,7 +410,7 @@ def test_what_would_have_to_be_fetched_is_refused_by_name(refused, is_relaxed):
 
 def test_a_grammar_that_is_too_large_is_refused_in_plain_words(compile_schema, monkeypatch):
     """Of the compiler's own asserts a caller reads nothing."""
-    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 100.0)
+    monkeypatch.setattr(compiler, "COMPILE_CPU_S", 100.0)
     inner = {"type": "object", "properties": {f"p{i}": {} for i in range(1900)}}
     schema = {"properties": {f"q{j}": inner for j in range(11)}}
     with pytest.raises(ConstraintInvalid, match="takes a grammar that is too large; make it simpler"):

@@ -80,6 +80,10 @@ def test_wherever_it_breaks_off_no_cut_changes_it_and_what_is_complete_was_so_in
         for (name_, arguments, _), (whole_name, whole_arguments, _) in zip(part.calls, whole.calls, strict=False):
             assert name_ == whole_name
             assert whole_arguments.startswith(arguments)
+        format_ = call_format(name)
+        is_opened = not format_.is_at_start and any(trigger in text[:end] for trigger in format_.triggers)
+        if part.calls or is_opened:
+            assert whole.content.startswith(part.content), "the beginning of a call is no content"
 
 
 PIECES = sorted(
@@ -293,6 +297,20 @@ def test_a_call_that_is_cut_off_never_ends(dialect, text, arguments):
         assert told(dialect, text, is_complete=is_complete).calls == [
             (*told(dialect, text).calls[0][:1], arguments, False)
         ]
+
+
+@pytest.mark.parametrize("dialect", [HERMES, CODER])
+def test_the_beginning_of_another_call_is_no_content_where_it_is_cut_off(dialect):
+    before = "Well. <tool_call>\n<function=get_time>\n</function>\n</tool_call>"
+    if dialect is HERMES:
+        before = 'Well. <tool_call>{"name": "get_time"}</tool_call>'
+    for end in range(len("\n<tool_call>\n") + 1):
+        found = told(dialect, before + "\n<tool_call>\n"[:end], is_complete=False)
+        assert (found.content, found.complete) == ("Well. ", [("get_time", {})])
+    # Anything else is, and so is whatever the model ends itself.
+    assert told(dialect, f"{before}\n<tools", is_complete=False).content.endswith("<tools")
+    assert told(dialect, f"{before}\n<tool", is_complete=True).content.endswith("<tool")
+    assert told(dialect, "a <tool", is_complete=False).content == "a <tool"
 
 
 def test_a_call_whose_arguments_are_whole_ended_unless_something_cut_it_off():

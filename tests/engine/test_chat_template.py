@@ -95,6 +95,13 @@ def test_template_variables_replace_nothing_of_ours(name: str) -> None:
     assert name in why
 
 
+def test_what_the_template_does_not_read_is_refused() -> None:
+    field, why = refusal([HELLO], CHATML, template_kwargs={"enable_thinking": False, "enable": 1, "thinking_": 1})
+    assert field == "chat.template_kwargs_json"
+    assert why == "'enable', 'thinking_': not a variable of the model's chat template"
+    assert rendered([HELLO], "{% set x = x | default(1) %}{{ x }}", template_kwargs={"x": 2}) == "2"
+
+
 def test_the_last_message_can_be_continued() -> None:
     messages = [HELLO, {"role": "assistant", "content": "Once upon"}]
     assert rendered(messages, continue_final_message=True) == "<|user|>Hello\n<|assistant|>Once upon"
@@ -273,7 +280,7 @@ def test_nothing_that_a_caller_writes_is_a_special_token() -> None:
         ([parts], {}),
         ([HELLO, {"role": "assistant", "content": FORGED, "tool_calls": [call]}], {}),
         ([HELLO], {"tools": [tool]}),
-        ([HELLO], {"template_kwargs": {"extra": FORGED}}),
+        ([HELLO], {"template_kwargs": {"m": FORGED}}),
     ):
         tokens, _ = encoded(messages, **fields)
         assert control_tokens(tokens) == [*ITS_OWN[:2] * len(messages), ITS_OWN[2]]
@@ -351,7 +358,7 @@ def test_what_is_too_deep_is_the_callers_violation() -> None:
     deep: object = 1
     for _ in range(5000):
         deep = {"a": deep}
-    field, why = refusal([HELLO], CHATML, template_kwargs={"x": deep})
+    field, why = refusal([HELLO], CHATML, template_kwargs={"m": deep})
     assert field == "chat"
     assert "recursion" in why
 

@@ -199,6 +199,44 @@ async def test_what_a_model_writes_is_told_apart_and_the_text_is_raw(told, min_d
     assert events[-1].reasoning_tokens == len("\nHm.\n</think>")
 
 
+def in_order(events):
+    """What deltas tell, as the model wrote it: reasoning, content or a call's index, and its text."""
+    found = []
+    for parts in (e.parts for e in events if isinstance(e, Delta) and e.parts is not None):
+        pieces = [("reasoning", parts.reasoning), ("content", parts.content)]
+        pieces += [
+            (call.index, f"{call.name}{call.arguments}{'.' if call.is_complete else ''}") for call in parts.calls
+        ]
+        for kind, text in filter(lambda piece: piece[1], pieces):
+            if found and found[-1][0] == kind:
+                found[-1][1] += text
+            else:
+                found.append([kind, text])
+    return found
+
+
+@pytest.mark.parametrize("min_delta_tokens", [0, 3, 1000])
+async def test_deltas_keep_the_order_in_which_the_model_writes(told, min_delta_tokens):
+    """However much of it a caller reads at once."""
+    call = '<tool_call>{"name": "f"}</tool_call>'
+    text = f"<think>Hm</think>One{call}Two{call}3"
+    events = await told(text, ToolUse((Tool("f", {}),)), min_delta_tokens=min_delta_tokens)
+    made = "f{}."
+    assert in_order(events) == [
+        ["reasoning", "Hm"],
+        ["content", "One"],
+        [0, made],
+        ["content", "Two"],
+        [1, made],
+        ["content", "3"],
+    ]
+    deltas = [event for event in events if isinstance(event, Delta)]
+    assert "".join(delta.text for delta in deltas) == text
+    assert bytes(token_id for delta in deltas for token_id in delta.token_ids).decode() == text
+    if min_delta_tokens == 1000:
+        assert len(deltas) == 3
+
+
 async def test_a_call_that_is_cut_off_is_not_complete(told):
     for cut in (45, len(CALL) - 16):
         parts, _ = joined(await told(CALL, ToolUse((WEATHER,)), max_tokens=cut))

@@ -205,3 +205,48 @@ def test_what_is_wrong_is_named(client, options, param):
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, **options)
     assert caught.value.body["param"] == param
+
+
+def test_a_function_that_is_named_is_called_once_unless_more_are_asked_for(client):
+    """Also by a model that would not end, which programs that want one answer could not use."""
+    endless = {"temperature": 2, "seed": 1, "logit_bias": {"0": -100, "2": -100}, "max_tokens": 120}
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    [once] = chat(client, **endless, tool_choice=named).choices
+    assert (len(once.message.tool_calls), once.finish_reason) == (1, "tool_calls")
+    for more in ({"tool_choice": named, "parallel_tool_calls": True}, {"tool_choice": "required"}):
+        assert len(chat(client, **endless, **more).choices[0].message.tool_calls) > 1
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_wherever_calls_are_cut_off_streams_say_the_same_and_no_mark_is_content(client, seed):
+    """Several calls, which come in steps of several tokens: what a grammar forces is guessed."""
+    # The model does not want to end.
+    options = {"tool_choice": "required", "temperature": 2, "seed": seed, "logit_bias": {"0": -100, "2": -100}}
+    num_calls = set()
+    for limit in range(4, 120, 5):
+        [choice] = chat(client, **options, max_tokens=limit).choices
+        chunks = [c.choices[0].delta for c in chat(client, **options, max_tokens=limit, stream=True) if c.choices]
+        pieces = [piece for delta in chunks for piece in delta.tool_calls or ()]
+        calls = choice.message.tool_calls or []
+        assert not choice.message.content
+        assert not any(delta.content for delta in chunks)
+        assert [piece.function.name for piece in pieces if piece.id] == [call.function.name for call in calls]
+        for index, call in enumerate(calls):
+            said = "".join(piece.function.arguments for piece in pieces if piece.index == index)
+            assert said == call.function.arguments
+        # Responses have neither seed nor bias.
+        asked = {"tool_choice": "required", "max_output_tokens": limit}
+        items = respond(client, **asked).output
+        *_, last = respond(client, **asked, stream=True)
+        assert [told(item) for item in items] == [told(item) for item in last.response.output]
+        num_calls.add(len(calls))
+    assert max(num_calls) > 1
+
+
+def told(item):
+    """Of an item, what is the same in every answer."""
+    if item.type == "message":
+        # Of a call that was cut off before its name there is an empty message.
+        assert item.content[0].text == ""
+        return item.type
+    return item.type, item.status, item.name, item.arguments

@@ -36,6 +36,8 @@ def url(model):
     # In bfloat16 one step of rounding decides some first tokens: of the capital of France "The" has a logit of 25.36,
     # "L", which leads to a French text, 25.26, and numbers of that size are 0.125 apart.
     options += ("--dtype", "float32")
+    # It has learned no way to call tools. Held to one it can be made to.
+    options += ("--tool-call-parser", "hermes")
     with serving(str(model), *options, variables={"OMP_NUM_THREADS": str(os.cpu_count())}) as server:
         server.wait_until_ready_over_http()
         yield server.url

@@ -14,13 +14,14 @@ pytestmark = pytest.mark.soak
 
 HERE = Path(__file__).parent
 LM_EVAL = HERE / "lm_eval"
+INSTRUCTOR = ("instructor==1.17.0",)
 PYDANTIC_AI = ("pydantic-ai", "pydantic-ai-slim[openai]==2.68.0")
 OPENAI_AGENTS = ("openai-agents", "openai-agents==0.24.0")
 OPENAI_JAVASCRIPT = ("openai-javascript", "openai@7.59.0", "zod@4.6.7")
 AI_SDK = ("ai-sdk", "ai@7.0.173", "@ai-sdk/openai@4.0.118", "@ai-sdk/openai-compatible@3.0.92", "zod@4.6.7")
 
 
-@pytest.mark.parametrize("script", ["chat", "completions", "responses", "structured", "models_and_errors"])
+@pytest.mark.parametrize("script", ["chat", "completions", "responses", "structured", "tools", "models_and_errors"])
 def test_openai_python(url, run, script):
     run(sys.executable, HERE / f"openai_python/{script}.py", f"{url}/v1")
 
@@ -36,7 +37,7 @@ def test_pydantic_ai(url, run, python_with, script):
 
 
 def test_instructor(url, run, python_with):
-    run(python_with("instructor", "instructor==1.17.0"), HERE / "instructor/structured.py", f"{url}/v1")
+    run(python_with("instructor", *INSTRUCTOR), HERE / "instructor/structured.py", f"{url}/v1")
 
 
 def test_openai_agents(url, run, python_with):
@@ -58,6 +59,13 @@ def test_openai_javascript(url, run, folder_with, script):
 @pytest.mark.parametrize("script", ["chat", "responses", "structured"])
 def test_ai_sdk(url, run, folder_with, script):
     run_node(run, folder_with(*AI_SDK), HERE / f"ai_sdk/{script}.mjs", url)
+
+
+def test_tools_as_a_form_of_answers(url, run, python_with):
+    """What several clients do for a class unless told otherwise: the model has to call a function that takes it."""
+    run(sys.executable, HERE / "langchain/answer_by_tool.py", f"{url}/v1")
+    run(python_with("instructor", *INSTRUCTOR), HERE / "instructor/answer_by_tool.py", f"{url}/v1")
+    run(python_with(*PYDANTIC_AI), HERE / "pydantic_ai/answer_by_tool.py", f"{url}/v1")
 
 
 def test_tools_of_langchain(caller_url, run):

@@ -7,8 +7,10 @@ llguidance recurses as deep as definitions refer to each other. And what of it i
 for the interpreter before each kernel. So the engine's process only makes parsers of grammars that went well here.
 """
 
+import contextlib
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +30,10 @@ STACK_BYTES = 256 << 20
 MAX_MEMORY_BYTES = 4 << 30
 # Steps go first where the CPUs are busy.
 NICENESS = 10
+# A process that gets so small a part of a CPU, or waits for something, is ended too.
+CLOCK_FACTOR = 20
+# It may take to end by itself.
+ENDING_S = 0.2
 
 Answer = CheckedConstraint | ConstraintInvalid | str
 
@@ -40,17 +46,20 @@ class CheckProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection[Any, Any] | None = None
 
-    def check(self, constraint: Constraint, timeout_s: float) -> CheckedConstraint:
-        """Raises ConstraintInvalid; TimeoutError if it takes longer; RuntimeError for a fault of the checker."""
+    def check(self, constraint: Constraint, cpu_s: float) -> CheckedConstraint:
+        """Raises ConstraintInvalid; RuntimeError for a fault of the checker; TimeoutError if it takes longer, of a
+        CPU's time, or much longer by the clock.
+        """
         if self._process is not None and self._process.poll() is not None:
             # It was killed while nobody used it.
             self._end()
         pipe = self._pipe or self._start()
         try:
-            pipe.send(constraint)
-            answer: Answer | None = pipe.recv() if pipe.poll(timeout_s) else None
+            pipe.send((constraint, cpu_s))
+            answer: Answer | None = pipe.recv() if pipe.poll(CLOCK_FACTOR * cpu_s) else None
         except (EOFError, OSError):
-            self._end()
+            if self._end() == -signal.SIGPROF:
+                raise TimeoutError from None
             raise refusal(constraint, "takes more than the compiler can do; make it simpler") from None
         if answer is None:
             self._end()
@@ -73,13 +82,18 @@ class CheckProcess:
         assert self._pipe.recv() == "ready"
         return self._pipe
 
-    def _end(self) -> None:
+    def _end(self) -> int:
+        """Returns its exit code."""
         assert self._process is not None
         assert self._pipe is not None
-        self._process.kill()
-        self._process.wait()
         self._pipe.close()
+        # What has ended by itself, and closed its end of the pipe by that, may take a moment to be gone.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING_S)
+        self._process.kill()
+        code = self._process.wait()
         self._process = self._pipe = None
+        return code
 
 
 # ------------------------------------------------------------------------------------------------- in the process
@@ -102,7 +116,12 @@ def _answer(pipe: "Connection[Any, Any]") -> None:
         checker = ConstraintChecker(pipe.recv())
         pipe.send("ready")
         while True:
-            pipe.send(_check(checker, pipe.recv()))
+            constraint, cpu_s = pipe.recv()
+            # When it is over, the system ends the process, by SIGPROF.
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)
+            answer = _check(checker, constraint)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            pipe.send(answer)
     except (EOFError, OSError):
         return  # the other end is gone
 

@@ -10,7 +10,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from nanoserve.constraint.grammar import check_form, grammar_of, grammar_of_schema, joined, refusal
 from nanoserve.constraint.outcome import Validator
-from nanoserve.constraint.schema import Schema, SchemaError
+from nanoserve.constraint.schema import Schema
+from nanoserve.constraint.subschemas import SchemaError
 from nanoserve.constraint.vocabulary import Vocabulary
 from nanoserve.errors import ConstraintInvalid, ConstraintProblem
 from nanoserve.request import Constraint, ConstraintKind, ConstraintReport, KeywordUse
@@ -95,7 +96,7 @@ class ConstraintChecker:
         try:
             schema = Schema(constraint.text)
         except SchemaError as wrong:
-            raise refusal(constraint, str(wrong)) from None
+            raise refusal(constraint, str(wrong), pointer=wrong.pointer, keyword=wrong.keyword) from None
         if refused := schema.refused():
             if not constraint.is_relaxed:
                 raise _refusal_of(constraint, refused)

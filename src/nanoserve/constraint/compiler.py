@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 # Two, so that one hostile constraint does not hold up all others. The second begins when it is needed.
 NUM_THREADS = 2
-COMPILE_TIMEOUT_S = 10.0
+# Of a CPU's time, so that a good constraint is not refused because a machine is busy.
+COMPILE_CPU_S = 10.0
+# How long a request may wait for its constraint, and for those before it.
+MAX_WAIT_S = 60.0
 # Constraints that may wait for a thread; one more is refused.
 MAX_WAITING = 64
 # Of all compiled constraints that are kept, by _num_bytes.
@@ -123,11 +126,11 @@ class ConstraintCompiler:
         return future
 
     def compile(self, constraint: Constraint) -> CompiledConstraint:
-        """Wait for it. Raises Overloaded, and ConstraintInvalid, also when it takes longer than COMPILE_TIMEOUT_S."""
+        """Wait for it. Raises ConstraintInvalid, and Overloaded, also when others are compiled for MAX_WAIT_S."""
         try:
-            return self.submit(constraint).result(COMPILE_TIMEOUT_S)
+            return self.submit(constraint).result(MAX_WAIT_S)
         except TimeoutError:
-            raise too_slow(constraint) from None
+            raise waited_too_long() from None
 
     # ------------------------------------------------------------------------------------------------- threads
 
@@ -176,9 +179,10 @@ class ConstraintCompiler:
 
     def _compile(self, constraint: Constraint, process: CheckProcess, tokenizer: LLTokenizer) -> CompiledConstraint:
         try:
-            checked = process.check(constraint, COMPILE_TIMEOUT_S)
+            checked = process.check(constraint, COMPILE_CPU_S)
         except TimeoutError:
-            raise too_slow(constraint) from None
+            why = f"takes longer than {COMPILE_CPU_S:g} s of a CPU to compile; make it simpler"
+            raise refusal(constraint, why) from None
         closing = None
         if checked.closing_grammar:
             closing = Closing(make_parser(tokenizer, checked.closing_grammar), constraint.is_reasoning)
@@ -203,9 +207,9 @@ class ConstraintCompiler:
                     self._num_cached_bytes -= future.result().num_bytes
 
 
-def too_slow(constraint: Constraint) -> ConstraintInvalid:
-    """The error of a constraint that is not compiled in time."""
-    return refusal(constraint, f"takes longer than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler")
+def waited_too_long() -> Overloaded:
+    """The error of a request whose constraint is not compiled within MAX_WAIT_S."""
+    return Overloaded(MAX_WAITING, why=f"constraints of others were compiled for {MAX_WAIT_S:g} s before this one's")
 
 
 def too_hard(constraint: Constraint) -> ConstraintInvalid:

@@ -8,14 +8,15 @@ Places are JSON pointers (RFC 6901). The semantics are those of draft 2020-12, w
 """
 
 import json
+import math
 import re
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from nanoserve.constraint.subschemas import Node, SchemaError, children, endless, resolve, walk, with_refs_below
 from nanoserve.request import KeywordUse, Treatment
 
 # Levels of JSON. llguidance reads 128, and the schema is put into another one to find a place in it.
@@ -33,16 +34,12 @@ MAX_PATTERNS = 12
 _MAX_APPLIED = 200
 # As in a{2,5}.
 _COUNTED = re.compile(r"\{(\d{1,9}),?(\d{0,9})\}")
+# Of an integer, with its sign: the largest double has 309.
+_MAX_DIGITS = 310
 # Time for finding out where the compiler saw an error.
 MAX_LOCATE_S = 1.0
 
 # ----------------------------------------------------------------------------------------------- what is known
-
-# Subschemas lie in an object of them, in a list of them, or are the value itself.
-_IN_OBJECT = frozenset({"properties", "patternProperties"})
-_IN_LIST = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
-_AS_VALUE = frozenset({"additionalProperties", "items", "additionalItems"})
-_DEFINITIONS = ("$defs", "definitions")
 
 
 def _names(text: str) -> frozenset[str]:
@@ -88,6 +85,8 @@ ANNOTATIONS = _names(
     "markdownDescription markdownEnumDescriptions defaultSnippets deprecationMessage "
     "javaType javaName javaInterfaces extendsJavaClass tsType faker chance"
 )
+# By which a schema may want of each value that it holds another.
+_LEADING_ON = ("$ref", "allOf", "anyOf", "oneOf", "required", "minItems")
 # Names that begin so are nobody's but the author's. llguidance takes options from one of them.
 _PRIVATE_PREFIXES = ("x-", "_")
 _OPTIONS_OF_LLGUIDANCE = "x-guidance"
@@ -109,28 +108,17 @@ _TELLTALES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """A subschema that says something of the output."""
-
-    pointer: str
-    schema: dict[str, Any]
-
-
-class SchemaError(Exception):
-    """The text is no schema, or one that nothing matches."""
-
-
 class Schema:
     """A JSON Schema as it is prepared for the grammar. One thread."""
 
     def __init__(self, text: str) -> None:
         """Raises SchemaError if the text is not a schema."""
         self.root = _parse(text)
-        self._nodes = list(_walk(self.root))
+        self._nodes = list(walk(self.root))
         roots = self._ref_roots()
         self._uses = {(use.pointer, use.keyword): use for node in self._nodes for use in _judge(node, roots)}
         self._bound_work()
+        self._close_off_endless()
 
     def _bound_work(self) -> None:
         """Refuse what would take the compiler for ever although each keyword alone would not."""
@@ -146,7 +134,17 @@ class Schema:
                 keyword = "allOf" if "allOf" in node.schema else "$ref"
                 self._refuse(node, keyword, f"gives a string more than {MAX_PATTERNS} patterns to match at once")
 
-    def _refuse(self, node: _Node, keyword: str, why: str) -> None:
+    def _close_off_endless(self) -> None:
+        """Allow nothing where nothing would have an end. Raises SchemaError if that is everywhere."""
+        for node in endless(self.root, self._nodes):
+            if node.pointer == "":
+                keyword = next(name for name in _LEADING_ON if name in node.schema)
+                raise SchemaError("leads on and on: no value that matches has an end", keyword=keyword)
+            # Beside a reference in a circle the compiler takes nothing.
+            node.schema.pop("$ref", None)
+            node.schema["enum"] = []
+
+    def _refuse(self, node: Node, keyword: str, why: str) -> None:
         self._uses[node.pointer, keyword] = KeywordUse(node.pointer, keyword, Treatment.REFUSED, why)
 
     @property
@@ -181,7 +179,7 @@ class Schema:
 
     def at(self, pointer: str) -> dict[str, Any]:
         """The subschema at a place that the walk found."""
-        found = _resolve(self.root, pointer)
+        found = resolve(self.root, pointer)
         assert isinstance(found, dict)
         return found
 
@@ -198,8 +196,8 @@ class Schema:
         deadline_s = time.monotonic() + MAX_LOCATE_S
         seen = {""}
 
-        def innermost(node: _Node, depth: int) -> _Node | None:
-            for child in _children(self.root, node):
+        def innermost(node: Node, depth: int) -> Node | None:
+            for child in children(self.root, node):
                 if child.pointer in seen or depth == MAX_NESTING or time.monotonic() > deadline_s:
                     continue
                 seen.add(child.pointer)
@@ -209,14 +207,12 @@ class Schema:
             # A definition that refers to itself leads back here, and the place is elsewhere.
             return node if _named_in(error, node.schema) else None
 
-        place = innermost(_Node("", self.root), 0) or _Node("", self.root)
+        place = innermost(Node("", self.root), 0) or Node("", self.root)
         return place.pointer, _keyword_of(error, place.schema)
 
     def alone(self, pointer: str) -> str:
         """The text of a schema that is the subschema at a place, with the definitions that it refers to."""
-        moved = _with_refs_below(
-            {name: self.root[name] for name in self.root if name not in ("$id", "id")}, "#/$defs/_"
-        )
+        moved = with_refs_below({name: self.root[name] for name in self.root if name not in ("$id", "id")}, "#/$defs/_")
         outer = {"$ref": f"#/$defs/_{urllib.parse.quote(pointer)}", "$defs": {"_": moved}}
         if "$schema" in self.root:
             outer["$schema"] = self.root["$schema"]
@@ -237,12 +233,12 @@ _RESTS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ the walk
+# ----------------------------------------------------------------------------------------------------- the text
 
 
 def _parse(text: str) -> dict[str, Any]:
     try:
-        schema = json.loads(text, parse_float=_number, parse_constant=_refuse_constant)
+        schema = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_refuse_constant)
         json.dumps(schema, ensure_ascii=False).encode()
     except ValueError as error:
         raise SchemaError(f"is not JSON: {error}") from None
@@ -259,9 +255,18 @@ def _parse(text: str) -> dict[str, Any]:
     return schema
 
 
+def _integer(text: str) -> int:
+    # As many digits as any double has; more take the longer the more they are.
+    if len(text) > _MAX_DIGITS or math.isinf(float(text)):
+        raise SchemaError(f"has a number that is too large: {text[:20]}...")
+    return int(text)
+
+
 def _number(text: str) -> float:
     """2.0 is an integer in JSON Schema. Larger ones stay as they are: a float's digits would be told as exact."""
     value = float(text)
+    if math.isinf(value):
+        raise SchemaError(f"has a number that is too large: {text[:20]}")
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
@@ -278,90 +283,10 @@ def _nesting(value: Any) -> int:
     return depth
 
 
-def _walk(root: dict[str, Any]) -> Iterator[_Node]:
-    """Every subschema that the root applies, directly or by a reference, once. Raises SchemaError for a reference that
-    leads out of the schema."""
-    waiting, seen = [_Node("", root)], {""}
-    knows_all = False
-    while waiting:
-        node = waiting.pop()
-        yield node
-        found = list(_children(root, node))
-        if _has_names(node) and not knows_all:
-            # A reference by name may lead to any definition.
-            knows_all = True
-            found += [child for name in _DEFINITIONS for child in _entries(_Node("", root), name)]
-        for child in reversed(found):
-            if child.pointer not in seen:
-                seen.add(child.pointer)
-                waiting.append(child)
-
-
-def _has_names(node: _Node) -> bool:
-    """References here are not all of the form "#/...": one of them, or what they start from, has a name."""
-    ref = node.schema.get("$ref")
-    is_named_ref = isinstance(ref, str) and ref != "#" and not ref.startswith("#/")
-    return is_named_ref or (node.pointer != "" and any(isinstance(node.schema.get(i), str) for i in ("$id", "id")))
-
-
-def _children(root: dict[str, Any], node: _Node) -> Iterator[_Node]:
-    for keyword, value in node.schema.items():
-        if (keyword in _IN_OBJECT and isinstance(value, dict)) or (keyword in _IN_LIST and isinstance(value, list)):
-            yield from _entries(node, keyword)
-        elif keyword in _AS_VALUE and isinstance(value, dict):
-            yield _Node(f"{node.pointer}/{keyword}", value)
-        elif keyword == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
-            pointer = urllib.parse.unquote(value[1:])
-            if isinstance(target := _resolve(root, pointer), dict):
-                yield _Node(pointer, target)
-
-
-def _entries(node: _Node, keyword: str) -> Iterator[_Node]:
-    value = node.schema.get(keyword)
-    if isinstance(value, dict):
-        items: Any = value.items()
-    else:
-        items = enumerate(value) if isinstance(value, list) else ()
-    for name, child in items:
-        if isinstance(child, dict):
-            yield _Node(f"{node.pointer}/{keyword}/{_escape(str(name))}", child)
-
-
-def _resolve(root: Any, pointer: str) -> Any:
-    """What lies at a JSON pointer; None if nothing does."""
-    value = root
-    for step in pointer.split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(value, dict) and name in value:
-            value = value[name]
-        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
-            value = value[int(name)]
-        else:
-            return None
-    return value
-
-
-def _escape(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")
-
-
-def _with_refs_below(value: Any, place: str) -> Any:
-    """The same, in which local references start at another place."""
-    if isinstance(value, list):
-        return [_with_refs_below(each, place) for each in value]
-    if not isinstance(value, dict):
-        return value
-    moved = {name: _with_refs_below(each, place) for name, each in value.items()}
-    ref = moved.get("$ref")
-    if isinstance(ref, str) and (ref == "#" or ref.startswith("#/")):
-        moved["$ref"] = place + ref[1:]
-    return moved
-
-
 # ------------------------------------------------------------------------------------------------- one keyword
 
 
-def _judge(node: _Node, ref_roots: set[str]) -> Iterator[KeywordUse]:
+def _judge(node: Node, ref_roots: set[str]) -> Iterator[KeywordUse]:
     """What to do with each keyword of a subschema. Takes those out that say nothing as they stand."""
     for keyword, value in list(node.schema.items()):
         why = ""
@@ -458,14 +383,14 @@ def _has_control_character(value: Any, keyword: str) -> bool:
     return False
 
 
-def _num_patterns(root: dict[str, Any], node: _Node) -> int:
+def _num_patterns(root: dict[str, Any], node: Node) -> int:
     """Patterns that one string has to match at once, as far as allOf and references bring them together."""
     waiting, seen, num_patterns = [node], {node.pointer}, 0
     while waiting and len(seen) < _MAX_APPLIED:
         applied = waiting.pop()
         num_patterns += "pattern" in applied.schema
         parts: dict[str, Any] = {name: applied.schema[name] for name in ("allOf", "$ref") if name in applied.schema}
-        for child in _children(root, _Node(applied.pointer, parts)):
+        for child in children(root, Node(applied.pointer, parts)):
             if child.pointer not in seen:
                 seen.add(child.pointer)
                 waiting.append(child)

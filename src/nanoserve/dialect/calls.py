@@ -36,17 +36,25 @@ class CallReader:
         self._parameters: dict[str, Parameter] = {}
         self._early: str | None = None
 
+    @property
+    def has_markers(self) -> bool:
+        """What opens a call opens nothing else."""
+        return not self._format.is_at_start
+
     def first(self) -> Steps[str]:
         """Read up to the name of the first call, and return it. Raises Unread if there is no call."""
         yield from self._source.first_of(self._opens)
         return (yield from self._opening())
 
     def next(self) -> Steps[str | None]:
-        """Read what ends a call, and up to the name of the next. None if there is none."""
+        """Read what ends a call, and up to the name of the next. None if there is none. What is cut off within is read
+        too."""
         for texts in (self._end,), self._closes:
             try:
                 yield from self._source.first_of(texts)
-            except Unread:
+            except Unread as wrong:
+                if self._source.is_cut_off_by(wrong):
+                    return None
                 continue
             if texts is self._closes:
                 return None
@@ -56,8 +64,9 @@ class CallReader:
             try:
                 yield from self._source.literal(f" {self._format.between}")
                 return (yield from self._opening())
-            except Unread:
-                self._source.back(mark)
+            except Unread as wrong:
+                if not self._source.is_cut_off_by(wrong):
+                    self._source.back(mark)
                 return None
 
     def arguments(self, write: Callable[[str], None]) -> Steps[None]:

@@ -8,7 +8,8 @@ It follows the same table as the grammar does. What may be the beginning of a ma
 or of a value whose type is not decided is held; anything else goes out at once.
 
 What looks like a call and is none is content. A call that turns out wrong after its name was told never ends, and what
-follows is content.
+follows is content. Where something cuts the output off, a call that was opened and has no name yet is left out, and so
+is the beginning of what would close a call.
 """
 
 import dataclasses
@@ -170,7 +171,10 @@ class OutputParser:
             name: str | None
             try:
                 name = yield from calls.first()
-            except Unread:
+            except Unread as wrong:
+                if calls.has_markers and source.is_cut_off_by(wrong):
+                    self._space.clear()
+                    return
                 source.forward(mark, len(trigger))
                 self._is_first = False
                 self._say(source.since(mark))
@@ -182,7 +186,8 @@ class OutputParser:
             self._events.append(CallBegun(index, name))
             try:
                 yield from calls.arguments(functools.partial(self._write, index))
-            except Unread:
+            except Unread as wrong:
+                source.is_cut_off_by(wrong)
                 break
             self._events.append(CallEnded(index))
             name = yield from calls.next()

@@ -101,6 +101,18 @@ class Source:
         for mark in self._marks:
             mark.at -= read
 
+    @property
+    def is_cut_off(self) -> bool:
+        """No more will come, and the model did not end it."""
+        return self.is_over and not self.is_complete
+
+    def is_cut_off_by(self, wrong: Unread) -> bool:
+        """Whether that is why something was not read. Then the rest, of which it is the beginning, is read."""
+        if not (self.is_cut_off and isinstance(wrong, Over)):
+            return False
+        self.rest()
+        return True
+
     # ------------------------------------------------------------------------------------------------- holding
 
     @contextmanager
@@ -184,13 +196,18 @@ class Source:
     def first_of(self, texts: Iterable[str]) -> Steps[str]:
         """Read the first of some texts of the format that stands here. Raises Unread, and is back where it was."""
         was_over = False
-        for text in texts:
-            try:
-                yield from self.literal(text)
-            except Unread as wrong:
-                was_over = was_over or isinstance(wrong, Over)
-            else:
+        with self.held() as mark:
+            for text in texts:
+                try:
+                    yield from self.literal(text)
+                except Unread as wrong:
+                    was_over = was_over or isinstance(wrong, Over)
+                    continue
+                if was_over and self.is_cut_off:
+                    # It may have become one of those before.
+                    break
                 return text
+            self.back(mark)
         raise Over if was_over else Unread
 
     def one_of(self, markers: Markers) -> Steps[str]:

@@ -89,6 +89,10 @@ class ChatTemplate:
         except ValueError as error:
             why = "the model has no chat template; send the prompt as text or token_ids"
             raise InvalidRequest([Violation("chat", why)]) from error
+        known = set(re.findall(r"\w+", template))
+        if unread := sorted(chat.template_kwargs.keys() - known):
+            why = f"{', '.join(map(repr, unread))}: not a variable of the model's chat template"
+            raise InvalidRequest([Violation("chat.template_kwargs_json", why)])
         try:
             given = chat if chat.parse_special_tokens else self._marked(chat)
             text: str = self._tokenizer.apply_chat_template(

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, CompiledConstraint, ConstraintCompiler
+from nanoserve.constraint.compiler import MAX_WAIT_S, CompiledConstraint, ConstraintCompiler
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.engine.sequence import Sequence
 from nanoserve.errors import EngineFailure, Rejection, RequestError
@@ -162,7 +162,7 @@ class EngineCore:
             case Request(constraint=None):
                 self._scheduler.add(message)
             case Request(constraint=Constraint() as constraint):
-                self._scheduler.add(message, self._grammar(constraint), time.monotonic() + COMPILE_TIMEOUT_S)
+                self._scheduler.add(message, self._grammar(constraint), time.monotonic() + MAX_WAIT_S)
             case CompileConstraint(number, constraint):
                 self._compile(number, constraint)
             case _Wake():
@@ -180,7 +180,7 @@ class EngineCore:
         """Its grammar is worn."""
         assert sequence.request.constraint is not None
         grammar = self._grammar(sequence.request.constraint)
-        self._scheduler.await_grammar(sequence, grammar, time.monotonic() + COMPILE_TIMEOUT_S)
+        self._scheduler.await_grammar(sequence, grammar, time.monotonic() + MAX_WAIT_S)
 
     def _grammar(self, constraint: Constraint) -> "Future[CompiledConstraint]":
         """When it is done, the loop wakes up for it."""

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, too_hard, too_slow
+from nanoserve.constraint.compiler import MAX_WAIT_S, too_hard, waited_too_long
 from nanoserve.dialect.formats import Dialect
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
@@ -452,9 +452,9 @@ class Engine:
         report = self._checks[number] = asyncio.get_running_loop().create_future()
         self._core.post(CompileConstraint(number, constraint))
         try:
-            return await asyncio.wait_for(report, COMPILE_TIMEOUT_S)
+            return await asyncio.wait_for(report, MAX_WAIT_S)
         except TimeoutError:
-            raise too_slow(constraint) from None
+            raise waited_too_long() from None
         finally:
             del self._checks[number]
 

@@ -51,11 +51,15 @@ class CallPiece:
 
 @dataclass(slots=True)
 class Parts:
-    """What a text adds to the parts of an output."""
+    """What a text adds to the parts of an output, in this order if it was not joined against it."""
 
     reasoning: str = ""
     content: str = ""
     calls: list[CallPiece] = field(default_factory=list)
+
+    def may_precede(self, other: "Parts") -> bool:
+        """Whether the two can be joined, and still stand in their order."""
+        return not (self.calls and (other.content or other.reasoning)) and not (self.content and other.reasoning)
 
     def add(self, other: "Parts") -> None:
         self.reasoning += other.reasoning
@@ -211,32 +215,26 @@ class Reader:
         # Tokens that were read while the model reasoned.
         self.num_reasoning_tokens = 0
 
-    def push(self, text: str, *, num_tokens: int) -> Parts:
-        """The text of one token, or of none, and of what was held before it."""
+    def push(self, text: str, *, num_tokens: int) -> list[Parts]:
+        """The text of one token, or of none, and of what was held before it. Several parts where one would lose the
+        order."""
         if self._parser.is_reasoning:
             self.num_reasoning_tokens += num_tokens
         return self._note(self._parser.push(text))
 
-    def finish(self, *, is_complete: bool) -> Parts:
+    def finish(self, *, is_complete: bool) -> list[Parts]:
         """No more will come. is_complete: nothing cut it off."""
         return self._note(self._parser.finish(is_complete=is_complete))
 
-    def _note(self, events: Sequence[Event]) -> Parts:
-        parts = Parts()
-        for event in events:
-            match event:
-                case Reasoning(text):
-                    parts.add(Parts(reasoning=text))
-                case Content(text):
-                    parts.add(Parts(content=text))
-                case CallBegun(index, name):
-                    parts.add(Parts(calls=[CallPiece(index, f"call_{secrets.token_hex(12)}", name)]))
-                case Arguments(index, text):
-                    parts.add(Parts(calls=[CallPiece(index, arguments=text)]))
-                case CallEnded(index):
-                    parts.add(Parts(calls=[CallPiece(index, is_complete=True)]))
-        self.parts.add(parts)
-        return parts
+    def _note(self, events: Sequence[Event]) -> list[Parts]:
+        noted: list[Parts] = []
+        for parts in map(_parts_of, events):
+            self.parts.add(parts)
+            if noted and noted[-1].may_precede(parts):
+                noted[-1].add(parts)
+            else:
+                noted.append(parts)
+        return noted
 
     def outcome(self, relaxed: Sequence[KeywordUse]) -> Outcome:
         """Of an output that its grammar lets end, from which some keywords were left out. Off the loop."""
@@ -254,3 +252,17 @@ class Reader:
         else:
             checked = []
         return Outcome.RELAXED_OK if all(checked) else Outcome.RELAXED_VIOLATED
+
+
+def _parts_of(event: Event) -> Parts:
+    match event:
+        case Reasoning(text):
+            return Parts(reasoning=text)
+        case Content(text):
+            return Parts(content=text)
+        case CallBegun(index, name):
+            return Parts(calls=[CallPiece(index, f"call_{secrets.token_hex(12)}", name)])
+        case Arguments(index, text):
+            return Parts(calls=[CallPiece(index, arguments=text)])
+        case CallEnded(index):
+            return Parts(calls=[CallPiece(index, is_complete=True)])

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from nanoserve.config import SchedulerConfig
-from nanoserve.constraint.compiler import CompiledConstraint, too_slow
+from nanoserve.constraint.compiler import CompiledConstraint, waited_too_long
 from nanoserve.engine.sequence import Sequence
 from nanoserve.engine.step_notes import StepNotes
 from nanoserve.errors import Rejection
@@ -404,8 +404,7 @@ class Scheduler:
                         each.grammar = grammar.result()
                 self._enqueue(sequence)
             elif now >= until_s:
-                assert request.constraint is not None
-                self._fail(request.id, too_slow(request.constraint))
+                self._fail(request.id, waited_too_long())
 
     def _expire(self, now: float) -> None:
         for request_id, sequences in list(self._requests.items()):

@@ -120,8 +120,9 @@ class Progress:
 class RequestStream:
     """The mailbox of one request. Event loop only.
 
-    A slow reader never slows the engine: what it has not read merges into one Delta a sequence, so that memory is
-    bounded by the request's own length, and how the output is cut never changes it.
+    A slow reader never slows the engine: what it has not read merges into one Delta a sequence, or several where one
+    would lose the order of its parts. So memory is bounded by the request's own length, and how the output is cut never
+    changes it.
     """
 
     def __init__(
@@ -202,7 +203,8 @@ class RequestStream:
         token_ids, finish_reason, stop_token_id = output.token_ids, output.finish_reason, output.stop_token_id
         stopped = False
         if self._decoders is not None:
-            piece = self._decode(output.index, token_ids, finish_reason, delta)
+            piece, parts = self._decode(output.index, token_ids, finish_reason)
+            delta = self._add(parts, delta)
             if self.request.params.detokenize:
                 delta.text += piece.text
             if self.texts is not None:
@@ -239,29 +241,38 @@ class RequestStream:
         if len(self.progress.finish_reasons) == self.request.params.n:
             self._finish()
 
-    def _decode(self, index: int, token_ids: list[int], finish_reason: FinishReason | None, delta: Delta) -> TextPiece:
-        """The text of some tokens. Adds its parts to the delta, if they are wanted."""
+    def _add(self, parts: list[Parts], delta: Delta) -> Delta:
+        """Add parts to unread output. Returns what is the unread output now: another one where the order wants it."""
+        for each in parts:
+            if delta.parts is not None and not delta.parts.may_precede(each):
+                self._events.append(delta)
+                delta = self._pending[delta.index] = Delta(delta.index)
+            delta.parts = delta.parts or Parts()
+            delta.parts.add(each)
+        return delta
+
+    def _decode(
+        self, index: int, token_ids: list[int], finish_reason: FinishReason | None
+    ) -> tuple[TextPiece, list[Parts]]:
+        """The text of some tokens, and its parts, if they are wanted."""
         assert self._decoders is not None
         decoder = self._decoders[index]
         if not self._readers:
-            return decoder.push(token_ids, finish_reason)
-        reader, parts = self._readers[index], Parts()
+            return decoder.push(token_ids, finish_reason), []
+        reader, parts = self._readers[index], list[Parts]()
         text, num_tokens, stop_string = "", 0, None
         # One by one, so that each is counted where it belongs, however many a step gives.
         for place in range(max(1, len(token_ids))):
             is_last = place + 1 >= len(token_ids)
             piece = decoder.push(token_ids[place : place + 1], finish_reason if is_last else None)
-            parts.add(reader.push(self._less_eos(piece, token_ids, finish_reason), num_tokens=piece.num_tokens))
+            parts += reader.push(self._less_eos(piece, token_ids, finish_reason), num_tokens=piece.num_tokens)
             text, num_tokens, stop_string = text + piece.text, num_tokens + piece.num_tokens, piece.stop_string
             if stop_string is not None:
                 break
         if finish_reason is not None or stop_string is not None:
             is_whole = stop_string is None and finish_reason in (FinishReason.EOS, FinishReason.COMPLETE)
-            parts.add(reader.finish(is_complete=is_whole))
-        if self._tells_parts:
-            delta.parts = delta.parts or Parts()
-            delta.parts.add(parts)
-        return TextPiece(text, num_tokens, stop_string)
+            parts += reader.finish(is_complete=is_whole)
+        return TextPiece(text, num_tokens, stop_string), parts if self._tells_parts else []
 
     def _less_eos(self, piece: TextPiece, token_ids: list[int], finish_reason: FinishReason | None) -> str:
         """The text that is read: EOS is no part of it, also where special tokens are kept."""

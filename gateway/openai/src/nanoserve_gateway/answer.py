@@ -51,6 +51,8 @@ OF_CHAT = {
     "add_generation_prompt": "add_generation_prompt",
     "parse_special_tokens": "parse_special_tokens",
 }
+# Chats have it under this name, and so have the templates that know it; responses have it in `reasoning`.
+EFFORT = "reasoning_effort"
 
 
 @dataclass(slots=True)
@@ -113,7 +115,31 @@ def options(fields: Mapping[str, Any]) -> GenerateOptions:
 
 def chat_options(fields: Mapping[str, Any]) -> ChatOptions:
     """What a conversation has besides its messages, for the client."""
-    return cast(ChatOptions, {ours: fields[name] for name, ours in OF_CHAT.items() if name in fields})
+    chosen = {ours: fields[name] for name, ours in OF_CHAT.items() if name in fields}
+    if (effort := _effort(fields)) is not None:
+        chosen["template_kwargs"] = {**chosen.get("template_kwargs", {}), EFFORT: effort}
+    return cast(ChatOptions, chosen)
+
+
+def effort_rules(fields: Mapping[str, Any]) -> Sequence[tuple[bool, str, str]]:
+    """For `check`."""
+    is_twice = _effort(fields) is not None and EFFORT in fields.get("chat_template_kwargs", {})
+    return [(is_twice, f"chat_template_kwargs.{EFFORT}", f"is given by {_effort_name(fields)} too")]
+
+
+def effort_names(fields: Mapping[str, Any]) -> Mapping[str, str]:
+    """What a caller calls the variables of the template who gave the effort alone."""
+    is_alone = _effort(fields) is not None and not fields.get("chat_template_kwargs")
+    return {"chat.template_kwargs_json": _effort_name(fields)} if is_alone else {}
+
+
+def _effort(fields: Mapping[str, Any]) -> str | None:
+    effort: str | None = fields.get(EFFORT, (fields.get("reasoning") or {}).get("effort"))
+    return effort
+
+
+def _effort_name(fields: Mapping[str, Any]) -> str:
+    return EFFORT if EFFORT in fields else "reasoning.effort"
 
 
 def is_parsed(fields: Mapping[str, Any]) -> bool:

@@ -14,6 +14,8 @@ from nanoserve_gateway.answer import (
     Prompt,
     chat_options,
     check,
+    effort_names,
+    effort_rules,
     error_frame,
     is_parsed,
     naming,
@@ -43,6 +45,7 @@ class ChatAnswer:
             *stream_rules(fields),
             *constraint.rules,
             *tools.rules,
+            *effort_rules(fields),
             (None not in (limit, other) and limit != other, "max_tokens", "differs from max_completion_tokens"),
             (bool(fields.get("top_logprobs")) and not fields.get("logprobs"), "top_logprobs", "is for logprobs only"),
         )
@@ -83,6 +86,7 @@ class ChatAnswer:
         return {
             **self._constraint.names,
             **self._tools.names,
+            **effort_names(self._fields),
             **names_of_functions(self._fields["messages"]),
             "output.logprobs": "top_logprobs",
             "output.prompt_logprobs": "prompt_logprobs",

@@ -43,7 +43,7 @@ from openai.types.responses.response_create_params import StreamOptions
 from openai.types.responses.response_format_text_config_param import ResponseFormatTextConfigParam
 from openai.types.responses.response_format_text_json_schema_config_param import ResponseFormatTextJSONSchemaConfigParam
 from openai.types.responses.response_input_param import FunctionCallOutput, ItemReference
-from openai.types.shared_params import Reasoning, ResponseFormatJSONSchema
+from openai.types.shared_params import Reasoning, ReasoningEffort, ResponseFormatJSONSchema
 from openai.types.shared_params.response_format_json_schema import JSONSchema
 from pydantic import Discriminator, Field, Strict, Tag
 
@@ -135,6 +135,7 @@ _ADD_SPECIAL_TOKENS = served(
 _MAX_REASONING = served(
     "max_reasoning_tokens", "Extension. Then the reasoning is closed, and the answer begins. Default: no limit.", Uint32
 )
+_EFFORT = "A variable of the model's template. Refused where the template has none of the name `reasoning_effort`."
 # What chats and responses have of OpenAI's platform.
 _PLATFORM = (
     label("safety_identifier", LABEL),
@@ -185,7 +186,7 @@ CHAT = Schema(
         refused("audio", MEDIA),
         refused("modalities", MEDIA, ["text"]),
         served("prediction", "What the answer is expected to be. Where it is right, tokens come several at a time."),
-        refused("reasoning_effort", "what the model's template knows goes into chat_template_kwargs"),
+        served("reasoning_effort", _EFFORT),
         served("response_format", FORMATS),
         *STRUCTURED_OUTPUTS,
         *GUIDED_DECODING,
@@ -281,7 +282,7 @@ _CONVERSATION = (
     served("instructions", "A system message before all others; not carried over to the next response."),
     served("previous_response_id", "Continues that conversation."),
     refused("conversation", "use previous_response_id"),
-    served("reasoning", "Only without anything in it."),
+    served("reasoning", "Only its `effort`."),
     served("text", "The `format` of the answer."),
     *tool_fields.TOOLS,
     refused("truncation", "a prompt that is too long is refused", "disabled"),
@@ -309,7 +310,7 @@ _OF_CONVERSATION: dict[type, tuple[Line, ...]] = {
     ResponseFormatTextJSONSchemaConfigParam: FORMAT_SCHEMA,
     Reasoning: (
         refused("context", _IN_TEMPLATE, "auto"),
-        refused("effort", _IN_TEMPLATE),
+        served("effort", _EFFORT, ReasoningEffort),
         refused("generate_summary", "none are made"),
         refused("mode", _IN_TEMPLATE),
         refused("summary", "none are made"),

@@ -33,7 +33,18 @@ from openai.types.responses.response import IncompleteDetails
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 from pydantic import BaseModel
 
-from nanoserve_gateway.answer import WHOLE, chat_options, check, frame, is_parsed, new_id, options, unchecked
+from nanoserve_gateway.answer import (
+    WHOLE,
+    chat_options,
+    check,
+    effort_names,
+    effort_rules,
+    frame,
+    is_parsed,
+    new_id,
+    options,
+    unchecked,
+)
 from nanoserve_gateway.background import Recording
 from nanoserve_gateway.constraints import Constraint, outcome_of
 from nanoserve_gateway.errors import Problem
@@ -88,6 +99,7 @@ class ResponseAnswer:
         check(
             *self._constraint.rules,
             *self._tools.rules,
+            *effort_rules(fields),
             (bool(unknown), "include", f"{', '.join(unknown)} is not known; there are: {', '.join(INCLUDABLE)}"),
             ("top_logprobs" in fields and not self._has_logprobs, "top_logprobs", f"needs {LOGPROBS} in include"),
             (self.is_background and not self._is_kept, "background", "needs store"),
@@ -119,6 +131,7 @@ class ResponseAnswer:
     def names(self) -> Mapping[str, str]:
         names = {"output.logprobs": "top_logprobs", "stopping.max_tokens": "max_output_tokens", "prompt": "input"}
         names |= {**self._constraint.names, **self._tools.names, "output.parse": "skip_special_tokens"}
+        names |= effort_names(self._fields)
         return {**names, **places(self._fields, self._num_before, self._turns)}
 
     def queue(self) -> Iterator[bytes]:

@@ -33,7 +33,10 @@ _NAMES = "Of `tools`, by their names."
 TOOLS = (
     served("tools", f"{_WHAT} None of OpenAI's own."),
     served("tool_choice", "none, auto, required, one certain function, or `allowed_tools`. Only with `tools`."),
-    served("parallel_tool_calls", "False = at most one call. Default true. Without tools it changes nothing."),
+    served(
+        "parallel_tool_calls",
+        "False = at most one call. Default true, but false if a function is named. Without tools it changes nothing.",
+    ),
 )
 FUNCTIONS = (
     served("functions", "`tools` by OpenAI's older name. At most one is called."),

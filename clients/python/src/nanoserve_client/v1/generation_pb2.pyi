@@ -360,7 +360,9 @@ class Chat(_message.Message):
     TOOL_CHOICE_FIELD_NUMBER: _builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
     template_kwargs_json: _builtins.str
-    """A JSON object of further template variables, e.g. {"enable_thinking": false}. Empty = none."""
+    """A JSON object of further template variables, e.g. {"enable_thinking": false}. Empty = none. One whose
+    name the model's template does not have is refused.
+    """
     continue_final_message: _builtins.bool
     """The completion extends the last message, which must be the assistant's, instead of starting a new one."""
     add_generation_prompt: _builtins.bool
@@ -1085,7 +1087,9 @@ class Delta(_message.Message):
     stop_token_id: _builtins.int
     """With FINISH_REASON_STOP or FINISH_REASON_EOS."""
     reasoning: _builtins.str
-    """With OutputOptions.parse, of what is new in `text`, or would be if special tokens were kept: the reasoning."""
+    """With OutputOptions.parse, of what is new in `text`, or would be if special tokens were kept: the reasoning. In a Delta
+    the model wrote reasoning, content and tool_calls in this order; what it wrote in another comes in several.
+    """
     content: _builtins.str
     """All else, without what stands between these."""
     @_builtins.property
