@@ -436,7 +436,7 @@ def test_tools_and_their_choice_reach_the_engines_terms():
 @pytest.mark.parametrize(
     ("fields", "path", "told"),
     [
-        ({"tools": [ADD, ADD]}, "chat.tools[1].name", "is that of chat.tools[0] too"),
+        ({"tools": [ADD, ADD]}, "chat.tools[1].name", "is that of tools[0] too"),
         ({"tools": [{"name": ""}]}, "chat.tools[0].name", "must have 1 to 128 letters"),
         ({"tools": [{"name": "a b"}]}, "chat.tools[0].name", "must have 1 to 128 letters"),
         ({"tools": [{"name": "f", "parametersJson": "{"}]}, "chat.tools[0].parameters_json", "is not JSON"),
@@ -447,8 +447,8 @@ def test_tools_and_their_choice_reach_the_engines_terms():
             "must be the schema of an object",
         ),
         ({"tools": [{"name": f"f{i}"} for i in range(129)]}, "chat.tools", "has 129 entries; at most 128 are allowed"),
-        ({"toolChoice": {"mode": "TOOL_CHOICE_MODE_AUTO"}}, "chat.tool_choice", "is for chat.tools only"),
-        ({"parallelToolCalls": False}, "chat.parallel_tool_calls", "is for chat.tools only"),
+        ({"toolChoice": {"mode": "TOOL_CHOICE_MODE_AUTO"}}, "chat.tool_choice", "is for requests with tools"),
+        ({"parallelToolCalls": False}, "chat.parallel_tool_calls", "is for requests with tools"),
         (
             {"tools": [ADD], "toolChoice": {}},
             "chat.tool_choice.mode",
@@ -457,7 +457,7 @@ def test_tools_and_their_choice_reach_the_engines_terms():
         (
             {"tools": [ADD], "toolChoice": {"mode": "TOOL_CHOICE_MODE_AUTO", "names": ["sub"]}},
             "chat.tool_choice.names[0]",
-            "'sub' is not among chat.tools",
+            "'sub' is not among the tools",
         ),
         (
             {"tools": [ADD], "toolChoice": {"mode": "TOOL_CHOICE_MODE_NONE", "names": ["add"]}},

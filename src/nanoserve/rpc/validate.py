@@ -284,7 +284,7 @@ def _tool_use(chat: generation_pb2.Chat, violations: Violations) -> ToolUse:
     for i, tool in enumerate(chat.tools[:MAX_TOOLS]):
         path = f"chat.tools[{i}]"
         if tool.name in seen:
-            violations.add(f"{path}.name", f"is that of chat.tools[{seen[tool.name]}] too")
+            violations.add(f"{path}.name", f"is that of tools[{seen[tool.name]}] too")
         seen.setdefault(tool.name, i)
         schema = None
         if tool.parameters_json:
@@ -297,7 +297,7 @@ def _tool_use(chat: generation_pb2.Chat, violations: Violations) -> ToolUse:
             violations.add(f"{path}.name", "must have 1 to 128 letters, digits or any of _ . / -")
     for name in ("tool_choice", "parallel_tool_calls"):
         if chat.HasField(name) and not chat.tools:
-            violations.add(f"chat.{name}", "is for chat.tools only")
+            violations.add(f"chat.{name}", "is for requests with tools")
     choice = _tool_choice(chat, seen, violations)
     parallel = _if_set(chat, "parallel_tool_calls")
     if parallel is None:
@@ -317,7 +317,7 @@ def _tool_choice(chat: generation_pb2.Chat, offered: Collection[str], violations
         violations.add("chat.tool_choice.names", "are not for TOOL_CHOICE_MODE_NONE")
     for i, name in enumerate(choice.names):
         if name not in offered:
-            violations.add(f"chat.tool_choice.names[{i}]", f"{name!r} is not among chat.tools")
+            violations.add(f"chat.tool_choice.names[{i}]", f"{name!r} is not among the tools")
     return ToolChoice(choosing or Choosing.AUTO, frozenset(choice.names) if choice.names else None)
 
 
