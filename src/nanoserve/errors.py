@@ -115,7 +115,9 @@ class AdapterNotFound(Rejection):
     reason = "ADAPTER_NOT_FOUND"
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"there is no adapter {name!r}; ListModels names those that are served")
+        super().__init__(
+            f"there is no adapter {name!r}; ListModels names those that there are, and LoadAdapter loads one more"
+        )
         self.name = name
 
     def __reduce__(self) -> tuple[type["AdapterNotFound"], tuple[str]]:

@@ -13,11 +13,12 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from nanoserve.adapter.vocabulary import AdapterInfo, AdapterStats
 from nanoserve.constraint.compiler import COMPILE_TIMEOUT_S, too_hard, too_slow
 from nanoserve.dialect.formats import Dialect
 from nanoserve.engine.chat_template import Chat
@@ -26,6 +27,7 @@ from nanoserve.engine.reply import Reply, Wanted, plan_reply
 from nanoserve.engine.stream import RequestStream, StreamEvent
 from nanoserve.engine.text import TextCodec
 from nanoserve.errors import (
+    AdapterNotFound,
     CancelledByOperator,
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -278,6 +280,7 @@ class Engine:
         add_special_tokens: bool | None = None,
         min_delta_tokens: int = 0,
         wanted: Wanted | None = None,
+        adapter: str = "",
     ) -> AsyncGenerator[StreamEvent, None]:
         """Run a request: Started, PromptLogprobs, Deltas, Finished.
 
@@ -288,6 +291,8 @@ class Engine:
         Raises a RequestError: before Started if it is refused (InvalidRequest, ContextLengthExceeded, Overloaded,
         NotReady), at any time if it fails (DeadlineExceeded, CancelledByOperator, EngineFailure, NotReady).
         """
+        if adapter:
+            raise AdapterNotFound(adapter)
         arrival_s = time.monotonic()
         deadline_s = None if timeout_s is None else arrival_s + timeout_s
         wanted = wanted or Wanted()
@@ -477,6 +482,22 @@ class Engine:
         self._resets.append(num_freed_blocks)
         self._core.post(ResetCache())
         return await num_freed_blocks
+
+    @property
+    def adapter_names(self) -> Mapping[str, AdapterInfo | None]:
+        """Those that there are; None = it was not read yet."""
+        return {}
+
+    async def load_adapter(
+        self, name: str, path: str = "", *, is_pinned: bool = False, may_replace: bool = False
+    ) -> AdapterInfo:
+        raise AdapterNotFound(name)
+
+    async def unload_adapter(self, name: str, drain_timeout_s: float) -> None:
+        raise AdapterNotFound(name)
+
+    async def list_adapters(self) -> AdapterStats:
+        return AdapterStats((), 0, 0, 0)
 
     def stats(self) -> Stats:
         """A snapshot, as of the last step."""
