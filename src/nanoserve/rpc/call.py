@@ -126,7 +126,7 @@ class Calls:
 async def off_loop(
     convert: Callable[[_Asked, ServedModel, Collection[str]], _Wanted], message: _Asked, engine: Engine
 ) -> _Wanted:
-    """What a request asks for: converted on a thread if the message is so large that other streams would wait for it."""
+    """What a message asks for; it is converted on a thread if it is so large that other streams would wait for it."""
     if message.ByteSize() < _LARGE_MESSAGE_BYTES:
         return convert(message, engine.model, engine.adapter_names)
     return await asyncio.to_thread(convert, message, engine.model, engine.adapter_names)
