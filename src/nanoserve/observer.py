@@ -49,6 +49,8 @@ class RequestRecord:
     priority: int = 0
     # The prompt is a conversation, not a text.
     is_chat: bool = False
+    # Name of the adapter that was asked for. Empty = none.
+    adapter: str = ""
 
     # Known when the prompt is encoded.
 
@@ -58,6 +60,8 @@ class RequestRecord:
 
     # Known as it runs.
 
+    # Digest of the adapter's content. Empty = there is none.
+    adapter_revision: str = ""
     # When it was first scheduled. None = it never was.
     started_s: float | None = None
     # Prompt tokens from the prefix cache.

@@ -6,7 +6,7 @@ from fake_engine import FakeEngine
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, model_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
 
-from nanoserve.adapter.vocabulary import NAME_RULE
+from nanoserve.adapter.folders import NAME_RULE
 from nanoserve.config import ServerConfig
 from nanoserve.errors import AdapterInUse, AdapterInvalid, AdapterMemoryFull
 from nanoserve.rpc.server import Server
@@ -99,7 +99,7 @@ async def test_an_unknown_model_is_not_taken_for_an_adapter(adapters, failure_of
 async def test_what_no_adapter_can_be_called_is_refused_before_the_engine_hears_of_it(adapters, failure_of, name):
     failure = await failure_of(adapters.generation.Generate(pb.GenerateRequest(text="hi", adapter=name)))
     assert failure.code == grpc.StatusCode.INVALID_ARGUMENT
-    assert failure.violations == {"adapter": NAME_RULE}
+    assert failure.violations["adapter"].endswith(NAME_RULE)
     assert not adapters.engine.calls
 
 
@@ -188,13 +188,13 @@ async def test_an_adapter_that_is_unloaded_while_it_is_told_of_was_loaded_all_th
 async def test_a_name_that_none_can_have_is_refused(served, failure_of, method, name):
     request = getattr(admin_pb2, f"{method}Request")(name=name)
     failure = await failure_of(getattr(served.admin, method)(request))
-    assert failure.violations == {"name": NAME_RULE}
+    assert failure.violations["name"].endswith(NAME_RULE)
     assert not served.engine.adapter_names
 
 
 async def test_an_adapter_cannot_be_called_like_the_model(served, failure_of):
     failure = await failure_of(served.admin.LoadAdapter(admin_pb2.LoadAdapterRequest(name="fake")))
-    assert failure.violations == {"name": "is that of the served model"}
+    assert failure.violations == {"name": "'fake' is the model's own name; an adapter needs another"}
 
 
 @pytest.mark.parametrize("path", ["a\x00b", "a\nb", "x" * 5000], ids=lambda path: repr(path[:20]))

@@ -94,7 +94,7 @@ def test_a_known_field_in_a_foreign_encoding_is_refused():
         (validate.watch, admin_pb2.WatchEngineRequest()),
         (validate.request_id, admin_pb2.ExplainRequestRequest(request_id="r")),
         (lambda m: validate.adapter_load(m, MODEL), admin_pb2.LoadAdapterRequest(name="a")),
-        (validate.adapter_unload, admin_pb2.UnloadAdapterRequest(name="a")),
+        (lambda m: validate.adapter_unload(m, MODEL), admin_pb2.UnloadAdapterRequest(name="a")),
         (validate.nothing, admin_pb2.ListAdaptersRequest()),
     ],
 )
@@ -154,7 +154,7 @@ CONVERT = {
     admin_pb2.WatchEngineRequest: validate.watch,
     admin_pb2.ExplainRequestRequest: validate.request_id,
     admin_pb2.LoadAdapterRequest: lambda m: validate.adapter_load(m, MODEL),
-    admin_pb2.UnloadAdapterRequest: validate.adapter_unload,
+    admin_pb2.UnloadAdapterRequest: lambda m: validate.adapter_unload(m, MODEL),
 }
 # Read by the servicer, not by validate.py; test_model.py, test_generation.py and test_adapters.py show that each counts.
 ELSEWHERE = {

@@ -1,22 +1,9 @@
 """What the server, the step loop and the model side say to each other of adapters: plain picklable data, no torch."""
 
 import enum
-import re
 from dataclasses import dataclass
 
 from nanoserve.errors import RequestError
-
-MAX_NAME_CHARS = 128
-# Parts with strokes between them, none of which could lead out of a folder.
-_NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]*(/[A-Za-z0-9_:-][A-Za-z0-9._:-]*)*")
-NAME_RULE = (
-    f"must have 1 to {MAX_NAME_CHARS} letters, digits or any of . _ : / - and a point may begin no part between strokes"
-)
-
-
-def is_adapter_name(name: str) -> bool:
-    """Whether an adapter could be called so: NAME_RULE says it in words."""
-    return len(name) <= MAX_NAME_CHARS and _NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,8 @@ class _Arrival:
     cache_salt: str
     skip_cache_read: bool
     wanted: Wanted
+    # Name of one; empty = none.
+    adapter: str
     # Of a conversation whose prompt is encoded.
     reply: Reply | None = None
     # An operator ended it while its prompt was encoded.
@@ -163,6 +165,7 @@ class _Arrival:
             params=self.params,
             priority=self.priority,
             is_chat=isinstance(self.prompt, Chat),
+            adapter=self.adapter,
             id=stream.request.id if stream else "",
             num_prompt_tokens=len(stream.request.prompt_token_ids) if stream else 0,
             end_s=self.end_s,
@@ -291,15 +294,15 @@ class Engine:
         Raises a RequestError: before Started if it is refused (InvalidRequest, ContextLengthExceeded, Overloaded,
         NotReady), at any time if it fails (DeadlineExceeded, CancelledByOperator, EngineFailure, NotReady).
         """
-        if adapter:
-            raise AdapterNotFound(adapter)
         arrival_s = time.monotonic()
         deadline_s = None if timeout_s is None else arrival_s + timeout_s
         wanted = wanted or Wanted()
-        asked = (label, prompt, params, priority, arrival_s, deadline_s, cache_salt, skip_cache_read, wanted)
+        asked = (label, prompt, params, priority, arrival_s, deadline_s, cache_salt, skip_cache_read, wanted, adapter)
         arrival = _Arrival(next(self._ids), *asked)
         with self._observed(arrival):
             self._check_admission()
+            if adapter:
+                raise AdapterNotFound(adapter)
             request = await self._prepare(arrival, add_special_tokens)
             stream = RequestStream(
                 request,

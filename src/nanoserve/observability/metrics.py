@@ -1,6 +1,7 @@
 """Counters, gauges and histograms, through OpenTelemetry: the same instruments reach Prometheus and an OTLP collector.
 
-No label takes a value that a caller chooses, so their number is bounded. docs/observability.md has a table of them.
+No label takes a value that a caller chooses, so their number is bounded: of adapters, which operators name, only the
+first so many have one of their own. docs/observability.md has a table of them.
 """
 
 from collections.abc import Iterable
@@ -14,6 +15,10 @@ from nanoserve.observer import CallRecord, Observer, RequestRecord
 from nanoserve.request import DraftSource, DraftTotals
 from nanoserve.step_record import StepRecord
 
+# Adapters that get a label of their own, in order of their first requests that ran; all later ones share OTHER.
+MAX_ADAPTERS = 100
+# OpenTelemetry's word.
+OTHER = "_OTHER"
 # What turns a call away.
 REJECTIONS = frozenset(kind.reason for kind in Rejection.__subclasses__())
 QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -52,6 +57,7 @@ COUNTERS = (
     ("nanoserve.prompt.tokens", "{token}", "Prompt tokens of requests that began to run."),
     ("nanoserve.prompt.cached_tokens", "{token}", "Those of them that the prefix cache had."),
     ("nanoserve.completion.tokens", "{token}", "Tokens that were generated for callers."),
+    ("nanoserve.adapter.completion_tokens", "{token}", "Those of them that an adapter had a part in, by adapter."),
     ("nanoserve.spec_decode.num_drafts", "{draft}", "Drafts that were checked: each guesses one or several tokens."),
     ("nanoserve.spec_decode.num_draft_tokens", "{token}", "Tokens of these drafts."),
     ("nanoserve.spec_decode.num_accepted_tokens", "{token}", "Those of them that were right."),
@@ -75,6 +81,8 @@ class Metrics(Observer):
         self._startup_s: float | None = None
         self._last_step: StepRecord | None = None
         self._num_threads: int | None = None
+        # Those that have a label of their own.
+        self._adapters: set[str] = set()
         self._histograms = {
             name: meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets)
             for name, unit, buckets, description in HISTOGRAMS
@@ -129,6 +137,9 @@ class Metrics(Observer):
             self._counters["nanoserve.prompt.tokens"].add(request.num_prompt_tokens)
             self._counters["nanoserve.prompt.cached_tokens"].add(request.num_cached_tokens)
             self._counters["nanoserve.completion.tokens"].add(request.num_completion_tokens)
+            if request.adapter:
+                attributes = {names.ADAPTER: self._adapter_label(request)}
+                self._counters["nanoserve.adapter.completion_tokens"].add(request.num_completion_tokens, attributes)
         for source, totals in request.drafts.items():
             self._count_drafts(source, totals)
         for reason in request.finish_reasons.values():
@@ -136,6 +147,12 @@ class Metrics(Observer):
         for outcome in request.outcomes:
             attributes = {names.CONSTRAINT: request.constraint, names.CONSTRAINT_OUTCOME: outcome}
             self._counters["nanoserve.sequences.constrained"].add(1, attributes)
+
+    def _adapter_label(self, request: RequestRecord) -> str:
+        """Its adapter's name. What never ran may have a name that its caller made up."""
+        if request.started_s is not None and len(self._adapters) < MAX_ADAPTERS:
+            self._adapters.add(request.adapter)
+        return request.adapter if request.adapter in self._adapters else OTHER
 
     def _count_drafts(self, source: DraftSource, totals: DraftTotals) -> None:
         attributes = {names.DRAFT_SOURCE: source.value}
@@ -168,7 +185,8 @@ class Metrics(Observer):
             self._counters["nanoserve.requests.cancelled"].add(1, {names.RPC_STATUS: call.code})
         if request is None:
             return
-        attributes = names.of_generation(self._model, is_chat=request.is_chat)
+        model = self._adapter_label(request) if request.adapter else self._model
+        attributes = names.of_generation(model, is_chat=request.is_chat)
         if call.code != "OK":
             attributes[names.ERROR_TYPE] = call.reason or call.code
         self._histograms["gen_ai.server.request.duration"].record(call.end_s - call.start_s, attributes)

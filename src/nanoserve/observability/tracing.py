@@ -123,7 +123,7 @@ def _call_attributes(call: CallRecord) -> Iterator[tuple[str, str]]:
 
 def _request_attributes(request: RequestRecord, model: str) -> Iterator[tuple[str, Any]]:
     params = request.params
-    yield from names.of_generation(model, is_chat=request.is_chat).items()
+    yield from names.of_generation(request.adapter or model, is_chat=request.is_chat).items()
     yield "gen_ai.response.model", model
     for name, untold in UNTOLD.items():
         if (value := getattr(params, name)) != untold:
@@ -144,6 +144,10 @@ def _request_attributes(request: RequestRecord, model: str) -> Iterator[tuple[st
         yield names.PHASE, "waiting" if request.started_s is None else "running"
     if request.finish_reasons:
         yield "gen_ai.response.finish_reasons", [reason.value for _, reason in sorted(request.finish_reasons.items())]
+    if request.adapter:
+        yield names.ADAPTER, request.adapter
+    if request.adapter_revision:
+        yield names.ADAPTER_REVISION, request.adapter_revision
     yield from _constraint_attributes(request)
     # Opt-in: they hold what callers wrote and read.
     if request.prompt is not None:

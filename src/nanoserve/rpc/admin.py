@@ -91,8 +91,9 @@ class AdminService:
     async def UnloadAdapter(
         self, request: admin_pb2.UnloadAdapterRequest, _call: Call
     ) -> admin_pb2.UnloadAdapterResponse:
-        drain_timeout_s = validate.adapter_unload(request)
-        await self._engine().unload_adapter(request.name, drain_timeout_s)
+        engine = self._engine()
+        drain_timeout_s = validate.adapter_unload(request, engine.model)
+        await engine.unload_adapter(request.name, drain_timeout_s)
         return admin_pb2.UnloadAdapterResponse()
 
     async def ListAdapters(self, request: admin_pb2.ListAdaptersRequest, _call: Call) -> admin_pb2.ListAdaptersResponse:

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
-from nanoserve.adapter.vocabulary import NAME_RULE, is_adapter_name
+from nanoserve.adapter.folders import name_problem
 from nanoserve.dialect.tools import NAME as TOOL_NAME
 from nanoserve.dialect.tools import Choosing, Tool, ToolChoice, ToolUse
 from nanoserve.engine.chat_template import Chat
@@ -79,9 +79,9 @@ class Violations:
         if not value:
             self.add(path, "is required")
 
-    def adapter_name(self, path: str, name: str) -> None:
-        if not is_adapter_name(name):
-            self.add(path, NAME_RULE)
+    def adapter_name(self, path: str, name: str, model: ServedModel) -> None:
+        if (problem := name_problem(name, model.name)) is not None:
+            self.add(path, problem)
 
     def count(self, path: str, values: Collection[Any], most: int) -> bool:
         """Whether there are at most `most`, so that each is worth a look."""
@@ -226,19 +226,16 @@ def watch(request: admin_pb2.WatchEngineRequest) -> float:
 def adapter_load(request: admin_pb2.LoadAdapterRequest, model: ServedModel) -> None:
     """The message holds as it is. Raises InvalidRequest."""
     violations = Violations(request)
-    if request.name == model.name:
-        violations.add("name", "is that of the served model")
-    else:
-        violations.adapter_name("name", request.name)
+    violations.adapter_name("name", request.name, model)
     if len(request.path) > MAX_PATH_CHARS or not request.path.isprintable():
         violations.add("path", f"must have at most {MAX_PATH_CHARS} printable characters")
     violations.raise_if_any()
 
 
-def adapter_unload(request: admin_pb2.UnloadAdapterRequest) -> float:
+def adapter_unload(request: admin_pb2.UnloadAdapterRequest, model: ServedModel) -> float:
     """How long running requests may take, in seconds. Raises InvalidRequest."""
     violations = Violations(request)
-    violations.adapter_name("name", request.name)
+    violations.adapter_name("name", request.name, model)
     given = _if_set(request, "drain_timeout")
     drain_s = DEFAULT_DRAIN_S if given is None else violations.seconds("drain_timeout", given)
     if drain_s is not None:
@@ -266,7 +263,7 @@ def _adapter(request: generation_pb2.GenerateRequest, model: ServedModel, violat
     """The name of the adapter that `adapter` or `model` gives; empty = none."""
     named_as_model = "" if request.model == model.name else request.model
     if request.adapter:
-        violations.adapter_name("adapter", request.adapter)
+        violations.adapter_name("adapter", request.adapter, model)
         if named_as_model not in ("", request.adapter):
             violations.add("adapter", f"must be that of `model`, {named_as_model!r}, which is an adapter too")
     return request.adapter or named_as_model
