@@ -33,7 +33,7 @@ from openai.types.responses.response import IncompleteDetails
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 from pydantic import BaseModel
 
-from nanoserve_gateway.answer import WHOLE, chat_options, check, frame, is_parsed, new_id, options, unchecked
+from nanoserve_gateway.answer import WHOLE, chat_options, check, frame, is_parsed, model_of, new_id, options, unchecked
 from nanoserve_gateway.background import Recording
 from nanoserve_gateway.constraints import Constraint, outcome_of
 from nanoserve_gateway.errors import Problem
@@ -128,11 +128,11 @@ class ResponseAnswer:
 
     def begun(self, started: Started) -> Response:
         """What is kept of it until it has ended, in the background."""
-        self._model = started.model
+        self._model = model_of(started)
         return self.snapshot("in_progress")
 
     def begin(self, starts: Sequence[Started]) -> Iterator[bytes]:
-        self._model = starts[0].model
+        self._model = model_of(starts[0])
         if not self.is_background:
             yield self._event(ResponseCreatedEvent, response=self.snapshot("in_progress"))
         yield self._event(ResponseInProgressEvent, response=self.snapshot("in_progress"))
@@ -154,7 +154,7 @@ class ResponseAnswer:
         self._output.take_whole(results[0].completions[0])
         for _ in self._output.finish(_status(results[0])):
             pass
-        self._model = results[0].started.model
+        self._model = model_of(results[0].started)
         return self._finish(results[0])
 
     def remembered(self, response: Response) -> Remembered:
