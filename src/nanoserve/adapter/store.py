@@ -6,11 +6,11 @@ What takes long happens on one thread of its own, so that no step waits for a fi
 which they were asked for, and what comes of each is told on the engine thread, by `settle`.
 """
 
-import logging
 import queue
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,12 +20,19 @@ from nanoserve.adapter.vocabulary import Adapter, AdapterInfo
 if TYPE_CHECKING:
     from nanoserve.adapter.weights import AdapterWeights
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 # Reads the folder of an adapter of this name. Raises AdapterInvalid.
 Reader = Callable[[str, Path], "tuple[AdapterInfo, AdapterWeights]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was read."""
+
+    folder: Path
+    info: AdapterInfo
+    weights: "AdapterWeights"
 
 
 class AdapterStore:
@@ -38,7 +45,6 @@ class AdapterStore:
         self.max_bytes = max_bytes
         self.num_slots = num_slots
         self.num_bytes = 0
-        self.num_evictions = 0
         # Called, on the thread of the jobs, when there is something to settle.
         self.wake: Callable[[], None] = lambda: None
         self._read = read
@@ -62,11 +68,13 @@ class AdapterStore:
         self._done.put(partial(then, future.result() if error is None else error))
         self.wake()
 
-    def read(
-        self, name: str, find: Callable[[], Path], then: "Callable[[tuple[AdapterInfo, AdapterWeights] | Exception], None]"
-    ) -> None:
+    def read(self, name: str, find: Callable[[], Path], then: "Callable[[Found | Exception], None]") -> None:
         """Read the folder that `find` gives, which is called on the thread too."""
-        self.submit(lambda: self._read(name, find()), then)
+        self.submit(lambda: self.read_now(name, find()), then)
+
+    def read_now(self, name: str, folder: Path) -> "Found":
+        """Read a folder on this thread. Raises AdapterInvalid. Any thread."""
+        return Found(folder, *self._read(name, folder))
 
     def write(self, slot: int, adapter: Adapter, then: Callable[[Exception | None], None]) -> None:
         """Put an adapter that is here into a slot. It may leave the store meanwhile."""
@@ -100,7 +108,6 @@ class AdapterStore:
             if self.num_bytes + weights.num_bytes <= self.max_bytes:
                 break
             self.drop(other)
-            self.num_evictions += 1
         self._weights[adapter] = weights
         self.num_bytes += weights.num_bytes
         return True
