@@ -15,7 +15,8 @@ from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.constraint.vocabulary import Vocabulary
 from nanoserve.dialect.formats import Dialect, call_format, reasoning_format
 from nanoserve.engine.chat_template import Chat
-from nanoserve.engine.engine import ServedModel, Stats
+from nanoserve.engine.engine import ServedModel
+from nanoserve.engine.statistics import Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
 from nanoserve.errors import CancelledByOperator, ContextLengthExceeded, NotReady
 from nanoserve.kv_cache.block_pool import BlockNames

@@ -1,7 +1,7 @@
 """Names of adapters, and the folders that they stand for: what may be read, and what may not. No torch.
 
-    --adapter NAME=PATH     any folder; whoever starts the server may read what the server may
-    --adapters ROOT         the folders under ROOT alone, for requests and for LoadAdapter, symbolic links resolved
+--adapter NAME=PATH     any folder; whoever starts the server may read what the server may
+--adapters ROOT         the folders under ROOT alone, for requests and for LoadAdapter, symbolic links resolved
 """
 
 import re

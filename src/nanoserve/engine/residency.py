@@ -4,10 +4,10 @@
       ▲                   │                     │
       └── make room ──────┘◀── take the slot ───┘
 
-Sequences whose adapter has no slot wait beside the queue, and others pass them. Adapters get slots in the order in which
-the first of their sequences is served: a free slot; one whose adapter nobody asks for, the least recently used first;
-or one whose sequences, none of which runs, come later. If sequences run in all slots, then after MAX_PASSED_S no new one
-is let in on one of them, so that it becomes free: nobody waits for ever because others of a slot's adapter keep coming.
+Sequences whose adapter has no slot wait beside the queue, and others pass them. Adapters get slots in the order in
+which the first of their sequences is served: a free slot; one whose adapter nobody asks for, the least recently used
+first; or one whose sequences, none of which runs, come later. If sequences run in all slots, then after MAX_PASSED_S no
+new one is let in on one of them, so that it becomes free: nobody waits for ever because others keep coming.
 """
 
 import bisect
