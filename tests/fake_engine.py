@@ -16,7 +16,8 @@ from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.constraint.vocabulary import Vocabulary
 from nanoserve.dialect.formats import Dialect, call_format, reasoning_format
 from nanoserve.engine.chat_template import Chat
-from nanoserve.engine.engine import ServedModel, Stats
+from nanoserve.engine.engine import ServedModel
+from nanoserve.engine.statistics import Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
 from nanoserve.errors import AdapterInUse, AdapterNotFound, CancelledByOperator, ContextLengthExceeded, NotReady
 from nanoserve.kv_cache.block_pool import BlockNames
@@ -100,6 +101,9 @@ class FakeEngine:
     async def reset_cache(self) -> int:
         self.num_resets += 1
         return 7
+
+    def has_adapter(self, name: str) -> bool:
+        return name in self.adapter_names
 
     async def load_adapter(
         self, name: str, path: str = "", *, is_pinned: bool = False, may_replace: bool = False

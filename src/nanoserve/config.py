@@ -120,7 +120,8 @@ class AdapterOptions:
     """LoRA adapters."""
 
     adapter: str | None = option(
-        None, "NAME=PATH of a PEFT folder to load at the start; more of them with commas between."
+        None,
+        "NAME=PATH of a PEFT folder to load at the start; more of them with commas between. Requests name one by NAME.",
     )
     adapters: Path | None = option(
         None, "Folder of PEFT folders: each is an adapter called like it, read when a request first asks for it."

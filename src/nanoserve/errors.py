@@ -105,7 +105,7 @@ class ModelNotFound(Rejection):
     reason = "MODEL_NOT_FOUND"
 
     def __init__(self, name: str, served: list[str]) -> None:
-        super().__init__(f"model {name!r} is not served; served: {', '.join(served)}")
+        super().__init__(f"model {name!r} is not served; served: {', '.join(served)}; ListModels names adapters too")
         self.name = name
 
 

@@ -49,8 +49,6 @@ class RequestRecord:
     priority: int = 0
     # The prompt is a conversation, not a text.
     is_chat: bool = False
-    # Name of the adapter that was asked for. Empty = none.
-    adapter: str = ""
 
     # Known when the prompt is encoded.
 
@@ -60,8 +58,6 @@ class RequestRecord:
 
     # Known as it runs.
 
-    # Digest of the adapter's content. Empty = there is none.
-    adapter_revision: str = ""
     # When it was first scheduled. None = it never was.
     started_s: float | None = None
     # Prompt tokens from the prefix cache.
@@ -81,6 +77,10 @@ class RequestRecord:
     drafts: Mapping[DraftSource, DraftTotals] = field(default_factory=dict)
     # What its output must be, such as "json_schema". Empty = anything.
     constraint: str = ""
+    # Name of what it is computed with besides the model. Empty = nothing.
+    adapter: str = ""
+    # Of the adapter, once it runs.
+    adapter_revision: str = ""
     # Whether its sequences are that, such as "satisfied", once all have come to their end.
     outcomes: tuple[str, ...] = ()
 

@@ -343,7 +343,9 @@ def test_millions_of_mistakes_are_not_counted(body, param):
 def test_no_method_of_the_openai_package_sends_a_query_that_has_no_table():
     with_query = {end for end, method in METHODS.items() if re.search(r"\bquery=", inspect.getsource(method))}
     assert with_query == QUERIES.keys()
-    assert METHODS.keys() == {(method, path) for method, path in ENDPOINTS if path.startswith("/v1/") and "lora" not in path}
+    assert METHODS.keys() == {
+        (method, path) for method, path in ENDPOINTS if path.startswith("/v1/") and "lora" not in path
+    }
 
 
 @pytest.mark.parametrize("body", [None, [], "x", 5])

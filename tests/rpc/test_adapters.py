@@ -92,7 +92,7 @@ async def test_an_unknown_adapter_is_not_found_and_the_error_says_what_to_do(ada
 async def test_an_unknown_model_is_not_taken_for_an_adapter(adapters, failure_of):
     failure = await failure_of(adapters.generation.Generate(pb.GenerateRequest(text="hi", model="english")))
     assert (failure.code, failure.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
-    assert failure.message == "model 'english' is not served; served: fake, its adapters, which ListModels names"
+    assert failure.message == "model 'english' is not served; served: fake; ListModels names adapters too"
 
 
 @pytest.mark.parametrize("name", NO_NAMES[1:] + ["x" * 2**20], ids=lambda name: repr(name[:20]))

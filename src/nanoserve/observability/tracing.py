@@ -144,16 +144,20 @@ def _request_attributes(request: RequestRecord, model: str) -> Iterator[tuple[st
         yield names.PHASE, "waiting" if request.started_s is None else "running"
     if request.finish_reasons:
         yield "gen_ai.response.finish_reasons", [reason.value for _, reason in sorted(request.finish_reasons.items())]
-    if request.adapter:
-        yield names.ADAPTER, request.adapter
-    if request.adapter_revision:
-        yield names.ADAPTER_REVISION, request.adapter_revision
+    yield from _adapter_attributes(request)
     yield from _constraint_attributes(request)
     # Opt-in: they hold what callers wrote and read.
     if request.prompt is not None:
         yield "gen_ai.input.messages", json.dumps(_input_messages(request.prompt), ensure_ascii=False)
     if request.texts is not None:
         yield "gen_ai.output.messages", json.dumps(list(_output_messages(request)), ensure_ascii=False)
+
+
+def _adapter_attributes(request: RequestRecord) -> Iterator[tuple[str, Any]]:
+    if request.adapter:
+        yield names.ADAPTER, request.adapter
+    if request.adapter_revision:
+        yield names.ADAPTER_REVISION, request.adapter_revision
 
 
 def _constraint_attributes(request: RequestRecord) -> Iterator[tuple[str, Any]]:

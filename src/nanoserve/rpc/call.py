@@ -12,7 +12,7 @@ import itertools
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -124,12 +124,12 @@ class Calls:
 
 
 async def off_loop(
-    convert: Callable[[_Asked, ServedModel, Collection[str]], _Wanted], message: _Asked, engine: Engine
+    convert: Callable[[_Asked, ServedModel, Callable[[str], bool]], _Wanted], message: _Asked, engine: Engine
 ) -> _Wanted:
     """What a message asks for; it is converted on a thread if it is so large that other streams would wait for it."""
     if message.ByteSize() < _LARGE_MESSAGE_BYTES:
-        return convert(message, engine.model, engine.adapter_names)
-    return await asyncio.to_thread(convert, message, engine.model, engine.adapter_names)
+        return convert(message, engine.model, engine.has_adapter)
+    return await asyncio.to_thread(convert, message, engine.model, engine.has_adapter)
 
 
 def principal_of(metadata: Metadata) -> str:

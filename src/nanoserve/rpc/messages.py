@@ -8,7 +8,8 @@ from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
 from nanoserve.adapter.vocabulary import AdapterInfo, AdapterStats, AdapterStatus, Residency
 from nanoserve.constraint.outcome import Outcome
-from nanoserve.engine.engine import ServedModel, Stats
+from nanoserve.engine.engine import ServedModel
+from nanoserve.engine.statistics import Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
 from nanoserve.request import ConstraintReport, DraftSource, FinishReason, SamplingParams, TokenLogprob, Treatment
 

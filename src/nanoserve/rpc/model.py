@@ -27,7 +27,9 @@ class ModelService:
     async def ListModels(self, request: model_pb2.ListModelsRequest, _call: Call) -> model_pb2.ListModelsResponse:
         validate.nothing(request)
         engine = self._engine()
-        adapters = [messages.adapter_model(engine.model, *each) for each in sorted(engine.adapter_names.items())]
+        # It looks into the folder that they lie in.
+        names = await asyncio.to_thread(lambda: engine.adapter_names)
+        adapters = [messages.adapter_model(engine.model, name, info) for name, info in names.items()]
         return model_pb2.ListModelsResponse(models=[messages.model(engine.model), *adapters])
 
     async def Tokenize(self, request: model_pb2.TokenizeRequest, _call: Call) -> model_pb2.TokenizeResponse:

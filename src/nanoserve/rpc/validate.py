@@ -8,7 +8,7 @@ client without a word, and the caller would believe that it had counted. message
 import contextlib
 import dataclasses
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -50,6 +50,14 @@ MAX_PATH_CHARS = 4096
 CHOOSING = {generation_pb2.ToolChoiceMode.Value(f"TOOL_CHOICE_MODE_{each.name}"): each for each in Choosing}
 # As chat templates know them. 0 is ROLE_UNSPECIFIED.
 ROLES = {value: name.removeprefix("ROLE_").lower() for name, value in generation_pb2.Role.items() if value != 0}
+
+
+# Whether there is an adapter of a name.
+IsAdapter = Callable[[str], bool]
+
+
+def _is_none(_name: str) -> bool:
+    return False
 
 
 class Violations:
@@ -135,12 +143,12 @@ class Asked:
     adapter: str
 
 
-def generation(request: generation_pb2.GenerateRequest, model: ServedModel, adapters: Collection[str] = ()) -> Asked:
-    """The rest holds as the message has it. adapters: names of those that there are.
+def generation(request: generation_pb2.GenerateRequest, model: ServedModel, is_adapter: IsAdapter = _is_none) -> Asked:
+    """The rest holds as the message has it. is_adapter: whether there is one of a name.
 
     Raises ModelNotFound, else InvalidRequest with every violation.
     """
-    check_model(request.model, model, adapters)
+    check_model(request.model, model, is_adapter)
     violations = Violations(request)
     adapter = _adapter(request, model, violations)
     prompt = _prompt(request, model, violations)
@@ -167,10 +175,10 @@ def generation(request: generation_pb2.GenerateRequest, model: ServedModel, adap
 
 
 def tokenization(
-    request: model_pb2.TokenizeRequest, model: ServedModel, adapters: Collection[str] = ()
+    request: model_pb2.TokenizeRequest, model: ServedModel, is_adapter: IsAdapter = _is_none
 ) -> tuple[str | Chat, bool | None]:
     """What is to be tokenized, and add_special_tokens. Raises as generation() does."""
-    check_model(request.model, model, adapters)
+    check_model(request.model, model, is_adapter)
     violations = Violations(request)
     prompt: str | Chat = request.text
     if request.HasField("chat"):
@@ -182,10 +190,10 @@ def tokenization(
 
 
 def detokenization(
-    request: model_pb2.DetokenizeRequest, model: ServedModel, adapters: Collection[str] = ()
+    request: model_pb2.DetokenizeRequest, model: ServedModel, is_adapter: IsAdapter = _is_none
 ) -> list[int]:
     """The token ids. Raises as generation() does."""
-    check_model(request.model, model, adapters)
+    check_model(request.model, model, is_adapter)
     violations = Violations(request)
     violations.token_ids("token_ids", request.token_ids, model.vocab_size)
     violations.raise_if_any()
@@ -193,10 +201,10 @@ def detokenization(
 
 
 def constraint_check(
-    request: model_pb2.CheckConstraintRequest, model: ServedModel, adapters: Collection[str] = ()
+    request: model_pb2.CheckConstraintRequest, model: ServedModel, is_adapter: IsAdapter = _is_none
 ) -> Constraint:
     """The constraint, of which only the form is checked. Raises as generation() does."""
-    check_model(request.model, model, adapters)
+    check_model(request.model, model, is_adapter)
     violations = Violations(request)
     constraint = _constraint(request.constraint, violations)
     violations.raise_if_any()
@@ -250,10 +258,10 @@ def nothing(request: Message) -> None:
     Violations(request).raise_if_any()
 
 
-def check_model(name: str, model: ServedModel, adapters: Collection[str]) -> None:
+def check_model(name: str, model: ServedModel, is_adapter: IsAdapter) -> None:
     """Empty = the default model. An adapter's name is that of a model too. Raises ModelNotFound."""
-    if name not in ("", model.name) and name not in adapters:
-        raise ModelNotFound(name, [model.name, *(["its adapters, which ListModels names"] if adapters else [])])
+    if name not in ("", model.name) and not is_adapter(name):
+        raise ModelNotFound(name, [model.name])
 
 
 # ---------------------------------------------------------------------------------------------- the parts
