@@ -373,6 +373,23 @@ class ServedAdapters:
     def _fail(self, sequences: Iterable[Sequence], error: Failure | Rejection) -> None:
         self._changes.failures += [(request_id, error) for request_id in {s.request.id for s in sequences}]
 
+    def check_invariants(self) -> None:
+        """Raise AssertionError if states, slots and memory do not agree. For tests, between steps."""
+        self.residency.check_invariants()
+        states = [*self._served.values(), *self._retired]
+        assert all(state.live for state in self._retired)
+        assert all(state.is_served for state in self._served.values())
+        assert {state for state in states if state.live} == self._used.keys()
+        assert self._drains.keys() <= set(self._retired)
+        assert self.store.num_bytes <= self.store.max_bytes
+        for state in states:
+            running = [sequence for sequence in state.live if sequence.row is not None]
+            assert len(running) == state.num_running
+            assert not running or state.is_written
+            assert all(sequence.adapter is state for sequence in state.live)
+            assert set(state.waiting) <= state.live - set(running)
+            assert not state.is_queued or state.is_open or state.slot is not None
+
 
 def answer_without_adapters(message: AdapterMessage) -> AdapterAnswer:
     """What a server says that was started without adapters."""
