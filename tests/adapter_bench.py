@@ -105,8 +105,8 @@ class AdapterBench(WatchedBench):
         for sequence in self.scheduler._running():
             assert sequence.adapter is None or sequence.adapter.slot != slot, "a slot is written while it is used"
 
-    def add(self, request_id, prompt, adapter="", **options):
-        named = Adapter(adapter, options.pop("guess", "")) if adapter else None
+    def add(self, request_id, prompt, adapter="", *, guess="", **options):
+        named = Adapter(adapter, guess) if adapter else None
         return super().add(request_id, prompt, adapter=named, **options)
 
     def step(self):
