@@ -90,6 +90,8 @@ class AdapterCounts:
     # Since the start: how often weights were read, and how often a slot was taken from an adapter for another.
     num_loads: int
     num_evictions: int
+    # Adapters that can be computed with in one step.
+    num_slots: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ class ServedAdapters:
     def counts(self) -> AdapterCounts:
         """Who has sequences, and what that cost."""
         uses = tuple(AdapterUse(s.name, s.num_running, len(s.live) - s.num_running) for s in self._used)
-        return AdapterCounts(uses, self._num_loads, self.residency.num_evictions)
+        return AdapterCounts(uses, self._num_loads, self.residency.num_evictions, self.store.num_slots)
 
     # ------------------------------------------------------------------------------------------- messages
 
