@@ -128,8 +128,8 @@ class AdapterOptions:
     )
     adapters: Path | None = option(
         None,
-        "Folder of PEFT folders: each is an adapter called like it, read when a request first asks for it; builtin = those"
-        " that are made for the built-in model.",
+        "Folder of PEFT folders: each is an adapter called like it, read when a request first asks for it; builtin ="
+        " those that are made for the built-in model.",
     )
     adapter_memory_bytes: int = option(
         2 * 2**30, "Most memory for the weights of adapters that are read.", flag="--adapter-memory", at_least=1
