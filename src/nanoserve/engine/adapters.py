@@ -238,10 +238,12 @@ class ServedAdapters:
         """A slot must be left for those that are not pinned. Raises InvalidRequest."""
         if not message.is_pinned:
             return
-        num_others = sum(state.is_pinned for state in self._served.values() if state.name != message.name)
+        # One that is unloaded may yet be served again.
+        states = (*self._served.values(), *self._drains)
+        others = {s.name for s in states if s.info is not None and s.info.is_pinned} - {message.name}
         most = self.store.num_slots - 1
-        if num_others >= most:
-            why = f"{num_others} others are pinned; at most {most} can be, one less than --adapter-slots"
+        if len(others) >= most:
+            why = f"{len(others)} others are pinned; at most {most} can be, one less than --adapter-slots"
             raise InvalidRequest([Violation("pinned", why)])
 
     def _state_for(self, message: LoadAdapter, info: AdapterInfo) -> AdapterState:
