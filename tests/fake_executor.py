@@ -36,9 +36,7 @@ def next_token(token_ids: Sequence[int], seed: int, vocab_size: int, revision: s
     return int.from_bytes(digest[:4], "little") % vocab_size
 
 
-def expected_completion(
-    prompt: Sequence[int], seed: int, count: int, vocab_size: int, revision: str = ""
-) -> list[int]:
+def expected_completion(prompt: Sequence[int], seed: int, count: int, vocab_size: int, revision: str = "") -> list[int]:
     """The completion that any correct schedule gives."""
     token_ids = list(prompt)
     for _ in range(count):
@@ -73,7 +71,7 @@ class FakeSlots:
         self.num_slots = num_slots
         self.revisions: list[str | None] = [None] * num_slots
         # Raises if nobody may write a slot now.
-        self.check: Callable[[int], None] = lambda slot: None
+        self.check: Callable[[int], None] = lambda _: None
         self.num_writes = 0
 
     def write(self, slot: int, weights: Any) -> None:
