@@ -71,7 +71,7 @@ class FakeSlots:
         self.num_slots = num_slots
         self.revisions: list[str | None] = [None] * num_slots
         # Raises if nobody may write a slot now.
-        self.check: Callable[[int], None] = lambda slot: None
+        self.check: Callable[[int], None] = lambda _: None
         self.num_writes = 0
 
     def write(self, slot: int, weights: Any) -> None:

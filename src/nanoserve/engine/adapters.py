@@ -99,7 +99,7 @@ class ServedAdapters:
     def _bind(self, sequence: Sequence, state: AdapterState) -> None:
         """It will be computed with this content, as soon as that is known."""
         request, sequence.adapter = sequence.request, state
-        state.live.add(sequence)
+        state.live[sequence] = None
         self._used[state] = None
         if state.info is not None and request.adapter != state.info.adapter:
             # Its blocks were named for another content, or for none.
@@ -112,7 +112,7 @@ class ServedAdapters:
         assert state is not None
         if sequence in state.waiting:
             self.residency.stop_waiting(state, sequence)
-        state.live.remove(sequence)
+        del state.live[sequence]
         self._forget_if_unused(state)
 
     def _forget_if_unused(self, state: AdapterState) -> None:
@@ -238,10 +238,12 @@ class ServedAdapters:
         """A slot must be left for those that are not pinned. Raises InvalidRequest."""
         if not message.is_pinned:
             return
-        num_others = sum(state.is_pinned for state in self._served.values() if state.name != message.name)
+        # One that is unloaded may yet be served again.
+        states = (*self._served.values(), *self._drains)
+        others = {s.name for s in states if s.info is not None and s.info.is_pinned} - {message.name}
         most = self.store.num_slots - 1
-        if num_others >= most:
-            why = f"{num_others} others are pinned; at most {most} can be, one less than --adapter-slots"
+        if len(others) >= most:
+            why = f"{len(others)} others are pinned; at most {most} can be, one less than --adapter-slots"
             raise InvalidRequest([Violation("pinned", why)])
 
     def _state_for(self, message: LoadAdapter, info: AdapterInfo) -> AdapterState:
@@ -292,7 +294,7 @@ class ServedAdapters:
         self.residency.want(state)
 
     def _move(self, sequence: Sequence, old: AdapterState, new: AdapterState) -> None:
-        old.live.remove(sequence)
+        del old.live[sequence]
         if sequence in old.waiting:
             self.residency.stop_waiting(old, sequence)
             self._changes.moved.append(sequence)
@@ -371,7 +373,7 @@ class ServedAdapters:
             self.residency.want(state)
 
     def _fail(self, sequences: Iterable[Sequence], error: Failure | Rejection) -> None:
-        self._changes.failures += [(request_id, error) for request_id in {s.request.id for s in sequences}]
+        self._changes.failures += [(request_id, error) for request_id in dict.fromkeys(s.request.id for s in sequences)]
 
     def check_invariants(self) -> None:
         """Raise AssertionError if states, slots and memory do not agree. For tests, between steps."""
@@ -387,7 +389,7 @@ class ServedAdapters:
             assert len(running) == state.num_running
             assert not running or state.is_written
             assert all(sequence.adapter is state for sequence in state.live)
-            assert set(state.waiting) <= state.live - set(running)
+            assert set(state.waiting) <= state.live.keys() - set(running)
             assert not state.is_queued or state.is_open or state.slot is not None
 
 

@@ -44,10 +44,10 @@ class Residency:
         # By slot, the number of the last step that computes with it.
         self._last_steps = [0] * store.num_slots
         # States with sequences that wait, and pinned ones.
-        self._wanted: set[AdapterState] = set()
+        self._wanted: dict[AdapterState, None] = {}
         self._closed: list[AdapterState] = []
         # Of these, `is_open` may have changed.
-        self._turned: set[AdapterState] = set()
+        self._turned: dict[AdapterState, None] = {}
         self._uses = itertools.count(1)
         # One of those that wait is read; one at a time, because a slot is written by the same thread.
         self._is_reading = False
@@ -57,13 +57,13 @@ class Residency:
     def wait(self, state: AdapterState, sequence: Sequence) -> None:
         """It waits for a row, or for its adapter."""
         bisect.insort(state.waiting, sequence, key=lambda s: s.rank)
-        self._wanted.add(state)
+        self._wanted[state] = None
 
     def stop_waiting(self, state: AdapterState, sequence: Sequence) -> None:
         """It does not want a row any more."""
         state.waiting.remove(sequence)
         if not state.waiting and not state.is_pinned:
-            self._wanted.discard(state)
+            self._wanted.pop(state, None)
             state.wants_slot_since_s = None
 
     def begin(self, state: AdapterState, sequence: Sequence) -> None:
@@ -93,9 +93,9 @@ class Residency:
     def want(self, state: AdapterState) -> None:
         """It may have been pinned, or not be any more."""
         if state.is_pinned or state.waiting:
-            self._wanted.add(state)
+            self._wanted[state] = None
         else:
-            self._wanted.discard(state)
+            self._wanted.pop(state, None)
 
     @property
     def has_waiting(self) -> bool:
@@ -114,8 +114,8 @@ class Residency:
     def leave(self, state: AdapterState) -> None:
         """Nobody will use it again."""
         assert not state.live
-        self._wanted.discard(state)
-        self._turned.discard(state)
+        self._wanted.pop(state, None)
+        self._turned.pop(state, None)
         if state.slot is not None:
             self._vacate(state)
         if state.info is not None:
@@ -212,7 +212,7 @@ class Residency:
             self._give_up(state, error)
             return
         state.is_written = True
-        self._turned.add(state)
+        self._turned[state] = None
 
     def _vacate(self, state: AdapterState) -> None:
         """Take its slot away."""
@@ -229,7 +229,7 @@ class Residency:
         elif is_closed:
             self._closed.append(state)
         state.is_closed = is_closed
-        self._turned.add(state)
+        self._turned[state] = None
 
     def _make_slots_free(self, unplaced: list[AdapterState], now: float) -> None:
         """Close as many slots as there are adapters that were passed for too long. unplaced: in order."""

@@ -115,8 +115,8 @@ class AdapterState:
     info: AdapterInfo | None = None
     # New requests of its name get it.
     is_served: bool = True
-    # Sequences that are not over.
-    live: set[Sequence] = field(default_factory=set)
+    # Sequences that are not over, in order of arrival.
+    live: dict[Sequence, None] = field(default_factory=dict)
     # Those that wait for a row, or for this adapter, in order of rank.
     waiting: list[Sequence] = field(default_factory=list)
     num_running: int = 0
