@@ -85,6 +85,8 @@ async def test_an_unknown_adapter_is_not_found_and_the_error_says_what_to_do(ada
     assert (failure.code, failure.reason) == (grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND")
     assert "'english'" in failure.message
     assert "ListModels" in failure.message
+    resource = failure.details["ResourceInfo"]
+    assert (resource.resource_type, resource.resource_name) == ("adapter", "english")
     # What other tenants are called is not everybody's business.
     assert "pirate" not in failure.message
 
