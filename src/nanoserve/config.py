@@ -132,6 +132,11 @@ class AdapterOptions:
         16, "Adapters that can be computed with in one step; their weights take memory a second time.", at_least=1
     )
 
+    @property
+    def are_wanted(self) -> bool:
+        """Adapters are served."""
+        return self.adapter is not None or self.adapters is not None
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
