@@ -340,7 +340,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_requests_and_the_next_one_may_
 def test_a_slot_that_cannot_be_written_fails_its_requests_alone():
     bench = AdapterBench()
 
-    def full(slot):
+    def full(_slot):
         raise MemoryError("device")
 
     bench.slots.check = full
