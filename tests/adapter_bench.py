@@ -119,9 +119,10 @@ class AdapterBench(WatchedBench):
 
     def run(self, max_steps=2000):
         for _ in range(max_steps):
-            if not self.scheduler.has_work and not self.scheduler.is_awaiting and not self.store.jobs:
-                return self
+            is_over = not (self.scheduler.has_work or self.scheduler.is_awaiting or self.store.jobs)
             self.step()
+            if is_over:
+                return self
         raise AssertionError("the scheduler does not come to an end")
 
     # ------------------------------------------------------------------------------------------ messages

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model import runner as runner_module
+from nanoserve.model.adapters import AdapterSlots
 from nanoserve.model.loader import LoadedModel
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Place
@@ -26,8 +27,9 @@ from nanoserve.request import (
 BLOCK_SIZE = 4
 
 
-def admission(token_ids: list[int], **params: Any) -> Admission:
-    return Admission(SamplingParams(**params), 0, token_ids, len(token_ids), frozenset())
+def admission(token_ids: list[int], adapter_slot: int | None = None, **params: Any) -> Admission:
+    sampling = SamplingParams(**params)
+    return Admission(sampling, 0, token_ids, len(token_ids), frozenset(), adapter_slot=adapter_slot)
 
 
 class GreedySampler:
@@ -58,7 +60,12 @@ class Feeder:
     """Block tables are cut from a shuffled pool, so that no two blocks of a sequence are neighbours for long."""
 
     def __init__(
-        self, model: LoadedModel, max_context_tokens: int, monkeypatch: pytest.MonkeyPatch, num_rows: int = 8
+        self,
+        model: LoadedModel,
+        max_context_tokens: int,
+        monkeypatch: pytest.MonkeyPatch,
+        num_rows: int = 8,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         blocks_each = -(-max_context_tokens // BLOCK_SIZE)
         num_blocks = num_rows * blocks_each
@@ -67,7 +74,10 @@ class Feeder:
         self.runner = ModelRunner(
             *(model, self.cache, self.sampler, num_rows, num_rows * max_context_tokens),  # type: ignore[arg-type]
             max_context_tokens=max_context_tokens,
+            adapters=adapters,
         )
+        # Row -> the slot of its adapter, if it has one.
+        self.adapter_slots: dict[int, int] = {}
         torch.set_num_threads(1)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).tolist()
         self.block_tables = [order[i * blocks_each : (i + 1) * blocks_each] for i in range(num_rows)]
@@ -111,7 +121,7 @@ class Feeder:
                     num_known=count,
                     new_block_ids=self.block_tables[row][had : -(-end // BLOCK_SIZE)],
                     samples=samples,
-                    admission=admission(tokens, prompt_logprobs=0) if is_new else None,
+                    admission=admission(tokens, self.adapter_slots.get(row), prompt_logprobs=0) if is_new else None,
                     num_prompt_logprobs=count,
                 )
             )

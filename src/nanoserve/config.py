@@ -143,6 +143,11 @@ class AdapterOptions:
         """Where adapters are found by their names. None = nowhere."""
         return BUILTIN_ADAPTERS if self.adapters == Path(BUILTIN_ADAPTERS_NAME) else self.adapters
 
+    @property
+    def are_wanted(self) -> bool:
+        """Adapters are served."""
+        return self.adapter is not None or self.adapters is not None
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:

@@ -2,16 +2,11 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import pytest
 from nanoserve_client.v1 import admin_pb2, model_pb2
 from scripted_server import RichStatus, Script
-
-from nanoserve.cli.serve import adapters_fact
-from nanoserve.config import AdapterOptions
-from nanoserve.request import Fact
 
 ADAPTERS = admin_pb2.ListAdaptersResponse(
     adapters=[
@@ -183,19 +178,3 @@ def test_the_help_says_how_the_two_forms_differ(command):
     assert "--adapter TEXT NAME=PATH of a PEFT folder to load at the start" in " ".join(
         command("serve", "--help").stdout.split()
     )
-
-
-# ---------------------------------------------------------------------------------------------------- the start
-
-
-@pytest.mark.parametrize(
-    ("names", "root", "told"),
-    [
-        (["a", "b"], None, "2 (a, b), 4 slots, 1 GiB of memory"),
-        ([], Path("/root"), "0, 4 slots, 1 GiB of memory; more may come into /root"),
-        (list("abcdefgh"), None, "8 (a, b, c, d, e, f, ...), 4 slots, 1 GiB of memory"),
-    ],
-)
-def test_the_start_says_which_there_are(names, root, told):
-    options = AdapterOptions(adapters=root, adapter_slots=4, adapter_memory_bytes=1 << 30)
-    assert adapters_fact(names, options) == Fact("adapters", told)

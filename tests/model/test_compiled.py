@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from nanoserve.config import ModelOptions
 from nanoserve.model import compiled, cpu, narrow, packing
-from nanoserve.model.compiled import BackgroundCompiler, watch_calls
+from nanoserve.model.compiled import BackgroundCompiler, LayerCall, watch_calls
 from nanoserve.model.formulas import Formula
 from nanoserve.model.loader import LoadedModel, load_model
 from nanoserve.model.packing import PackedWeight
@@ -108,9 +108,9 @@ def test_all_parts_are_compiled_and_compute_the_same(
     monkeypatch.setattr(narrow, "BLOCK_SIZES", (1, 6))  # others would take time, and are no different
     for_one_token = []
 
-    def forward(run_layer: Any, layer: Any, *, only_one_token: bool) -> Any:
-        for_one_token.append(only_one_token)
-        return made_forward(run_layer, layer, only_one_token=only_one_token)
+    def forward(run_layer: Any, layer: Any, call: LayerCall) -> Any:
+        for_one_token.append(call.args[0].shape[1] == 1)
+        return made_forward(run_layer, layer, call)
 
     made_forward = compiled._forward
     monkeypatch.setattr(compiled, "_forward", forward)
@@ -213,8 +213,8 @@ def test_a_compiled_layer_that_fails_is_replaced_by_the_plain_one_within_the_ste
         calls.append(1)
         raise RuntimeError("unexpected stride")
 
-    for _, layer in compiled.decoder_layers(model.model):
-        layer.forward = compiled._forward(fails, layer, only_one_token=False)
+    for path, layer in compiled.decoder_layers(model.model):
+        layer.forward = compiled._forward(fails, layer, LayerCall(path, (torch.zeros(1, 2, 3),), {}))
     assert largest_error(feeder, want) < TOLERANCES["float32"]
     assert len(calls) == len(list(compiled.decoder_layers(model.model)))
 

@@ -14,14 +14,7 @@ from nanoserve.cli.http import openai_api
 from nanoserve.cli.loading import Loading
 from nanoserve.cli.sources import Choices
 from nanoserve.cli.terminal import FILE_FORMAT, TERMINAL_FORMAT, start_logging
-from nanoserve.config import (
-    BUILTIN_MODEL,
-    BUILTIN_MODEL_NAME,
-    AdapterOptions,
-    Options,
-    ServerConfig,
-    format_size,
-)
+from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, Options, ServerConfig
 from nanoserve.observability import logs
 from nanoserve.observer import Observers
 from nanoserve.request import Fact, Stage
@@ -40,9 +33,6 @@ EXAMPLES = """
     nanoserve serve ./my-model --adapters ./adapters --adapter tenant-a=./elsewhere/a --admin-keys admin.txt
     NANOSERVE_MAX_NUM_SEQS=16 nanoserve serve --config server.toml
 """
-
-# Names of adapters that the start tells.
-SHOWN_ADAPTERS = 6
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +116,6 @@ async def _serve(
     loading.report(Fact("gRPC", f"{address}, {_protection(options.server)}"))
     for fact in http_facts:
         loading.report(fact)
-    if (names := engine.adapter_names) or options.adapters.root is not None:
-        loading.report(adapters_fact(list(names), options.adapters))
     ready_after_s = time.monotonic() - started_s
     observers.server_ready(engine.model.name, ready_after_s)
     logger.info("ready after %.1f s: %s on %s\n%s", ready_after_s, engine.model.name, address, loading.summary())
@@ -141,14 +129,6 @@ async def _serve(
     await engine.close()
     logger.info("stopped")
     return 0
-
-
-def adapters_fact(names: list[str], options: AdapterOptions) -> Fact:
-    """Which adapters there are, and what they may take."""
-    some = ", ".join(names[:SHOWN_ADAPTERS]) + (", ..." if len(names) > SHOWN_ADAPTERS else "")
-    takes = f"{options.adapter_slots} slots, {format_size(options.adapter_memory_bytes)} of memory"
-    where = "" if options.root is None else f"; more may come into {options.root}"
-    return Fact("adapters", f"{len(names)}{f' ({some})' if names else ''}, {takes}{where}")
 
 
 def _protection(config: ServerConfig) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanoserve.model.adapters import put_trial_adapters
 from nanoserve.model.compiled import NUM_TOKENS, Job, LayerCall, map_tensors
 from nanoserve.model.formulas import Formula
 from nanoserve.model.loader import load_skeleton
@@ -67,6 +68,9 @@ def prepare_layer(call: LayerCall, job: Job) -> tuple[Callable[..., Any], tuple[
     model = load_skeleton(job.folder, job.dtype, trust_remote_code=job.trust_remote_code)
     layer = model.get_submodule(call.path).to_empty(device="cpu")
     apply_layout(model, {path: kind for path, kind in job.layout.items() if path.startswith(f"{call.path}.")})
+    for adapted in put_trial_adapters(layer, call.adapted, job.dtype):
+        mark_any_size(adapted.a, 0)
+        mark_any_size(adapted.b, 0)
     for module in layer.modules():
         module.paged_index = torch.tensor(0)  # of which attention looks at its own
 

@@ -10,6 +10,7 @@ same make, and any part only if, on a trial call, it computes what the plain one
 what cannot be compiled is served as it is.
 """
 
+import copy
 import hashlib
 import logging
 import os
@@ -20,7 +21,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ import transformers
 from torch import Tensor, nn
 
 from nanoserve.model import attend
+from nanoserve.model.adapters import adapting, is_adapting, put_trial_adapters, trial_addition
 from nanoserve.model.attention import AttentionForm, CompiledAttention, attending
 from nanoserve.model.cpu import compiled_folder
 from nanoserve.model.formulas import Formula, Place, attention_formula
@@ -37,7 +40,7 @@ from nanoserve.model.loader import LoadedModel
 from nanoserve.model.probe import stand_in
 from nanoserve.model.threads import TORCH_THREADS, one_thread
 from nanoserve.model.torch_internals import load_compiled
-from nanoserve.model.weights import Layout, Weight
+from nanoserve.model.weights import Layout, ServedLinear, Weight
 
 # Of a trial call. Unlike any width in a model, so that a dimension of this size is known to count tokens.
 NUM_TOKENS = 37
@@ -56,6 +59,8 @@ class LayerCall:
     path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    # Paths in the layer of what adapters change. Empty = it is called without any.
+    adapted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +104,29 @@ class _Trial:
             return tensor
 
         args, kwargs, result = map_tensors(first, (self.call.args, self.call.kwargs, self.result))
-        return _Trial(self.layer, LayerCall(self.call.path, args, kwargs), result)
+        return _Trial(self.layer, replace(self.call, args=args, kwargs=kwargs), result)
+
+    @property
+    def with_adapters(self) -> "_Trial | None":
+        """The same with adapters. None = they change nothing in it."""
+        modules = self.layer.named_modules()
+        adapted = tuple(path for path, inner in modules if isinstance(inner, ServedLinear) and inner.adapted)
+        if not adapted:
+            return None
+        call = replace(self.call, adapted=adapted)
+        with torch.inference_mode(), _standing_in(call):
+            return _Trial(self.layer, call, self.layer(*call.args, **call.kwargs))
 
     @property
     def parts(self) -> dict[str, "_Trial"]:
         """What is compiled of it, and as what call: for any number of tokens, and, where products can become a part of
-        it, for one token.
+        it, for one token; each without adapters, and with them if there may be some.
         """
         parts = {f"layer-{self.make}": self}
+        if (with_adapters := self.with_adapters) is not None:
+            parts[f"layer-{self.make}-adapters"] = with_adapters
         if any(weight.form for weight in _weights(self.layer)):
-            parts[f"layer-{self.make}-1"] = self.with_one_token
+            parts |= {f"{name}-1": trial.with_one_token for name, trial in parts.items()}
         return parts
 
 
@@ -197,8 +215,7 @@ def _use_formula(formula: Formula, place: Place, function: Callable[..., Any]) -
 def _use_layer(trials: Sequence[_Trial], run_layer: Callable[..., Any]) -> bool:
     good = [trial for trial in trials if _computes_the_same(trial, run_layer)]
     for trial in good:
-        num_tokens = trial.call.args[0].shape[1]
-        trial.layer.forward = _forward(run_layer, trial.layer, only_one_token=num_tokens == 1)
+        trial.layer.forward = _forward(run_layer, trial.layer, trial.call)
     return len(good) > 0
 
 
@@ -303,12 +320,16 @@ def _load(folder: Path, name: str) -> Callable[..., Any] | None:
         return None
 
 
-def _forward(run_layer: Callable[..., Any], layer: nn.Module, *, only_one_token: bool) -> Callable[..., Any]:
-    """The layer's forward, compiled, for steps of one token or for all; as it was before, for good, if that fails."""
+def _forward(run_layer: Callable[..., Any], layer: nn.Module, call: LayerCall) -> Callable[..., Any]:
+    """The layer's forward, compiled, for steps like the call: with adapters or without, of one token or of any number.
+
+    For others, and for good if it fails, as it was before.
+    """
     before = layer.forward
+    only_one_token, has_adapters = call.args[0].shape[1] == 1, bool(call.adapted)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if only_one_token and args[0].shape[1] != 1:
+        if is_adapting() != has_adapters or (only_one_token and args[0].shape[1] != 1):
             return before(*args, **kwargs)
         try:
             return run_layer(layer, args, kwargs)
@@ -322,12 +343,33 @@ def _forward(run_layer: Callable[..., Any], layer: nn.Module, *, only_one_token:
 
 def _computes_the_same(trial: _Trial, run_layer: Callable[..., Any]) -> bool:
     """Whether a compiled layer gives what the layer gave."""
-    with attending(stand_in):
-        got = _first(run_layer(trial.layer, trial.call.args, trial.call.kwargs)).float()
+    with _standing_in(trial.call):
+        layer = _with_trial_adapters(trial.layer, trial.call) if trial.call.adapted else trial.layer
+        got = _first(run_layer(layer, trial.call.args, trial.call.kwargs)).float()
     hidden, want = trial.call.args[0], _first(trial.result).float()
     added = (want - hidden.float()).norm()
     rounding = TOLERATED_STEPS * torch.finfo(hidden.dtype).eps * hidden.float().norm()
     return bool((got - want).norm() <= TOLERANCE * added + rounding)
+
+
+def _with_trial_adapters(layer: nn.Module, call: LayerCall) -> nn.Module:
+    """A copy with the same weights: the adapters of the layer itself are in use."""
+
+    def copied(module: nn.Module) -> nn.Module:
+        new = copy.copy(module)
+        new._modules = {name: child if child is None else copied(child) for name, child in module._modules.items()}
+        return new
+
+    layer = copied(layer)
+    put_trial_adapters(layer, call.adapted, call.args[0].dtype)
+    return layer
+
+
+@contextmanager
+def _standing_in(call: LayerCall) -> Iterator[None]:
+    """Something takes the place of attention, and of adapters where the call is with them."""
+    with attending(stand_in), adapting(trial_addition) if call.adapted else nullcontext():
+        yield
 
 
 def _first(out: Any) -> Tensor:

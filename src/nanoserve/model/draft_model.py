@@ -138,7 +138,7 @@ class DraftModel:
         }
         if not lines:
             return {}, len(hidden)
-        logits = self._as_wide(self.model.logits(hidden[list(lines.values())]))
+        logits = self._as_wide(self.model.logits(hidden[list(lines.values())], list(lines)))
         places = [Place(row, ends[row], tuple(drafts[row])) for row in lines]
         token_ids = self._sampler.draw(places, logits)
         evidence = (_shares(logits, token_ids) * MAX_EVIDENCE).round().int().tolist()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nanoserve.model.narrow import NarrowWeight, can_narrow, is_exact
 from nanoserve.model.packing import PackedWeight
 from nanoserve.model.torch_internals import can_pack
-from nanoserve.model.weights import Kind, Layout, PlainWeight
+from nanoserve.model.weights import LINEAR, Kind, Layout, PlainWeight, plain_weight
 
 
 def kept_dtype(device: torch.device, dtype: torch.dtype, stored: torch.dtype, *, is_compiled: bool) -> torch.dtype:
@@ -24,14 +24,14 @@ def decide_layout(model: nn.Module, device: torch.device, dtype: torch.dtype, ke
     rest = Kind(PackedWeight if can_pack(device, dtype) else PlainWeight, dtype)
     uses: dict[Tensor, dict[str, nn.Module]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if type(module) in (nn.Linear, nn.Embedding):
+        if type(module) in (*LINEAR, nn.Embedding):
             uses.setdefault(module.weight, {})[path] = module
     layout: Layout = {}
     for weight, modules in uses.items():
         may_narrow = kept != dtype and is_exact(weight.detach(), kept)
-        is_shared = any(isinstance(module, nn.Linear) for module in modules.values())
+        is_shared = any(isinstance(module, LINEAR) for module in modules.values())
         for path, module in modules.items():
-            if may_narrow and (isinstance(module, nn.Embedding) or NarrowWeight.fits(weight)):
+            if may_narrow and (isinstance(module, nn.Embedding) or NarrowWeight.fits(plain_weight(module))):
                 layout[path] = Kind(NarrowWeight, kept)
             elif is_shared:
                 layout[path] = rest

@@ -1,4 +1,4 @@
-"""What lies on the device of each row: the tokens and the blocks of the sequence that has it."""
+"""What is kept of each row: the tokens and the blocks of the sequence that has it, on the device, and its adapter."""
 
 from collections.abc import Iterable
 
@@ -20,6 +20,8 @@ class Rows:
         self.block_tables = torch.zeros(max_num_seqs, max_num_blocks, dtype=torch.long, device=device)
         # The same blocks, for whoever computes on the host.
         self.block_ids: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        # The slot of its adapter. None = the model alone.
+        self.adapter_slots: list[int | None] = [None] * max_num_seqs
 
     def take(self, sequences: list[ScheduledSequence]) -> None:
         """A new sequence's tokens, and new block ids behind those that a row has. Whose it is changes with `commit`."""
@@ -28,6 +30,7 @@ class Rows:
             if s.admission is not None:
                 token_ids = torch.tensor(s.admission.token_ids, dtype=torch.int32)
                 self.tokens[s.row, : len(token_ids)] = token_ids.to(self._device)
+                self.adapter_slots[s.row] = s.admission.adapter_slot
             first = 0 if s.admission is not None else len(self.block_ids[s.row])
             for column, block in enumerate(s.new_block_ids, start=first):
                 rows.append(s.row)

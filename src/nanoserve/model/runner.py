@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanoserve.constraint.matcher import Masks
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
+from nanoserve.model.adapters import AdapterSlots
 from nanoserve.model.draft_model import DraftModel
 from nanoserve.model.grammars import Grammars
 from nanoserve.model.loader import LoadedModel
@@ -75,10 +76,12 @@ class ModelRunner:
         threads: ComputeThreads | None = None,
         speculator: Speculator | None = None,
         draft: tuple[LoadedModel, PagedKVCache] | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         """max_num_tokens: of a step. threads: None where no threads of a CPU compute. speculator: None = no drafts.
 
-        draft: the model that drafts, of the same vocabulary, and its cache, of as many blocks.
+        draft: the model that drafts, of the same vocabulary, and its cache, of as many blocks. It knows no adapters:
+        what it guesses for one is wrong more often, and found wrong. adapters: None = the model has none.
         """
         self._rows = Rows(max_num_seqs, max_context_tokens, cache.block_size, model.device)
         self.model = PagedModel(
@@ -88,6 +91,7 @@ class ModelRunner:
             max_num_tokens=max_num_tokens,
             max_context_tokens=max_context_tokens,
             threads=threads,
+            adapters=adapters,
         )
         self.draft_model = None
         if draft is not None:
@@ -171,7 +175,7 @@ class ModelRunner:
     # ------------------------------------------------------------------------------------------------- the step
 
     def _parts(self, sequences: list[ScheduledSequence]) -> list[_Part]:
-        """What the step computes, fewer tokens first; drafts stand in the rows of tokens too."""
+        """What the step computes, fewer tokens first, then by adapter; drafts stand in the rows of tokens too."""
         drafts: dict[int, list[int]] = {}
         if self._speculator is not None and any(s.num_drafts for s in sequences):
             places = {s.row: s.num_drafts for s in sequences}
@@ -180,13 +184,18 @@ class ModelRunner:
             # A caller's prediction, or another model's draft, may hold what this model does not know.
             is_known = range(self.model.vocab_size).__contains__
             drafts = {row: list(takewhile(is_known, draft)) for row, draft in drafts.items()}
-        parts = sorted((_Part(s, drafts.get(s.row, [])) for s in sequences), key=lambda part: part.num_tokens)
+        parts = sorted((_Part(s, drafts.get(s.row, [])) for s in sequences), key=self._order)
         first = 0
         for part in parts:
             part.first = first
             first += part.num_tokens
         self._rows.write([(part.sequence.row, part.end, part.draft) for part in parts])
         return parts
+
+    def _order(self, part: _Part) -> tuple[int, int]:
+        """Tokens of neighbouring slots are computed together."""
+        slot = self._rows.adapter_slots[part.sequence.row]
+        return part.num_tokens, -1 if slot is None else slot
 
     def _clear_corrupt(self, parts: list[_Part], hidden: Tensor) -> None:
         """Look for NaN and infinity in this step; what they wrote into the cache is zeroed.
@@ -227,7 +236,7 @@ class ModelRunner:
             for i in range(len(part.draft) + 1)
         ]
         lines = [part.first + part.sequence.num_known - 1 + i for part in members for i in range(len(part.draft) + 1)]
-        logits = self.model.logits(hidden[torch.tensor(lines, device=hidden.device)])
+        logits = self.model.logits(hidden[torch.tensor(lines, device=hidden.device)], [place.row for place in places])
         outcomes = iter(self._sampler.sample(places, logits))
         drawn = {}
         for part in members:
@@ -281,7 +290,8 @@ class ModelRunner:
         parts: list[Logprobs] = []
         for i in range(0, len(targets), size):
             some = targets[i : i + size]
-            logits = self.model.logits(hidden[part.first + i : part.first + i + len(some)])
+            rows = [sequence.row] * len(some)
+            logits = self.model.logits(hidden[part.first + i : part.first + i + len(some)], rows)
             if not logits.isfinite().all():
                 return SequenceResult(failure=Failure.CORRUPT)
             parts.append(token_logprobs(logits, some, self._num_prompt_top[sequence.row]))

@@ -10,10 +10,12 @@ file with one class, and a line in layout.py; PlainWeight shows all that it must
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from nanoserve.model.formulas import Formula, Place
 from nanoserve.model.threads import one_thread, usable_cpus
@@ -61,6 +63,16 @@ class PlainWeight(Weight):
         return functional.embedding(ids, self.weight)
 
 
+class Adapted(Protocol):
+    """Stands behind a linear layer."""
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        """x: [..., in_features], of all tokens of the step; out: [..., out_features], the product, which it may take.
+
+        Returns what adapters make of the product.
+        """
+
+
 class _Served(nn.Module):
     def __init__(self, matrix: Weight) -> None:
         super().__init__()
@@ -75,17 +87,20 @@ class _Served(nn.Module):
 class ServedLinear(_Served):
     """Stands for an nn.Linear. Takes [..., in_features], gives [..., out_features].
 
-    `forward` is the one place where something can be added behind every projection, such as an adapter: after the
-    product, whatever computes it, by an operator of torch.library, which a compiled layer calls as it calls attention.
+    `forward` is the one place where something is added behind every projection: what adapters change, after the
+    product, whatever computes that.
     """
 
     def __init__(self, matrix: Weight, bias: nn.Parameter | None) -> None:
         super().__init__(matrix)
         self.in_features, self.out_features = matrix.in_features, matrix.out_features
         self.bias = bias
+        # Set by adapters.py. None = no adapter may change it.
+        self.adapted: Adapted | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.matrix.multiply(x, self.bias)
+        out = self.matrix.multiply(x, self.bias)
+        return out if self.adapted is None else self.adapted.add(x, out)
 
 
 class ServedEmbedding(_Served):
@@ -112,6 +127,16 @@ class Kind:
 Layout = dict[str, Kind]
 
 
+# GPT-2's Conv1D is a linear layer with its weight transposed.
+LINEAR = (nn.Linear, Conv1D)
+
+
+def plain_weight(module: nn.Module) -> Tensor:
+    """Of a linear layer [out_features, in_features], or of an embedding."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
 def apply_layout(model: nn.Module, layout: Layout) -> None:
     """Replace the modules that it names. What shares a weight still does, if it is to be of one kind.
 
@@ -125,9 +150,9 @@ def apply_layout(model: nn.Module, layout: Layout) -> None:
     def replace(use: tuple[tuple[int, Kind], list[str]]) -> None:
         (_, kind), paths = use
         modules = {path: model.get_submodule(path) for path in paths}
-        matrix = kind.make(modules[paths[0]].weight.detach().to(kind.dtype))  # type: ignore[operator]
+        matrix = kind.make(plain_weight(modules[paths[0]]).detach().to(kind.dtype).contiguous())
         for path, module in modules.items():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, LINEAR):
                 model.set_submodule(path, ServedLinear(matrix, module.bias))
             elif matrix.has_rows:
                 model.set_submodule(path, ServedEmbedding(matrix))
