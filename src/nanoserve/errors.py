@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,16 @@ class RequestError(Exception):
     retry_after_s: float | None = None
     # ErrorInfo.metadata: what programs may want to know besides.
     facts: Mapping[str, object] = MappingProxyType({})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels between processes as it is: what was made of the arguments is not made again."""
+        return _arrived, (type(self), self.args, self.__dict__)
+
+
+def _arrived(kind: type[RequestError], args: tuple[object, ...], state: Mapping[str, object]) -> RequestError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class Rejection(RequestError):
@@ -81,10 +91,6 @@ class ConstraintInvalid(Rejection):
             "violations": len(problems),
         }
 
-    def __reduce__(self) -> tuple[type["ConstraintInvalid"], tuple[str, list[ConstraintProblem]]]:
-        """It travels between processes."""
-        return type(self), (self.field, self.problems)
-
 
 class ContextLengthExceeded(Rejection):
     """The prompt leaves no room for a single new token."""
@@ -120,10 +126,6 @@ class AdapterNotFound(Rejection):
         )
         self.name = name
 
-    def __reduce__(self) -> tuple[type["AdapterNotFound"], tuple[str]]:
-        """It travels between processes."""
-        return type(self), (self.name,)
-
 
 class AdapterInvalid(Rejection):
     """An adapter cannot be served: its folder is not what it must be. All that is wrong with it is told."""
@@ -138,10 +140,6 @@ class AdapterInvalid(Rejection):
         self.violations = [Violation("path", problem) for problem in problems]
         self.facts = {"adapter": name, "violations": len(problems)}
 
-    def __reduce__(self) -> tuple[type["AdapterInvalid"], tuple[str, list[str]]]:
-        """It travels between processes."""
-        return type(self), (self.name, self.problems)
-
 
 class AdapterInUse(Rejection):
     """The name has other weights already, or requests run with it."""
@@ -153,10 +151,6 @@ class AdapterInUse(Rejection):
         self.name = name
         self.why = why
         self.facts = {"adapter": name}
-
-    def __reduce__(self) -> tuple[type["AdapterInUse"], tuple[str, str]]:
-        """It travels between processes."""
-        return type(self), (self.name, self.why)
 
 
 class AdapterMemoryFull(Rejection):
@@ -173,10 +167,6 @@ class AdapterMemoryFull(Rejection):
         self.name, self.num_bytes, self.max_bytes = name, num_bytes, max_bytes
         self.facts = {"adapter": name, "bytes": num_bytes, "max_bytes": max_bytes}
 
-    def __reduce__(self) -> tuple[type["AdapterMemoryFull"], tuple[str, int, int]]:
-        """It travels between processes."""
-        return type(self), (self.name, self.num_bytes, self.max_bytes)
-
 
 class Overloaded(Rejection):
     """The queue is full."""
@@ -189,10 +179,6 @@ class Overloaded(Rejection):
         self.retry_after_s = retry_after_s
         # A caller who sends more at once than may wait learns that another attempt is of no use.
         self.facts = {"max_waiting": max_waiting}
-
-    def __reduce__(self) -> tuple[type["Overloaded"], tuple[int, float | None]]:
-        """It travels between processes."""
-        return type(self), (self.max_waiting, self.retry_after_s)
 
 
 class NotReady(Rejection):

@@ -156,7 +156,7 @@ CONVERT = {
     admin_pb2.LoadAdapterRequest: lambda m: validate.adapter_load(m, MODEL),
     admin_pb2.UnloadAdapterRequest: lambda m: validate.adapter_unload(m, MODEL),
 }
-# Read by the servicer, not by validate.py; test_model.py, test_generation.py and test_adapters.py show that each counts.
+# Read by the servicer, not by validate.py: test_model.py, test_generation.py, test_adapters.py show that each counts.
 ELSEWHERE = {
     f"nanoserve.v1.{name}"
     for name in (
