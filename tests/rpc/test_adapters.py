@@ -37,7 +37,8 @@ async def adapters(served):
 
 
 async def started(call) -> pb.Started:
-    return [event async for event in call][0].started
+    events = [event async for event in call]
+    return events[0].started
 
 
 # ------------------------------------------------------------------------------------------------ Generate
@@ -97,7 +98,7 @@ async def test_an_unknown_model_is_not_taken_for_an_adapter(adapters, failure_of
     assert failure.message == "model 'english' is not served; served: fake; ListModels names adapters too"
 
 
-@pytest.mark.parametrize("name", NO_NAMES[1:] + ["x" * 2**20], ids=lambda name: repr(name[:20]))
+@pytest.mark.parametrize("name", [*NO_NAMES[1:], "x" * 2**20], ids=lambda name: repr(name[:20]))
 async def test_what_no_adapter_can_be_called_is_refused_before_the_engine_hears_of_it(adapters, failure_of, name):
     failure = await failure_of(adapters.generation.Generate(pb.GenerateRequest(text="hi", adapter=name)))
     assert failure.code == grpc.StatusCode.INVALID_ARGUMENT
