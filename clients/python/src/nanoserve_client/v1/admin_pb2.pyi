@@ -1155,8 +1155,9 @@ class ListAdaptersResponse(_message.Message):
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
-    """Bytes of all weights in main memory, and the most that they may take (--adapter-memory)."""
+    """Bytes of all weights in main memory."""
     memory_limit_bytes: _builtins.int
+    """The most that they may take (--adapter-memory)."""
     slots: _builtins.int
     """Adapters that can be computed with in one step (--adapter-slots)."""
     @_builtins.property
