@@ -11,13 +11,15 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any
 
+from nanoserve.adapter.vocabulary import Adapter, AdapterInfo, AdapterStats, AdapterStatus, Residency
 from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.constraint.vocabulary import Vocabulary
 from nanoserve.dialect.formats import Dialect, call_format, reasoning_format
 from nanoserve.engine.chat_template import Chat
-from nanoserve.engine.engine import ServedModel, Stats
+from nanoserve.engine.engine import ServedModel
+from nanoserve.engine.statistics import Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started, StreamEvent
-from nanoserve.errors import CancelledByOperator, ContextLengthExceeded, NotReady
+from nanoserve.errors import AdapterInUse, AdapterNotFound, CancelledByOperator, ContextLengthExceeded, NotReady
 from nanoserve.kv_cache.block_pool import BlockNames
 from nanoserve.request import Constraint, ConstraintReport, DraftSource, FinishReason, SamplingParams, TokenLogprob
 from nanoserve.step_record import SchedulerStats
@@ -62,12 +64,18 @@ class FakeEngine:
         self.calls: list[dict[str, Any]] = []
         self.num_open = 0
         self.num_resets = 0
+        # By name; None = it lies on the disk, and was not read yet.
+        self.adapter_names: dict[str, AdapterInfo | None] = {}
+        # Arguments of each unload_adapter().
+        self.unloads: list[tuple[str, float]] = []
         self._operator_cancels: dict[str, list[asyncio.Event]] = {}
 
     async def generate(self, prompt: Any, params: SamplingParams, **options: Any) -> Events:
         self.calls.append({"prompt": prompt, "params": params, **options})
         if self.why_not_ready is not None:
             raise NotReady(self.why_not_ready, 1.5)
+        if (name := options.get("adapter")) and name not in self.adapter_names:
+            raise AdapterNotFound(name)
         self.num_open += 1
         try:
             events = self.script(params) if self.script else self._complete(prompt, params, options)
@@ -93,6 +101,36 @@ class FakeEngine:
     async def reset_cache(self) -> int:
         self.num_resets += 1
         return 7
+
+    def has_adapter(self, name: str) -> bool:
+        return name in self.adapter_names
+
+    async def load_adapter(
+        self, name: str, path: str = "", *, is_pinned: bool = False, may_replace: bool = False
+    ) -> AdapterInfo:
+        """Of a folder named "gone" there is none. One whose path ends otherwise has other weights."""
+        if path == "gone":
+            raise AdapterNotFound(name)
+        info = AdapterInfo(Adapter(name, f"digest-of-{path or name}"), f"/adapters/{path or name}", 8, 4096, is_pinned)
+        loaded = self.adapter_names.get(name)
+        if loaded is not None and loaded.adapter != info.adapter and not may_replace:
+            raise AdapterInUse(name, "has other weights already")
+        self.adapter_names[name] = info
+        return info
+
+    async def unload_adapter(self, name: str, drain_timeout_s: float) -> None:
+        if self.adapter_names.pop(name, None) is None:
+            raise AdapterNotFound(name)
+        self.unloads.append((name, drain_timeout_s))
+
+    async def list_adapters(self) -> AdapterStats:
+        infos = [info for _, info in sorted(self.adapter_names.items()) if info is not None]
+        statuses = tuple(AdapterStatus(info, Residency.ACTIVE, self.num_open, 2) for info in infos)
+        return AdapterStats(statuses, sum(info.num_bytes for info in infos), 2**20, 16)
+
+    def _adapter(self, name: str) -> Adapter:
+        info = self.adapter_names[name]
+        return Adapter(name, "digest-of-the-disk") if info is None else info.adapter
 
     def stats(self) -> Stats:
         scheduler = SchedulerStats(
@@ -134,7 +172,8 @@ class FakeEngine:
             raise ContextLengthExceeded(len(prompt_ids), self.model.max_context_tokens)
         if params.seed is None:
             params = dataclasses.replace(params, seed=random.getrandbits(20))
-        yield Started(len(prompt_ids), 1, params)
+        adapter = self._adapter(name) if (name := options.get("adapter")) else None
+        yield Started(len(prompt_ids), 1, params, adapter)
         if params.prompt_logprobs is not None:
             yield PromptLogprobs([logprob(t, params.prompt_logprobs) for t in prompt_ids])
         num_tokens = 0

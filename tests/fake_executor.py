@@ -8,6 +8,7 @@ import hashlib
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,17 +30,17 @@ def num_tokens(plan: StepPlan) -> int:
     return sum(s.num_known + s.num_drafts for s in plan.sequences)
 
 
-def next_token(token_ids: Sequence[int], seed: int, vocab_size: int) -> int:
-    """What the fake model says after these tokens."""
-    digest = hashlib.sha256(repr((list(token_ids), seed)).encode()).digest()
+def next_token(token_ids: Sequence[int], seed: int, vocab_size: int, revision: str = "") -> int:
+    """What the fake model says after these tokens, with the adapter of this revision."""
+    digest = hashlib.sha256((repr((list(token_ids), seed)) + revision).encode()).digest()
     return int.from_bytes(digest[:4], "little") % vocab_size
 
 
-def expected_completion(prompt: Sequence[int], seed: int, count: int, vocab_size: int) -> list[int]:
+def expected_completion(prompt: Sequence[int], seed: int, count: int, vocab_size: int, revision: str = "") -> list[int]:
     """The completion that any correct schedule gives."""
     token_ids = list(prompt)
     for _ in range(count):
-        token_ids.append(next_token(token_ids, seed, vocab_size))
+        token_ids.append(next_token(token_ids, seed, vocab_size, revision))
     return token_ids[len(prompt) :]
 
 
@@ -63,6 +64,22 @@ def endless_drafts(token_ids: Sequence[int], seed: int) -> list[int]:
     return right_drafts(token_ids, seed, 40)
 
 
+class FakeSlots:
+    """Implements Slots: what is in a slot is its revision."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.revisions: list[str | None] = [None] * num_slots
+        # Raises if nobody may write a slot now.
+        self.check: Callable[[int], None] = lambda _: None
+        self.num_writes = 0
+
+    def write(self, slot: int, weights: Any) -> None:
+        self.check(slot)
+        self.revisions[slot] = weights.revision
+        self.num_writes += 1
+
+
 class FakeExecutor:
     """Implements Executor over simulated KV memory."""
 
@@ -73,6 +90,7 @@ class FakeExecutor:
         max_num_batched_tokens: int = 10**9,
         draft: Callable[[list[int], int], list[int]] | None = None,
         depth: int = 1,
+        slots: FakeSlots | None = None,
     ) -> None:
         """draft: guesses what follows some tokens, given the seed; as many as it likes. None = nothing."""
         self.depth = depth
@@ -80,8 +98,11 @@ class FakeExecutor:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.max_num_batched_tokens = max_num_batched_tokens
-        # (block, offset) -> (token, position).
-        self.slots: dict[tuple[int, int], tuple[int, int]] = {}
+        # (block, offset) -> (token, position, revision of the adapter).
+        self.slots: dict[tuple[int, int], tuple[int, int, str]] = {}
+        self.adapter_slots = slots
+        # Row -> revision of the adapter that was in its slot when it was admitted.
+        self.revisions: dict[int, str] = {}
         self.block_tables: dict[int, list[int]] = {}
         self.admissions: dict[int, Admission] = {}
         # Row -> its tokens: those of the admission, and those that were drawn.
@@ -91,6 +112,24 @@ class FakeExecutor:
         self.plans: list[StepPlan] = []
         self._draft = draft
         self.num_accepted_drafts = 0
+
+    def check_slot_is_unused(self, slot: int) -> None:
+        """No step that was submitted computes with this slot of adapters."""
+        admissions = dict(self.admissions)
+        for plan in self._submitted:
+            for s in plan.sequences:
+                admissions[s.row] = s.admission or admissions[s.row]
+                assert admissions[s.row].adapter_slot != slot, f"slot {slot} is written while a step computes with it"
+
+    def _revision(self, row: int) -> str:
+        """In the slot of the row's adapter."""
+        slot = self.admissions[row].adapter_slot
+        if slot is None:
+            return ""
+        assert self.adapter_slots is not None
+        revision = self.adapter_slots.revisions[slot]
+        assert revision is not None, "nothing was written into this slot"
+        return revision
 
     def submit(self, plan: StepPlan) -> None:
         assert len(self._submitted) < self.depth
@@ -115,10 +154,16 @@ class FakeExecutor:
                 self.admissions[s.row] = s.admission
                 self.block_tables[s.row] = []
                 self.tokens[s.row] = list(s.admission.token_ids)
+                self.revisions[s.row] = self._revision(s.row)
+            assert self._revision(s.row) == self.revisions[s.row], f"row {s.row} has lost its adapter"
             self.block_tables[s.row].extend(s.new_block_ids)
             assert s.num_known > 0
             for position in range(s.start, s.start + s.num_known):
-                self.slots[self._slot(s.row, position)] = (self.tokens[s.row][position], position)
+                self.slots[self._slot(s.row, position)] = (
+                    self.tokens[s.row][position],
+                    position,
+                    self.revisions[s.row],
+                )
         results = [self._result(s.row, s.start + s.num_known, s) for s in plan.sequences]
         return StepResult(results, num_threads=2)
 
@@ -126,7 +171,7 @@ class FakeExecutor:
         """What the fake model says, of the tokens that the sequence's grammar allows; None if it allows none."""
         admission = self.admissions[row]
         if admission.grammar is None:
-            return next_token(context, admission.seed, self.vocab_size)
+            return next_token(context, admission.seed, self.vocab_size, self.revisions[row])
         masks = make_masks(1, self.vocab_size)
         admission.grammar.matcher(context[admission.num_prompt_tokens :]).fill(masks)
         allowed = np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little"))
@@ -144,8 +189,9 @@ class FakeExecutor:
         assert s.samples or not s.num_drafts
         context = []
         for position in range(length):
-            token, written_at = self.slots[self._slot(row, position)]
+            token, written_at, revision = self.slots[self._slot(row, position)]
             assert written_at == position, f"row {row} reads position {written_at} as {position}"
+            assert revision == self.revisions[row], f"row {row} reads what another adapter has computed"
             context.append(token)
         admission = self.admissions[row]
         known = admission.token_ids[:length]
@@ -160,7 +206,7 @@ class FakeExecutor:
         drafts = self._guess(row, context)[: s.num_drafts]
         drafts += [-1] * (s.num_drafts - len(drafts))
         for position, token in enumerate(drafts, start=length):
-            self.slots[self._slot(row, position)] = (token, position)
+            self.slots[self._slot(row, position)] = (token, position, self.revisions[row])
         first = self._next(row, context)
         if first is None:
             return SequenceResult(failure=Failure.CONSTRAINT)

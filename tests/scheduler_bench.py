@@ -25,8 +25,10 @@ class Bench:
         batching="continuous",
         draft=None,
         depth=1,
+        adapters=None,
+        slots=None,
     ):
-        """draft, depth: as of FakeExecutor."""
+        """draft, depth, slots: as of FakeExecutor."""
         self.pool = BlockPool(num_blocks, keep_cached=cache)
         self.scheduler = Scheduler(
             SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, batching=batching),
@@ -34,13 +36,14 @@ class Bench:
             block_size=BLOCK,
             max_context_tokens=min(max_context, num_blocks * BLOCK),
             cache_identity="model",
+            adapters=adapters,
         )
-        self.executor = FakeExecutor(BLOCK, max_num_batched_tokens=budget, draft=draft, depth=depth)
+        self.executor = FakeExecutor(BLOCK, max_num_batched_tokens=budget, draft=draft, depth=depth, slots=slots)
         self.now = 0.0
         self.events = []
 
     def add(self, request_id, prompt, *, eos=frozenset(), **options):
-        names = {"priority", "deadline_s", "time_limit_s", "cache_salt", "skip_cache_read"}
+        names = {"priority", "deadline_s", "time_limit_s", "cache_salt", "skip_cache_read", "adapter"}
         request_options = {name: options.pop(name) for name in names & options.keys()}
         params = SamplingParams(**{"seed": 7, "max_tokens": 5, **options})
         request = Request(request_id, list(prompt), params, eos_token_ids=eos, **request_options)

@@ -106,6 +106,7 @@ class Script(
         return self.unary(request, context)
 
     Tokenize = Detokenize = CheckConstraint = ListModels = Cancel = ResetCache = GetStats = ExplainRequest = _answer
+    LoadAdapter = UnloadAdapter = ListAdapters = _answer
 
     def WatchEngine(self, request: Any, context: Any) -> Iterator[Any]:
         context.add_callback(self.ended.set)

@@ -40,6 +40,7 @@ ALLOWED = {
     "engine_process": {"checkpoint", "config", "request", "observer", "engine", "build"},
     "build": {
         "adapter",
+        "errors",
         "dialect",
         "constraint",
         "checkpoint",

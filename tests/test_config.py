@@ -2,12 +2,15 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from nanoserve.config import (
+    BUILTIN_ADAPTERS,
     BUILTIN_DRAFT,
     SECTIONS,
+    AdapterOptions,
     ClientOptions,
     ConfigError,
     ModelOptions,
@@ -159,3 +162,9 @@ def test_the_default_of_a_size_is_shown_as_a_person_would_write_it():
     size = setting("http-max-body")
     assert size.full_help.endswith("Default: 16 MiB.")
     assert size.parse(size.shown_default) == size.default
+
+
+def test_the_built_in_models_adapters_have_a_name():
+    assert AdapterOptions(adapters=Path("builtin")).root == BUILTIN_ADAPTERS
+    assert AdapterOptions(adapters=Path("./folder")).root == Path("folder")
+    assert AdapterOptions().root is None

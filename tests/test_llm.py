@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from nanoserve_client import ConstraintOutcome, InvalidRequest
+from nanoserve_client import ConstraintOutcome, InvalidRequest, NotFound
 from pydantic import BaseModel, Field
 
 from nanoserve import LLM, AsyncLLM, SamplingParams
@@ -49,7 +49,7 @@ def test_each_prompt_may_have_its_own_params(llm):
     first, second = llm.generate(["a", "b"], params)
     assert [len(completion.token_ids) for completion in first.outputs] == [2]
     assert [len(completion.token_ids) for completion in second.outputs] == [3, 3]
-    with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
+    with pytest.raises(ValueError, match="sampling_params has 2 values for 1 prompts"):
         llm.generate(["a"], params)
 
 
@@ -138,6 +138,33 @@ def test_options_of_another_kind_are_refused_and_sizes_may_be_texts():
         LLM(compile="no")
     options = make_options(Path("a/b"), {"kv_memory_bytes": "2GiB", "compile": False, "revision": None})
     assert (options.model.path, options.cache.kv_memory_bytes, options.model.compile) == ("a/b", 2 << 30, False)
+
+
+def test_adapters_are_named_with_their_folders_or_lie_in_one_folder():
+    options = make_options(None, {"adapters": {"pirate": Path("./pirate"), "german": "b/german"}})
+    assert (options.adapters.adapter, options.adapters.adapters) == ("pirate=pirate,german=b/german", None)
+    for folder in ("./all", Path("./all")):
+        options = make_options(None, {"adapters": folder, "adapter": "x=y"})
+        assert (options.adapters.adapter, options.adapters.adapters) == ("x=y", Path("all"))
+    assert make_options(None, {"adapters": {}}).adapters.adapter is None
+    with pytest.raises(TypeError, match="give one of them"):
+        make_options(None, {"adapters": {"pirate": "a"}, "adapter": "x=y"})
+    with pytest.raises(ConfigError, match="its path may have no comma"):
+        make_options(None, {"adapters": {"pirate": "a,b"}})
+
+
+def test_adapters_are_for_all_prompts_or_one_for_each(llm):
+    with pytest.raises(NotFound, match="there is no adapter 'pirate'") as caught:
+        llm.chat(QUESTIONS, GREEDY, adapter=[None, None, "pirate"])
+    assert "prompt 2 of 3" in caught.value.__notes__
+    with pytest.raises(ValueError, match="adapter has 1 values for 3 prompts"):
+        llm.chat(QUESTIONS, GREEDY, adapter=["pirate"])
+    with pytest.raises(TypeError, match="adapter must be a str, or a list with one for each prompt"):
+        llm.generate("a", GREEDY, adapter=5)
+    for begin in (llm.stream, llm.stream_chat):
+        with begin("a", GREEDY, adapter="pirate") as stream, pytest.raises(NotFound):
+            next(stream)
+    assert [output.adapter for output in llm.chat(QUESTIONS, GREEDY, adapter=[None] * 3)] == [""] * 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Read this to see what the server is made of. It is the only module that knows both the engine and the model side.
 """
 
+import functools
 import logging
 import threading
 import time
@@ -12,16 +13,22 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from nanoserve.adapter.folders import AdapterFolders, parse_choice
+from nanoserve.adapter.peft import read_adapter
+from nanoserve.adapter.store import AdapterStore
 from nanoserve.checkpoint import of_draft_model
 from nanoserve.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, ConfigError, ModelOptions, Options, format_size
 from nanoserve.constraint.compiler import ConstraintCompiler
 from nanoserve.dialect.formats import Dialect, call_format, detect, reasoning_format
+from nanoserve.engine.adapters import ServedAdapters
 from nanoserve.engine.core import EngineCore
 from nanoserve.engine.engine import Engine, ServedModel
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.engine.text import TextCodec
+from nanoserve.errors import Rejection
 from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.kv_cache.paged_kv_cache import KVPlan, PagedKVCache, available_memory, plan_kv
+from nanoserve.model.adapters import AdapterSlots
 from nanoserve.model.compiled import BackgroundCompiler
 from nanoserve.model.facts import ModelFacts
 from nanoserve.model.loader import LoadedModel, load_model
@@ -119,8 +126,11 @@ def assemble(
     )
     # While kernels warm up, which leave the interpreter to others.
     compiler.warm_up()
-    runner, plan = build_runner(model, draft, options, wait_until_fast=wait_until_fast, report=report)
-    scheduler = build_scheduler(options, model.facts, plan)
+    # Before the layers are compiled, and before memory is given to the KV cache.
+    slots = AdapterSlots(model, options.adapters.adapter_slots) if options.adapters.are_wanted else None
+    folders, adapters = (None, None) if slots is None else build_adapters(options, model, slots, report)
+    runner, plan = build_runner(model, draft, options, adapters=slots, wait_until_fast=wait_until_fast, report=report)
+    scheduler = build_scheduler(options, model.facts, plan, adapters)
     report(Fact("ends with", ", ".join(f"{codec.token(i)!r} ({i})" for i in eos_token_ids) or "nothing: it has no EOS"))
     draft_sources, max_draft_tokens = read_choice(options.scheduler.speculate, has_draft_model=draft is not None)
     dialect = _dialect(options.model, codec)
@@ -137,12 +147,62 @@ def assemble(
         draft_sources=draft_sources,
         draft_model=Path(options.model.draft_model or "").name,
         dialect=dialect,
+        adapter_folders=folders,
+        adapters=() if adapters is None else adapters.served.adapters,
     )
     return Built(EngineCore(scheduler, runner, compiler), codec, served)
 
 
+def build_adapters(
+    options: Options, model: LoadedModel, slots: AdapterSlots, report: Report
+) -> tuple[AdapterFolders, ServedAdapters]:
+    """The adapters, those of --adapter read. Raises ConfigError with all that is wrong with them."""
+    wanted, name = options.adapters, served_name(options)
+    if wanted.root is not None and not wanted.root.is_dir():
+        raise ConfigError(f"--adapters: there is no folder {str(wanted.root)!r}")
+    folders = AdapterFolders(wanted.root, name)
+    read = functools.partial(
+        read_adapter, targets=slots.targets, dtype=model.dtype, max_bytes=wanted.adapter_memory_bytes, base_model=name
+    )
+    store = AdapterStore(read, slots.write, wanted.adapter_memory_bytes, slots.num_slots)
+    adapters = ServedAdapters(store, folders)
+    problems = []
+    try:
+        chosen = parse_choice(wanted.adapter) if wanted.adapter else {}
+    except ValueError as error:
+        raise ConfigError(f"--adapter: {error}") from None
+    for adapter_name, folder in chosen.items():
+        report(Stage(f"reading adapter {adapter_name}"))
+        try:
+            adapters.load_first(adapter_name, folder)
+        except Rejection as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(f"--adapter: {'; '.join(problems)}")
+    report(Fact("adapters", _adapters_told(folders, adapters)))
+    return folders, adapters
+
+
+def _adapters_told(folders: AdapterFolders, adapters: ServedAdapters) -> str:
+    """As the start says it."""
+    store, infos = adapters.store, adapters.served.adapters
+    read = ", ".join(f"{info.adapter.name} (rank {info.rank})" for info in infos)
+    parts = [f"{store.num_slots} slots", f"at most {format_size(store.max_bytes)}"]
+    if read:
+        parts.append(f"read: {read}")
+    if folders.root is not None:
+        parts.append(f"{len(list(folders.names()))} in {folders.root}")
+    return "; ".join(parts)
+
+
 def build_runner(
-    model: LoadedModel, draft: LoadedModel | None, options: Options, *, wait_until_fast: bool, report: Report
+    model: LoadedModel,
+    draft: LoadedModel | None,
+    options: Options,
+    *,
+    adapters: AdapterSlots | None = None,
+    wait_until_fast: bool,
+    report: Report,
 ) -> tuple[ModelRunner, KVPlan]:
     """The model side: KV cache, sampler and runner, warm. Of the engine it knows nothing."""
     models = [model] if draft is None else [model, draft]
@@ -165,6 +225,7 @@ def build_runner(
         threads=threads,
         speculator=Speculator.of(options.scheduler.speculate, has_draft_model=draft is not None),
         draft=None if draft is None else (draft, caches[1]),
+        adapters=adapters,
     )
     runner.warm_up()
     for loaded, paged in zip(models, runner.models, strict=True):
@@ -236,7 +297,9 @@ def _description(model: LoadedModel) -> str:
     return f"{facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters, {facts.dtype} on {model.device}"
 
 
-def build_scheduler(options: Options, facts: ModelFacts, plan: KVPlan) -> Scheduler:
+def build_scheduler(
+    options: Options, facts: ModelFacts, plan: KVPlan, adapters: ServedAdapters | None = None
+) -> Scheduler:
     """The engine's side, which has no tensors."""
     return Scheduler(
         options.scheduler,
@@ -244,6 +307,7 @@ def build_scheduler(options: Options, facts: ModelFacts, plan: KVPlan) -> Schedu
         block_size=plan.block_size,
         max_context_tokens=plan.max_context_tokens,
         cache_identity=f"{facts.fingerprint} {facts.dtype}",
+        adapters=adapters,
     )
 
 

@@ -19,6 +19,9 @@ BUILTIN_MODEL_NAME = "nanoserve-builtin"
 # The model that drafts for it, and what it is called.
 BUILTIN_DRAFT = BUILTIN_MODEL / "draft"
 BUILTIN_DRAFT_NAME = "builtin"
+# Adapters that are made for it, and what chooses them.
+BUILTIN_ADAPTERS = BUILTIN_MODEL / "adapters"
+BUILTIN_ADAPTERS_NAME = "builtin"
 # Of environment variables: NANOSERVE_MAX_NUM_SEQS is --max-num-seqs.
 VARIABLE_PREFIX = "NANOSERVE_"
 SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -120,10 +123,13 @@ class AdapterOptions:
     """LoRA adapters."""
 
     adapter: str | None = option(
-        None, "NAME=PATH of a PEFT folder to load at the start; more of them with commas between."
+        None,
+        "NAME=PATH of a PEFT folder to load at the start; more of them with commas between. Requests name one by NAME.",
     )
     adapters: Path | None = option(
-        None, "Folder of PEFT folders: each is an adapter called like it, read when a request first asks for it."
+        None,
+        "Folder of PEFT folders: each is an adapter called like it, read when a request first asks for it; builtin ="
+        " those that are made for the built-in model.",
     )
     adapter_memory_bytes: int = option(
         2 * 2**30, "Most memory for the weights of adapters that are read.", flag="--adapter-memory", at_least=1
@@ -131,6 +137,16 @@ class AdapterOptions:
     adapter_slots: int = option(
         16, "Adapters that can be computed with in one step; their weights take memory a second time.", at_least=1
     )
+
+    @property
+    def root(self) -> Path | None:
+        """Where adapters are found by their names. None = nowhere."""
+        return BUILTIN_ADAPTERS if self.adapters == Path(BUILTIN_ADAPTERS_NAME) else self.adapters
+
+    @property
+    def are_wanted(self) -> bool:
+        """Adapters are served."""
+        return self.adapter is not None or self.adapters is not None
 
 
 @dataclass(frozen=True, slots=True)

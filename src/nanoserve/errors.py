@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,16 @@ class RequestError(Exception):
     retry_after_s: float | None = None
     # ErrorInfo.metadata: what programs may want to know besides.
     facts: Mapping[str, object] = MappingProxyType({})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels between processes as it is: what was made of the arguments is not made again."""
+        return _arrived, (type(self), self.args, self.__dict__)
+
+
+def _arrived(kind: type[RequestError], args: tuple[object, ...], state: Mapping[str, object]) -> RequestError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class Rejection(RequestError):
@@ -81,10 +91,6 @@ class ConstraintInvalid(Rejection):
             "violations": len(problems),
         }
 
-    def __reduce__(self) -> tuple[type["ConstraintInvalid"], tuple[str, list[ConstraintProblem]]]:
-        """It travels between processes."""
-        return type(self), (self.field, self.problems)
-
 
 class ContextLengthExceeded(Rejection):
     """The prompt leaves no room for a single new token."""
@@ -105,7 +111,7 @@ class ModelNotFound(Rejection):
     reason = "MODEL_NOT_FOUND"
 
     def __init__(self, name: str, served: list[str]) -> None:
-        super().__init__(f"model {name!r} is not served; served: {', '.join(served)}")
+        super().__init__(f"model {name!r} is not served; served: {', '.join(served)}; ListModels names adapters too")
         self.name = name
 
 
@@ -115,12 +121,10 @@ class AdapterNotFound(Rejection):
     reason = "ADAPTER_NOT_FOUND"
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"there is no adapter {name!r}; ListModels names those that are served")
+        super().__init__(
+            f"there is no adapter {name!r}; ListModels names those that there are, and LoadAdapter loads one more"
+        )
         self.name = name
-
-    def __reduce__(self) -> tuple[type["AdapterNotFound"], tuple[str]]:
-        """It travels between processes."""
-        return type(self), (self.name,)
 
 
 class AdapterInvalid(Rejection):
@@ -136,10 +140,6 @@ class AdapterInvalid(Rejection):
         self.violations = [Violation("path", problem) for problem in problems]
         self.facts = {"adapter": name, "violations": len(problems)}
 
-    def __reduce__(self) -> tuple[type["AdapterInvalid"], tuple[str, list[str]]]:
-        """It travels between processes."""
-        return type(self), (self.name, self.problems)
-
 
 class AdapterInUse(Rejection):
     """The name has other weights already, or requests run with it."""
@@ -151,10 +151,6 @@ class AdapterInUse(Rejection):
         self.name = name
         self.why = why
         self.facts = {"adapter": name}
-
-    def __reduce__(self) -> tuple[type["AdapterInUse"], tuple[str, str]]:
-        """It travels between processes."""
-        return type(self), (self.name, self.why)
 
 
 class AdapterMemoryFull(Rejection):
@@ -171,10 +167,6 @@ class AdapterMemoryFull(Rejection):
         self.name, self.num_bytes, self.max_bytes = name, num_bytes, max_bytes
         self.facts = {"adapter": name, "bytes": num_bytes, "max_bytes": max_bytes}
 
-    def __reduce__(self) -> tuple[type["AdapterMemoryFull"], tuple[str, int, int]]:
-        """It travels between processes."""
-        return type(self), (self.name, self.num_bytes, self.max_bytes)
-
 
 class Overloaded(Rejection):
     """The queue is full."""
@@ -188,10 +180,6 @@ class Overloaded(Rejection):
         self.retry_after_s = retry_after_s
         # A caller who sends more at once than may wait learns that another attempt is of no use.
         self.facts = {"max_waiting": max_waiting}
-
-    def __reduce__(self) -> tuple[type["Overloaded"], tuple[int, float | None, str]]:
-        """It travels between processes."""
-        return type(self), (self.max_waiting, self.retry_after_s, self.why)
 
 
 class NotReady(Rejection):

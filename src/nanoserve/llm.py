@@ -9,6 +9,7 @@
 It is the server in this process and a client of it, so that rules, errors and results are those of every other caller.
 `LLM` is for threads, `AsyncLLM` for asyncio; `stream` gives the tokens of one request as they come. Keywords say what
 outputs must be, those of the client's ConstraintOptions: `llm.chat("A city", schema=City)[0].parsed` is a City.
+`LLM(adapters={"pirate": "./pirate"})` reads LoRA adapters, one of which answers `llm.chat("Hello", adapter="pirate")`.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from types import MappingProxyType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 from nanoserve_client import (
     AsyncClient,
@@ -39,12 +40,16 @@ from nanoserve.config import ENGINE_SECTIONS, SECTIONS, ConfigError, Options, Se
 from nanoserve.local import LocalServer
 from nanoserve.request import CALLERS_NAMES, SamplingParams
 
+T = TypeVar("T")
+
 # A text, or token ids.
 Prompt = str | Sequence[int]
 # {"role": ..., "content": ...} each; a text is one message of the user.
 Conversation = str | Sequence[Mapping[str, Any]]
 # For all prompts, or one for each. None = the model's own values.
 Params = SamplingParams | Sequence[SamplingParams] | None
+# Name of an adapter, for all prompts, or one for each. None = the model as it is.
+Adapters = str | Sequence[str | None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,9 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprob, ...]
     # With `relaxed`: keywords of the schema that were only checked when the output was complete.
     unenforced: tuple[UnenforcedKeyword, ...] = ()
+    # The adapter that it was computed with, and the digest of its content. Empty = none.
+    adapter: str = ""
+    adapter_revision: str = ""
 
     @property
     def text(self) -> str:
@@ -92,36 +100,49 @@ class AsyncLLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
+        *,
+        adapter: Adapters = None,
         **constraint: Unpack[ConstraintOptions],
     ) -> list[RequestOutput]:
         """Complete prompts as they stand. See LLM.generate."""
         send = self._client().generate
-        return await run_batch(self._options, send, as_prompts(prompts), sampling_params, constraint)
+        return await run_batch(self._options, send, as_prompts(prompts), sampling_params, adapter, constraint)
 
     async def chat(
         self,
         conversations: Conversation | Sequence[Conversation],
         sampling_params: Params = None,
+        *,
+        adapter: Adapters = None,
         **constraint: Unpack[ConstraintOptions],
     ) -> list[RequestOutput]:
         """Answer conversations, by the model's chat template. See LLM.chat."""
         send = self._client().chat
-        return await run_batch(self._options, send, as_conversations(conversations), sampling_params, constraint)
+        return await run_batch(
+            self._options, send, as_conversations(conversations), sampling_params, adapter, constraint
+        )
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **constraint: Unpack[ConstraintOptions]
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        **constraint: Unpack[ConstraintOptions],
     ) -> AsyncGenerateStream:
         """Complete one prompt, token by token."""
-        return self._client().generate(prompt, **as_options(sampling_params, constraint))
+        return self._client().generate(prompt, **as_options(sampling_params, constraint, adapter))
 
     def stream_chat(
         self,
         conversation: Conversation,
         sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
         **constraint: Unpack[ConstraintOptions],
     ) -> AsyncGenerateStream:
         """Answer one conversation, token by token."""
-        return self._client().chat(conversation, **as_options(sampling_params, constraint))
+        return self._client().chat(conversation, **as_options(sampling_params, constraint, adapter))
 
     async def __aenter__(self) -> Self:
         server = await asyncio.to_thread(LocalServer, self._options)
@@ -150,9 +171,9 @@ class LLM:
     def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
         """Load a model: a folder, a Hub id, or None for the one that is built in.
 
-        options: fields of ModelOptions, CacheOptions and SchedulerConfig in nanoserve.config, such as dtype,
-        max_num_seqs and kv_memory_bytes (bytes, or "2GiB"). Raises ConfigError, and TypeError for an option that there
-        is not.
+        options: fields of ModelOptions, CacheOptions, AdapterOptions and SchedulerConfig in nanoserve.config, such as
+        dtype, max_num_seqs and kv_memory_bytes (bytes, or "2GiB"). adapters: {name: PEFT folder}, read now; or a folder
+        of such folders, read as they are asked for. Raises ConfigError, and TypeError for an option that there is not.
         """
         self._options = make_options(model, options)
         self._server = LocalServer(self._options)
@@ -163,41 +184,52 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         *,
+        adapter: Adapters = None,
         use_tqdm: bool = True,
         **constraint: Unpack[ConstraintOptions],
     ) -> list[RequestOutput]:
         """Complete prompts as they stand: a text, token ids, or a list of either. Results are in their order.
 
-        use_tqdm: show a progress bar on a terminal. constraint: what every output must be.
+        adapter: the one that answers; the prompts of one batch may have many. use_tqdm: show a progress bar on a
+        terminal. constraint: what every output must be.
         """
-        return self._run(lambda client: client.generate, as_prompts(prompts), sampling_params, use_tqdm, constraint)
+        given = as_prompts(prompts)
+        return self._run(lambda client: client.generate, given, sampling_params, adapter, use_tqdm, constraint)
 
     def chat(
         self,
         conversations: Conversation | Sequence[Conversation],
         sampling_params: Params = None,
         *,
+        adapter: Adapters = None,
         use_tqdm: bool = True,
         **constraint: Unpack[ConstraintOptions],
     ) -> list[RequestOutput]:
         """Answer conversations, by the model's chat template: messages, a question, or a list of either."""
         given = as_conversations(conversations)
-        return self._run(lambda client: client.chat, given, sampling_params, use_tqdm, constraint)
+        return self._run(lambda client: client.chat, given, sampling_params, adapter, use_tqdm, constraint)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **constraint: Unpack[ConstraintOptions]
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        **constraint: Unpack[ConstraintOptions],
     ) -> GenerateStream:
         """Complete one prompt, token by token. Leaving its `with` block, or dropping it, cancels the request."""
-        return self._client.generate(prompt, **as_options(sampling_params, constraint))
+        return self._client.generate(prompt, **as_options(sampling_params, constraint, adapter))
 
     def stream_chat(
         self,
         conversation: Conversation,
         sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
         **constraint: Unpack[ConstraintOptions],
     ) -> GenerateStream:
         """Answer one conversation, token by token."""
-        return self._client.chat(conversation, **as_options(sampling_params, constraint))
+        return self._client.chat(conversation, **as_options(sampling_params, constraint, adapter))
 
     def tokenize(self, prompt: Conversation) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `chat` sees it."""
@@ -219,6 +251,7 @@ class LLM:
         method: Callable[[AsyncClient], Callable[..., AsyncGenerateStream]],
         prompts: Sequence[Any],
         params: Params,
+        adapter: Adapters,
         has_bar: bool,
         constraint: ConstraintOptions,
     ) -> list[RequestOutput]:
@@ -226,7 +259,9 @@ class LLM:
             # disable=None: shown on a terminal only.
             with tqdm(total=len(prompts), unit=" prompts", disable=None if has_bar else True) as bar:
                 async with self._server.async_client() as client:
-                    return await run_batch(self._options, method(client), prompts, params, constraint, bar.update)
+                    return await run_batch(
+                        self._options, method(client), prompts, params, adapter, constraint, bar.update
+                    )
 
         future = self._server.submit(run)
         try:
@@ -241,6 +276,7 @@ async def run_batch(
     send: Callable[..., AsyncGenerateStream],
     prompts: Sequence[Any],
     params: Params,
+    adapter: Adapters,
     constraint: ConstraintOptions,
     on_end: Callable[[], object] = lambda: None,
 ) -> list[RequestOutput]:
@@ -248,7 +284,12 @@ async def run_batch(
 
     No more requests run at once than keep the engine busy.
     """
-    each = [as_options(one, constraint) for one in one_for_each(prompts, params)]
+    chosen = zip(
+        one_for_each(prompts, params, SamplingParams, "sampling_params"),
+        one_for_each(prompts, adapter, str, "adapter"),
+        strict=True,
+    )
+    each = [as_options(one, constraint, name) for one, name in chosen]
     gate = asyncio.Semaphore(min(2 * options.scheduler.max_num_seqs, options.scheduler.max_waiting))
 
     async def one(index: int) -> RequestOutput:
@@ -267,6 +308,8 @@ async def run_batch(
             timing=result.timing,
             prompt_logprobs=result.prompt_logprobs,
             unenforced=result.unenforced,
+            adapter=result.started.adapter,
+            adapter_revision=result.started.adapter_revision,
         )
 
     tasks = [asyncio.create_task(one(index)) for index in range(len(prompts))]
@@ -286,13 +329,29 @@ def make_options(model: str | os.PathLike[str] | None, options: Mapping[str, Any
     known = {each.field: each for each in settings(*ENGINE_SECTIONS) if not each.is_positional}
     if model is not None:
         sections["model"]["path"] = os.fspath(model)
-    for name, value in options.items():
+    for name, value in _with_folders_of_adapters(options).items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
             raise TypeError(f"there is no option {name!r}; {hint}")
         sections[known[name].section][name] = _fitting(known[name], value)
     return Options(**{name: SECTIONS[name](**values) for name, values in sections.items()})
+
+
+def _with_folders_of_adapters(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`adapters` by name becomes the option that names each with its folder."""
+    named = options.get("adapters")
+    if isinstance(named, os.PathLike):
+        return {**options, "adapters": os.fspath(named)}
+    if not isinstance(named, Mapping):
+        return options
+    if "adapter" in options:
+        raise TypeError("adapter and adapters={...} are the same; give one of them")
+    folders = {name: os.fspath(path) for name, path in named.items()}
+    if odd := [folder for folder in folders.values() if "," in folder]:
+        raise ConfigError(f"adapters has the folder {odd[0]!r}; its path may have no comma")
+    others = {name: value for name, value in options.items() if name != "adapters"}
+    return {**others, "adapter": ",".join(f"{name}={folder}" for name, folder in folders.items()) or None}
 
 
 def _fitting(setting: Setting, value: Any) -> Any:
@@ -343,26 +402,29 @@ def _is_list(value: Any) -> bool:
     return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, str | Mapping)
 
 
-def one_for_each(prompts: Sequence[Any], params: Params) -> list[SamplingParams | None]:
-    """Raises ValueError if their numbers differ, TypeError for what is no SamplingParams."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * len(prompts)
-    if not _is_list(params) or not all(isinstance(each, SamplingParams) for each in params):
-        raise TypeError("sampling_params must be a SamplingParams, or a list with one for each prompt")
-    if len(params) != len(prompts):
-        raise ValueError(f"there are {len(params)} sampling_params for {len(prompts)} prompts; one for each is needed")
-    return list(params)
+def one_for_each(prompts: Sequence[Any], given: Any, kind: type[T], name: str) -> list[T | None]:
+    """The same for all prompts, or what a list has for each. Raises ValueError if their numbers differ, TypeError for
+    what is of another kind."""
+    if given is None or isinstance(given, kind):
+        return [given] * len(prompts)
+    if not _is_list(given) or not all(each is None or isinstance(each, kind) for each in given):
+        raise TypeError(f"{name} must be a {kind.__name__}, or a list with one for each prompt")
+    if len(given) != len(prompts):
+        raise ValueError(f"{name} has {len(given)} values for {len(prompts)} prompts; one for each is needed")
+    return list(given)
 
 
 def as_options(
-    params: SamplingParams | None, constraint: Mapping[str, object] = MappingProxyType({})
+    params: SamplingParams | None,
+    constraint: Mapping[str, object] = MappingProxyType({}),
+    adapter: str | None = None,
 ) -> GenerateOptions:
-    """SamplingParams by the names that callers of the service use, and a constraint's options.
+    """SamplingParams by the names that callers of the service use, a constraint's options, and an adapter.
 
     Raises TypeError for what is no option of a constraint.
     """
     refuse_unknown(constraint, ConstraintOptions.__optional_keys__)
-    options: dict[str, Any] = dict(constraint)
+    options: dict[str, Any] = {**constraint, "adapter": adapter}
     for each in fields(params) if params is not None else ():
         value = getattr(params, each.name)
         options[CALLERS_NAMES.get(each.name, each.name)] = not value if each.default is True else value

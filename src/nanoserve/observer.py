@@ -77,6 +77,10 @@ class RequestRecord:
     drafts: Mapping[DraftSource, DraftTotals] = field(default_factory=dict)
     # What its output must be, such as "json_schema". Empty = anything.
     constraint: str = ""
+    # Name of what it is computed with besides the model. Empty = nothing.
+    adapter: str = ""
+    # Of the adapter, once it runs.
+    adapter_revision: str = ""
     # Whether its sequences are that, such as "satisfied", once all have come to their end.
     outcomes: tuple[str, ...] = ()
 

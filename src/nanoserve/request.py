@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any, Protocol, overload
 
-from nanoserve.adapter.vocabulary import Adapter, AdapterAnswer, AdapterMessage
+from nanoserve.adapter.vocabulary import Adapter, AdapterAnswer, AdapterMessage, AdaptersServed
 from nanoserve.errors import Rejection, RequestError
 from nanoserve.step_record import StepRecord
 
@@ -229,7 +229,8 @@ class Request:
     skip_cache_read: bool = False
     # What the output must be. None = anything.
     constraint: Constraint | None = None
-    # Weights besides the model's. None = no others.
+    # Weights besides the model's. None = no others. Until the scheduler has it, the revision is a guess, for which the
+    # block_hashes were made; empty = none.
     adapter: Adapter | None = None
 
 
@@ -300,8 +301,8 @@ class Admission:
     num_prompt_tokens: int
     # EOS and stop tokens, not drawn before min_tokens.
     end_token_ids: frozenset[int]
-    # Whose text may be used to guess this one's: the request's cache_salt.
-    owner: str = ""
+    # Whose text may be used to guess this one's: the request's cache_salt, and its adapter's revision.
+    owner: tuple[str, str] = ("", "")
     # What the completion must be; None = anything. It lives in this process alone.
     grammar: "Grammar | None" = None
     # Where the weights of its adapter are, for as long as it has the row. None = the model's alone.
@@ -462,6 +463,8 @@ class RequestStarted:
     num_cached_tokens: int
     # Keywords of its constraint that are checked at the end alone.
     relaxed: tuple[KeywordUse, ...] = ()
+    # That it is computed with. Its revision is empty if it ends before that is known.
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -520,6 +523,7 @@ Event = (
     | CacheReset
     | ConstraintCompiled
     | AdapterAnswer
+    | AdaptersServed
     | StepRecord
     | EngineEnded
 )

@@ -73,6 +73,27 @@ class Wait:
     behind_request_id: str
 
 
+class AdapterUse(NamedTuple):
+    """Sequences that are computed with an adapter."""
+
+    name: str
+    num_running: int
+    num_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCounts:
+    """What adapters are used for, and what they cost."""
+
+    # Those that have sequences; one that was replaced may be there twice.
+    uses: tuple[AdapterUse, ...]
+    # Since the start: how often weights were read, and how often a slot was taken from an adapter for another.
+    num_loads: int
+    num_evictions: int
+    # Adapters that can be computed with in one step.
+    num_slots: int
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerStats:
     """The scheduler's counts between two steps."""
@@ -84,6 +105,8 @@ class SchedulerStats:
     num_cached_blocks: int
     block_size: int
     num_preemptions: int
+    # None = no adapters are served.
+    adapters: AdapterCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +137,8 @@ class StepRecord:
     num_threads: int | None
     # The step raised: its requests were given up.
     has_failed: bool
+    # After the step. None = no adapters are served.
+    adapters: AdapterCounts | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Between processes its parts travel as columns, in a third of the time."""

@@ -23,7 +23,7 @@ def test_help_lists_the_commands_and_is_no_error(flag, capsys):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("sevre", "did you mean 'serve'?"), ("xyz", "there are serve, generate, chat, top, bench, version.")],
+    [("sevre", "did you mean 'serve'?"), ("xyz", "there are serve, generate, chat, adapters, top, bench, version.")],
 )
 def test_an_unknown_command_is_one_line_with_a_hint(name, hint, capsys):
     assert main([name]) == 2

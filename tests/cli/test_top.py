@@ -96,7 +96,7 @@ def test_without_an_admin_key_it_says_so(command, guarded):
 def sequence(number, phase=SequencePhase.DECODE, blocks=(), **values):
     defaults = {"index": 0, "prompt_tokens": 10, "cached_tokens": 4, "computed_tokens": 10, "completion_tokens": 5}
     more = {"max_completion_tokens": 10, "age_s": 1.5, "preemptions": 0}
-    more |= {"draft_tokens": 0, "accepted_draft_tokens": 0}
+    more |= {"draft_tokens": 0, "accepted_draft_tokens": 0, "adapter": ""}
     return SequenceSnapshot(
         number, f"request-{number}", phase=phase, block_ids=blocks, **{**defaults, **more, **values}
     )
@@ -144,10 +144,19 @@ def test_guesses_are_told_of_each_sequence_and_of_all():
     assert "guesses right 75%" in lines[1]
     [heading] = [line for line in lines if line.startswith("REQUEST")]
     [guessing, other] = [line for line in lines if line.startswith("request-")]
-    assert heading.endswith("  GUESSES")
-    assert guessing.endswith(" 12/20")
-    assert other.endswith(" -")
-    assert len(heading) == len(guessing) == len(other)
+    assert heading.endswith("  GUESSES  ADAPTER")
+    assert guessing.endswith(" 12/20  -")
+    assert other.endswith(" -  -")
+    assert heading.index("GUESSES") + len("GUESSES") == len(guessing) - len("  -") == len(other) - len("  -")
+
+
+def test_adapters_are_told_of_each_sequence_and_counted():
+    taken = snapshot(*(sequence(i, adapter=name) for i, name in enumerate(["pirate", "", "german", "pirate"])))
+    lines = shown(taken, width=150)
+    assert "Adapters: pirate 2, no adapter 1, german 1" in lines
+    rows = [line for line in lines if line.startswith("request-")]
+    assert [row.rpartition(" ")[2] for row in rows] == ["pirate", "-", "german", "pirate"]
+    assert not any(line.startswith("Adapters") for line in shown(snapshot(sequence(1))))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (5, 3), (11, 9), (20, 6), (80, 12), (130, 50), (300, 100)])

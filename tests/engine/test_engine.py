@@ -8,7 +8,8 @@ from engine_bench import BLOCK, PROMPT, SECONDS, VOCAB, byte_codec, running, two
 from fake_executor import expected_completion
 
 from nanoserve.engine.chat_template import Chat
-from nanoserve.engine.engine import LONG_PROMPT_CHARS, RollingSum
+from nanoserve.engine.engine import LONG_PROMPT_CHARS
+from nanoserve.engine.statistics import RollingSum
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, RequestStream, Started
 from nanoserve.errors import (
     CancelledByOperator,
@@ -510,7 +511,7 @@ async def test_statistics_and_cache_reset():
 
 def test_rolling_sum_forgets(monkeypatch):
     now = 100.0
-    monkeypatch.setattr("nanoserve.engine.engine.time.monotonic", lambda: now)
+    monkeypatch.setattr("nanoserve.engine.statistics.time.monotonic", lambda: now)
     total = RollingSum(10)
     total.add(3)
     now = 105.5

@@ -185,3 +185,16 @@ def test_ids_become_ranges():
     assert list(live._ranges(())) == []
     assert list(live._ranges((5,))) == [(5, 1)]
     assert list(live._ranges((0, 1, 2, 5, 7, 8))) == [(0, 3), (5, 1), (7, 2)]
+
+
+def test_a_sequence_names_its_adapter(scripted):
+    def watch(_request, _context):
+        sequences = [admin_pb2.SequenceSnapshot(request_id="mine", adapter=name) for name in ("pirate", "")]
+        yield admin_pb2.WatchEngineResponse(sequences=sequences)
+        threading.Event().wait(0.1)
+
+    scripted.script.watch = watch
+    with scripted.http.stream("GET", "/live/events") as answer:
+        name, value = next(events(answer.iter_lines()))
+    assert name == "snapshot"
+    assert [each["adapter"] for each in value["sequences"]] == ["pirate", ""]

@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 from engine_bench import PROMPT, VOCAB, two_right_drafts
 from fake_executor import right_drafts
+from metrics_reader import Read
 from nanoserve_client import Client, NanoserveError
 from nanoserve_gateway.errors import bad_request
-from nanoserve_gateway.refusals import Refusals
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_CUMULATIVE
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from otlp_collector import attributes, collecting
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
@@ -24,40 +22,12 @@ from serve_process import free_port, serving
 from watched_server import miss_deadline, until, watched
 
 from nanoserve.observability import conventions as names
-from nanoserve.observability.metrics import REJECTIONS, Metrics
+from nanoserve.observability.metrics import REJECTIONS
+from nanoserve.observer import RequestRecord
 from nanoserve.rpc.errors import _TABLE
+from nanoserve.step_record import AdapterCounts, AdapterUse, StepRecord
 
 PAGE = Path(__file__).parents[2] / "docs" / "observability.md"
-
-
-class Read:
-    """Reads what a Metrics keeps."""
-
-    def __init__(self):
-        self._reader = InMemoryMetricReader()
-        provider = MeterProvider([self._reader])
-        self.metrics = Metrics(provider)
-        # Of the gateway.
-        self.refusals = Refusals(provider)
-
-    def all(self):
-        data = self._reader.get_metrics_data()
-        if data is None:
-            return {}
-        return {m.name: m for r in data.resource_metrics for s in r.scope_metrics for m in s.metrics}
-
-    def points(self, name):
-        """(attributes, value) of each series; of a histogram, the count."""
-        metric = self.all().get(name)
-        points = metric.data.data_points if metric else []
-        return [(dict(p.attributes), getattr(p, "value", None) if hasattr(p, "value") else p.count) for p in points]
-
-    def value(self, name, **attributes):
-        wanted = {key.replace("__", "."): value for key, value in attributes.items()}
-        return sum(value for found, value in self.points(name) if wanted.items() <= found.items())
-
-    def blocks(self):
-        return {found["nanoserve.kv.block.state"]: count for found, count in self.points("nanoserve.kv.blocks")}
 
 
 async def test_what_a_good_request_moves():
@@ -177,6 +147,7 @@ async def test_the_page_tells_of_every_metric():
     read = Read()
     read.metrics.server_ready("model", 1.0)
     read.refusals.note({"method": "GET", "raw_path": b"/", "state": {"request_id": "x"}}, bad_request(None, "no"))
+    tell_of_an_adapter(read.metrics)
     async with watched(read.metrics, max_waiting=2, num_blocks=32) as (bench, client):
         # One of everything: two that preempt each other, one that is refused, one that is late, one that leaves. And
         # guesses, and a constraint.
@@ -198,12 +169,20 @@ async def test_the_page_tells_of_every_metric():
         await until(lambda: bench.engine._streams)
         left.cancel()
         bench.executor.gate.set()
-        await until(lambda: len(read.all()) == 26)
+        await until(lambda: len(read.all()) == 31)
         kept = {
             metric.name: (metric.unit, {label for p in metric.data.data_points for label in p.attributes})
             for metric in read.all().values()
         }
     assert on_the_page() == kept
+
+
+def tell_of_an_adapter(metrics):
+    metrics.request_ended(RequestRecord("label", 0.0, adapter="a", started_s=1.0))
+    counts = AdapterCounts((AdapterUse("a", 1, 0),), num_loads=1, num_evictions=1, num_slots=2)
+    metrics.step_ended(
+        StepRecord(1, 0.0, 1.0, [], [], [], [], None, 0, 1, 64, 0, 0, None, has_failed=False, adapters=counts)
+    )
 
 
 def on_the_page():

@@ -1,10 +1,13 @@
 """The error table, as a client sees it."""
 
+import pickle
+
 import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanoserve_client.v1 import generation_pb2 as pb
+from reference.errors import SAMPLES
 
 import nanoserve.errors
 from nanoserve.errors import (
@@ -67,6 +70,13 @@ def test_the_table_has_every_error_of_the_vocabulary():
         if isinstance(cls, type) and issubclass(cls, nanoserve.errors.RequestError) and not cls.__subclasses__()
     }
     assert known == set(errors._TABLE)
+
+
+@pytest.mark.parametrize("error", SAMPLES, ids=lambda error: error.reason)
+def test_an_error_comes_out_of_another_process_as_it_went_in(error):
+    arrived = pickle.loads(pickle.dumps(error))
+    assert (type(arrived), str(arrived), vars(arrived)) == (type(error), str(error), vars(error))
+    assert status_of(arrived, "r") == status_of(error, "r")
 
 
 async def test_a_context_that_is_too_long_gives_both_counts(served, failure_of):

@@ -78,10 +78,6 @@ def test_a_known_field_in_a_foreign_encoding_is_refused():
     assert list(refused_message(parse(top=b"\x5d\x01\x00\x00\x00"))) == ["n"]  # as fixed32
 
 
-def test_removed_and_reserved_numbers_count_as_unknown():
-    assert list(refused_message(parse(top=field(2, b"adapter")))) == ["2"]
-
-
 @pytest.mark.parametrize(
     ("convert", "message"),
     [
@@ -97,6 +93,9 @@ def test_removed_and_reserved_numbers_count_as_unknown():
         (validate.nothing, admin_pb2.GetStatsRequest()),
         (validate.watch, admin_pb2.WatchEngineRequest()),
         (validate.request_id, admin_pb2.ExplainRequestRequest(request_id="r")),
+        (lambda m: validate.adapter_load(m, MODEL), admin_pb2.LoadAdapterRequest(name="a")),
+        (lambda m: validate.adapter_unload(m, MODEL), admin_pb2.UnloadAdapterRequest(name="a")),
+        (validate.nothing, admin_pb2.ListAdaptersRequest()),
     ],
 )
 def test_every_rpc_refuses_unknown_fields(convert, message):
@@ -143,6 +142,8 @@ BASES = {
     admin_pb2.CancelRequest: [admin_pb2.CancelRequest(request_id="r")],
     admin_pb2.WatchEngineRequest: [admin_pb2.WatchEngineRequest(interval=Duration(seconds=5))],
     admin_pb2.ExplainRequestRequest: [admin_pb2.ExplainRequestRequest(request_id="r")],
+    admin_pb2.LoadAdapterRequest: [admin_pb2.LoadAdapterRequest(name="a")],
+    admin_pb2.UnloadAdapterRequest: [admin_pb2.UnloadAdapterRequest(name="a", drain_timeout=Duration(seconds=5))],
 }
 CONVERT = {
     pb.GenerateRequest: lambda m: validate.generation(m, MODEL),
@@ -152,8 +153,10 @@ CONVERT = {
     admin_pb2.CancelRequest: validate.request_id,
     admin_pb2.WatchEngineRequest: validate.watch,
     admin_pb2.ExplainRequestRequest: validate.request_id,
+    admin_pb2.LoadAdapterRequest: lambda m: validate.adapter_load(m, MODEL),
+    admin_pb2.UnloadAdapterRequest: lambda m: validate.adapter_unload(m, MODEL),
 }
-# Read by the servicer, not by validate.py; test_model.py and test_generation.py show that each counts.
+# Read by the servicer, not by validate.py: test_model.py, test_generation.py, test_adapters.py show that each counts.
 ELSEWHERE = {
     f"nanoserve.v1.{name}"
     for name in (
@@ -162,6 +165,9 @@ ELSEWHERE = {
         "CacheOptions.salt",
         "CacheOptions.skip_read",
         "OutputOptions.min_delta_tokens",
+        "LoadAdapterRequest.path",
+        "LoadAdapterRequest.pinned",
+        "LoadAdapterRequest.replace",
     )
 }
 

@@ -9,6 +9,10 @@ from google.rpc import status_pb2
 from nanoserve_client.errors import from_status
 
 from nanoserve.errors import (
+    AdapterInUse,
+    AdapterInvalid,
+    AdapterMemoryFull,
+    AdapterNotFound,
     CancelledByOperator,
     ConstraintInvalid,
     ConstraintProblem,
@@ -37,6 +41,10 @@ SAMPLES: list[RequestError] = [
     ),
     ContextLengthExceeded(5000, 2048),
     ModelNotFound("gpt-5", ["nanoserve-builtin"]),
+    AdapterNotFound("tenant-a"),
+    AdapterInvalid("tenant-a", ["adapter_config.json: use_dora is true, and DoRA is not served"]),
+    AdapterInUse("tenant-a", "has other weights already; `replace` gives it these"),
+    AdapterMemoryFull("tenant-a", 20_971_520, 16_777_216),
     Overloaded(max_waiting=1024),
     NotReady("loading"),
     DeadlineExceeded("waiting", 0),

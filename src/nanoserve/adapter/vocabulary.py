@@ -89,6 +89,16 @@ class ListAdapters:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class AdaptersServed:
+    """What new requests may name, from now on."""
+
+    # Those that were read, by name.
+    adapters: tuple[AdapterInfo, ...]
+    # Names of folders under the root folder that are no adapters any more, because they were unloaded.
+    withdrawn: frozenset[str]
+
+
 AdapterMessage = LoadAdapter | UnloadAdapter | ListAdapters
 
 

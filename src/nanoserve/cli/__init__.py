@@ -1,10 +1,10 @@
-"""The command line: nanoserve serve | generate | chat | top | bench | version.
+"""The command line: nanoserve serve | generate | chat | adapters | top | bench | version.
 
     main ─▶ one module a command: add_arguments(parser), run(arguments) -> exit code
 
     flags.py       options and their flags          sources.py     flag > environment > file > default
     sampling.py    sampling parameters as flags     connection.py  a server elsewhere, or one in this process
-    terminal.py    what is written, and where
+    terminal.py    what is written, and where    adapter.py     which adapter a request is computed with
 
 A command's module is imported when it is run, and nothing here imports torch, so that help comes at once. Exit codes:
 0, 1 if a request failed, 2 if the command cannot be run so, 128 + the signal's number if a signal ended it.
@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": "serve a model over gRPC, and over OpenAI's API",
     "generate": "complete prompts, from arguments, a pipe or a file",
     "chat": "talk to a model in the terminal",
+    "adapters": "list, load and unload the LoRA adapters of a running server",
     "top": "watch a running server: its sequences, KV blocks and queue",
     "bench": "measure throughput and latency",
     "version": "print versions, device and CPU features",

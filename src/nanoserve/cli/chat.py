@@ -29,6 +29,7 @@ from nanoserve_client import (
 )
 
 from nanoserve.cli import line_editor
+from nanoserve.cli.adapter import add_adapter, read_adapter
 from nanoserve.cli.connection import connected
 from nanoserve.cli.constraint import add_constraint, read_constraint
 from nanoserve.cli.flags import Parser, add_options
@@ -43,6 +44,7 @@ EXAMPLES = """
     nanoserve chat
     nanoserve chat Qwen/Qwen3-0.6B --system "Answer in one sentence." --temperature 0.7
     nanoserve chat --target 127.0.0.1:50051
+    nanoserve chat --target 127.0.0.1:50051 --adapter pirate
     echo "What is TTFT?" | nanoserve chat
 """
 # What ends an answer that was not cut off.
@@ -62,16 +64,18 @@ def add_arguments(parser: Parser) -> None:
     add_constraint(parser)
     add_sampling(parser, leave_out=("n", "logprobs", "prompt_logprobs"))
     add_options(parser, ("client", *ENGINE_SECTIONS))
+    add_adapter(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     status_line = start_logging(logging.WARNING)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    options: GenerateOptions = {**read_sampling(arguments), **read_constraint(arguments)}
+    options: GenerateOptions = {**read_sampling(arguments), **read_constraint(arguments), **read_adapter(arguments)}
     with connected(arguments, status_line) as (client, model):
         chat = Chat(client, options, arguments.system)
         if is_interactive:
-            say(f"{model.name}, context of {model.max_context_tokens} tokens. /help lists commands, Ctrl-D leaves.")
+            name = f"{model.name} with adapter {options['adapter']}" if "adapter" in options else model.name
+            say(f"{name}, context of {model.max_context_tokens} tokens. /help lists commands, Ctrl-D leaves.")
         with line_editor.lines(is_interactive=is_interactive) as lines:
             for line in lines:
                 # Ctrl-C before the first or after the last moment of an answer.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from nanoserve_client import Client, ConstraintOutcome, GenerateOptions, GenerateStream, NanoserveError, Result
 
+from nanoserve.cli.adapter import add_adapter, read_adapter
 from nanoserve.cli.connection import connected
 from nanoserve.cli.constraint import add_constraint, read_constraint
 from nanoserve.cli.flags import Parser, add_options
@@ -39,6 +40,7 @@ EXAMPLES = """
     nanoserve generate --chat "What is paged attention?" --temperature 0
     cat essay.txt | nanoserve generate --model Qwen/Qwen3-0.6B
     nanoserve generate --chat "Name a city." --schema city.json
+    nanoserve generate --chat "Who are you?" --adapter pirate=./adapters/pirate
     nanoserve generate --file prompts.txt --json --target 127.0.0.1:50051 > answers.jsonl
 """
 
@@ -57,12 +59,13 @@ def add_arguments(parser: Parser) -> None:
     add_constraint(parser)
     add_sampling(parser)
     add_options(parser, ("client", *ENGINE_SECTIONS), has_positional=False)
+    add_adapter(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     status_line = start_logging(logging.WARNING)
     prompts = read_prompts(arguments.prompts, arguments.file)
-    options: GenerateOptions = {**read_sampling(arguments), **read_constraint(arguments)}
+    options: GenerateOptions = {**read_sampling(arguments), **read_constraint(arguments), **read_adapter(arguments)}
     is_alone = len(prompts) == 1 and options.get("n") in (None, 1)
     show = show_json if arguments.json else show_text if is_alone else show_with_heading
     num_failed = 0

@@ -30,6 +30,7 @@ EXAMPLES = """
     nanoserve serve
     nanoserve serve Qwen/Qwen3-0.6B --kv-memory 4GiB
     nanoserve serve ./my-model --served-model-name assistant --host 0.0.0.0 --api-keys keys.txt
+    nanoserve serve ./my-model --adapters ./adapters --adapter tenant-a=./elsewhere/a --admin-keys admin.txt
     NANOSERVE_MAX_NUM_SEQS=16 nanoserve serve --config server.toml
 """
 

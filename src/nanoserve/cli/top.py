@@ -143,7 +143,7 @@ def screen(snapshot: EngineSnapshot, title: str, width: int, height: int, *, is_
     head = f"nanoserve: {title}"[: max(0, width - len(up) - 2)]
     lines = [_paint("bold", head) + up.rjust(width - len(head))[:width], figures(snapshot)[:width], ""]
     lines += kv_map(snapshot, width)
-    lines += [_queue(snapshot)[:width], ""]
+    lines += [_queue(snapshot)[:width], *(line[:width] for line in _adapters(snapshot)), ""]
     live = [each for each in snapshot.sequences if each.phase is not SequencePhase.ENDED]
     lines.append(_paint("bold", _HEADING[:width]))
     room = max(0, height - len(lines) - 1)
@@ -187,10 +187,18 @@ def _queue(snapshot: EngineSnapshot) -> str:
     return f"Queue: {snapshot.stats.waiting} wait" + (f", the first for {wait.text}" if wait else "")
 
 
+def _adapters(snapshot: EngineSnapshot) -> Iterator[str]:
+    """How many sequences there are of each adapter, the most first; nothing if there are none."""
+    live = [each for each in snapshot.sequences if each.phase is not SequencePhase.ENDED]
+    counts = Counter(each.adapter or "no adapter" for each in live)
+    if counts.keys() - {"no adapter"}:
+        yield "Adapters: " + ", ".join(f"{name} {count}" for name, count in counts.most_common())
+
+
 # GUESSES: of the tokens that were guessed, those that were right.
 _HEADING = (
     f"{'REQUEST':{LABEL_WIDTH}}  {'PHASE':9}  {'PROGRESS':{BAR_WIDTH}}  PROMPT  CACHED  TOKENS  BLOCKS      AGE  "
-    f"{'GUESSES':>9}"
+    f"{'GUESSES':>9}  ADAPTER"
 )
 
 
@@ -201,7 +209,7 @@ def _line(sequence: SequenceSnapshot, width: int) -> str:
     guesses = f"{sequence.accepted_draft_tokens}/{sequence.draft_tokens}" if sequence.draft_tokens else "-"
     counts = (
         f"{sequence.prompt_tokens:6}  {sequence.cached_tokens:6}  {sequence.completion_tokens:6}  "
-        f"{len(sequence.block_ids):6}  {sequence.age_s:6.1f}s  {guesses:>9}"
+        f"{len(sequence.block_ids):6}  {sequence.age_s:6.1f}s  {guesses:>9}  {sequence.adapter or '-'}"
     )
     plain = f"{label:{LABEL_WIDTH}}  {sequence.phase.value:9}  {_bar(sequence)}  {counts}"[:width]
     # The phase alone has a colour, at a place that every width but the smallest has.

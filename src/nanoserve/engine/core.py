@@ -13,7 +13,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from nanoserve.adapter.vocabulary import ListAdapters, LoadAdapter, UnloadAdapter
 from nanoserve.constraint.compiler import MAX_WAIT_S, CompiledConstraint, ConstraintCompiler
+from nanoserve.engine.adapters import answer_without_adapters
 from nanoserve.engine.scheduler import Scheduler
 from nanoserve.engine.sequence import Sequence
 from nanoserve.errors import EngineFailure, Rejection, RequestError
@@ -56,11 +58,11 @@ class CoreState:
 
 
 class _Wake:
-    """A constraint is compiled, or will not be; or it is time to look whether somebody's time is over."""
+    """A constraint is compiled, or will not be; an adapter was read or moved; or it is time to look at the clock."""
 
 
-# While requests wait for nothing but their constraints, their deadlines are looked at so often.
-COMPILE_CHECK_S = 0.5
+# While requests wait for nothing but constraints and adapters, their deadlines are looked at so often.
+CHECK_S = 0.5
 
 # Takes a step's events, of which there may be none; must not block. Any thread.
 Deliver = Callable[[list[Event]], None]
@@ -100,6 +102,8 @@ class EngineCore:
         self._messages: queue.SimpleQueue[Message | _Wake | None] = queue.SimpleQueue()
         self._deliver: Deliver = lambda _: None
         self._thread = threading.Thread(target=self._run, name="nanoserve-engine", daemon=True)
+        if scheduler.adapters is not None:
+            scheduler.adapters.store.wake = lambda: self._messages.put(_Wake())
         self._has_ended = False
         self._num_failed_steps = 0
         self._note_progress()
@@ -133,12 +137,14 @@ class EngineCore:
                     if message is None:
                         return
                     self._obey(message)
-                self._note_progress()
-                if messages:
-                    # Whoever watches from elsewhere must know of it, should no step follow, or not end.
-                    self._deliver([] if self.state.is_busy else self._scheduler.settle(time.monotonic()))
-                if self.state.is_busy:
+                if steps := self._scheduler.has_work:
+                    self._note_progress()
+                    if messages:
+                        # Whoever watches from elsewhere must know of it, should the step not end.
+                        self._deliver([])
                     self._step()
+                if not self._scheduler.has_work:
+                    self._rest(must_tell=not steps)
         except Exception:
             logger.exception("the engine thread died")
         finally:
@@ -146,12 +152,22 @@ class EngineCore:
             self._has_ended = True
             self._deliver([EngineEnded()])
             self._executor.close()
+            if self._scheduler.adapters is not None:
+                self._scheduler.adapters.store.close()
+
+    def _rest(self, *, must_tell: bool) -> None:
+        """Nothing can be computed: do what no step is needed for, which may give work again."""
+        now = time.monotonic()
+        self._scheduler.keep_time(now)
+        self._note_progress()
+        if must_tell or self._scheduler.has_news:
+            self._deliver([] if self.state.is_busy else self._scheduler.settle(now))
 
     def _take_messages(self) -> Iterator["Message | _Wake | None"]:
         """All that was posted; waits for the first if there is no work."""
         if not self._scheduler.has_work:
             try:
-                yield self._messages.get(timeout=COMPILE_CHECK_S if self._scheduler.is_compiling else None)
+                yield self._messages.get(timeout=CHECK_S if self._scheduler.is_awaiting else None)
             except queue.Empty:
                 yield _Wake()
         while not self._messages.empty():
@@ -165,8 +181,13 @@ class EngineCore:
                 self._scheduler.add(message, self._grammar(constraint), time.monotonic() + MAX_WAIT_S)
             case CompileConstraint(number, constraint):
                 self._compile(number, constraint)
+            case LoadAdapter() | UnloadAdapter() | ListAdapters():
+                if self._scheduler.adapters is None:
+                    self._deliver([answer_without_adapters(message)])
+                else:
+                    self._scheduler.adapters.obey(message, time.monotonic())
             case _Wake():
-                self._scheduler.keep_time(time.monotonic())
+                pass  # `schedule` and `_rest` look
             case Abort(request_id, index):
                 self._scheduler.abort(request_id, index)
             case ResetCache():

@@ -16,13 +16,25 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
+from nanoserve.adapter.folders import AdapterFolders
+from nanoserve.adapter.vocabulary import (
+    AdapterAnswer,
+    AdapterInfo,
+    AdaptersServed,
+    AdapterStats,
+    ListAdapters,
+    LoadAdapter,
+    UnloadAdapter,
+)
 from nanoserve.constraint.compiler import MAX_WAIT_S, too_hard, waited_too_long
 from nanoserve.dialect.formats import Dialect
+from nanoserve.engine.adapter_desk import AdapterDesk
+from nanoserve.engine.arrival import Arrival, Prompt
 from nanoserve.engine.chat_template import Chat
 from nanoserve.engine.core import Core
 from nanoserve.engine.reply import Reply, Wanted, plan_reply
+from nanoserve.engine.statistics import Statistics, Stats
 from nanoserve.engine.stream import RequestStream, StreamEvent
 from nanoserve.engine.text import TextCodec
 from nanoserve.errors import (
@@ -37,7 +49,7 @@ from nanoserve.errors import (
     Violation,
 )
 from nanoserve.kv_cache.block_pool import BlockNames
-from nanoserve.observer import Observers, RequestRecord
+from nanoserve.observer import Observers
 from nanoserve.request import (
     Abort,
     CacheReset,
@@ -57,12 +69,9 @@ from nanoserve.request import (
     SamplingParams,
     SequenceOutput,
 )
-from nanoserve.step_record import SchedulerStats, StepRecord
+from nanoserve.step_record import StepRecord
 
 logger = logging.getLogger(__name__)
-
-# A prompt: text as it is, token ids as they are, or a conversation for the chat template.
-Prompt = str | list[int] | Chat
 
 # A prompt of so many characters takes longer to encode than most callers' steps.
 LONG_PROMPT_CHARS = 1 << 16
@@ -70,9 +79,6 @@ LONG_PROMPT_CHARS = 1 << 16
 MAX_FAILED_STEPS = 3
 # How long a step may go on when the engine is closed.
 CLOSE_TIMEOUT_S = 5.0
-# Window of Stats.tokens_per_s and of its ratios.
-THROUGHPUT_WINDOW_S = 10
-RATIO_WINDOW_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,98 +104,9 @@ class ServedModel:
     draft_model: str
     # How it writes reasoning and calls of tools, as far as that is known.
     dialect: Dialect
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """A snapshot for the operator."""
-
-    scheduler: SchedulerStats
-    # Cached / prompt tokens of the requests begun in the last minute; 0 if none.
-    prefix_hit_ratio: float
-    # Guessed tokens that were right / guessed tokens, in the last minute; 0 if none.
-    draft_acceptance_ratio: float
-    # Generated, over the last 10 s.
-    tokens_per_s: float
-    uptime_s: float
-
-
-@dataclass(slots=True, eq=False)
-class _Arrival:
-    """One call of `generate`: what was asked, and what became of it."""
-
-    # Becomes Request.id.
-    number: int
-    # The caller's name for it.
-    label: str
-    prompt: Prompt
-    params: SamplingParams
-    priority: int
-    # time.monotonic(), now and at the hard deadline.
-    arrival_s: float
-    deadline_s: float | None
-    cache_salt: str
-    skip_cache_read: bool
-    wanted: Wanted
-    # Of a conversation whose prompt is encoded.
-    reply: Reply | None = None
-    # An operator ended it while its prompt was encoded.
-    is_cancelled: bool = False
-    # None until its prompt is encoded; from then on `params` has the seed.
-    stream: RequestStream | None = None
-    end_s: float | None = None
-    error: RequestError | None = None
-
-    @property
-    def _constraint(self) -> str:
-        """By the name of the contract's field; "tools" where only calls are held to something."""
-        if self.wanted.constraint is not None:
-            return self.wanted.constraint.kind.value
-        return "tools" if self.reply is not None and self.reply.constraint is not None else ""
-
-    def record(self, *, wants_content: bool) -> RequestRecord:
-        """What observers may know of it by now."""
-        stream = self.stream
-        content: dict[str, Any] = {}
-        if wants_content:
-            content["prompt"] = self.prompt.messages if isinstance(self.prompt, Chat) else self.prompt
-            content["texts"] = tuple((stream and stream.texts) or [""] * self.params.n)
-        return RequestRecord(
-            label=self.label,
-            arrival_s=self.arrival_s,
-            number=self.number,
-            params=self.params,
-            priority=self.priority,
-            is_chat=isinstance(self.prompt, Chat),
-            id=stream.request.id if stream else "",
-            num_prompt_tokens=len(stream.request.prompt_token_ids) if stream else 0,
-            end_s=self.end_s,
-            error=self.error,
-            constraint=self._constraint,
-            **(stream.progress.copied() if stream else {}),
-            **content,
-        )
-
-
-class RollingSum:
-    """A sum over the last `window_s` seconds, kept by the second."""
-
-    def __init__(self, window_s: int) -> None:
-        self._window_s = window_s
-        # (second, sum), oldest first; of at most so many seconds as are in the window.
-        self._buckets: deque[tuple[int, int]] = deque(maxlen=window_s)
-
-    def add(self, value: int) -> None:
-        """Count `value` now."""
-        second = int(time.monotonic())
-        if self._buckets and self._buckets[-1][0] == second:
-            value += self._buckets.pop()[1]
-        self._buckets.append((second, value))
-
-    @property
-    def total(self) -> int:
-        start = int(time.monotonic()) - self._window_s
-        return sum(value for second, value in self._buckets if second > start)
+    # Where adapters are read from, and those that are there at the start. None = no adapters are served.
+    adapter_folders: AdapterFolders | None = None
+    adapters: tuple[AdapterInfo, ...] = ()
 
 
 class Engine:
@@ -223,7 +140,7 @@ class Engine:
         self._marks = codec.special_tokens_in(model.dialect.texts)
         self._ids = itertools.count(1)
         # By number: requests that are not posted yet.
-        self._arrivals: dict[int, _Arrival] = {}
+        self._arrivals: dict[int, Arrival] = {}
         # Of requests that were posted and are not over.
         self._streams: dict[str, RequestStream] = {}
         # Set when the last stream ends.
@@ -235,12 +152,8 @@ class Engine:
         # Of resets of the cache that the core has not answered yet; it answers in their order.
         self._resets: deque[asyncio.Future[int]] = deque()
         self._is_draining = False
-        self._started_s = time.monotonic()
-        self._generated_tokens = RollingSum(THROUGHPUT_WINDOW_S)
-        self._prompt_tokens = RollingSum(RATIO_WINDOW_S)
-        self._cached_tokens = RollingSum(RATIO_WINDOW_S)
-        self._drafted_tokens = RollingSum(RATIO_WINDOW_S)
-        self._accepted_tokens = RollingSum(RATIO_WINDOW_S)
+        self._statistics = Statistics()
+        self._adapters = AdapterDesk(core, model.adapter_folders, model.adapters)
 
     def start(self) -> None:
         """Start the core; call it on the event loop that will serve."""
@@ -278,23 +191,26 @@ class Engine:
         add_special_tokens: bool | None = None,
         min_delta_tokens: int = 0,
         wanted: Wanted | None = None,
+        adapter: str = "",
     ) -> AsyncGenerator[StreamEvent, None]:
         """Run a request: Started, PromptLogprobs, Deltas, Finished.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request. `label` is the caller's id for
         it, `timeout_s` its hard deadline; `add_special_tokens` is that of TextCodec.encode_prompt. `wanted`: None = a
-        text, whatever it is.
+        text, whatever it is. `adapter`: name of one; empty = the model alone.
 
         Raises a RequestError: before Started if it is refused (InvalidRequest, ContextLengthExceeded, Overloaded,
-        NotReady), at any time if it fails (DeadlineExceeded, CancelledByOperator, EngineFailure, NotReady).
+        NotReady, AdapterNotFound, AdapterInvalid, AdapterMemoryFull), at any time if it fails (DeadlineExceeded,
+        CancelledByOperator, EngineFailure, NotReady).
         """
         arrival_s = time.monotonic()
         deadline_s = None if timeout_s is None else arrival_s + timeout_s
         wanted = wanted or Wanted()
-        asked = (label, prompt, params, priority, arrival_s, deadline_s, cache_salt, skip_cache_read, wanted)
-        arrival = _Arrival(next(self._ids), *asked)
+        asked = (label, prompt, params, priority, arrival_s, deadline_s, cache_salt, skip_cache_read, wanted, adapter)
+        arrival = Arrival(next(self._ids), *asked)
         with self._observed(arrival):
             self._check_admission()
+            self._adapters.check(adapter)
             request = await self._prepare(arrival, add_special_tokens)
             stream = RequestStream(
                 request,
@@ -321,7 +237,7 @@ class Engine:
                     self._is_idle.set()
 
     @contextlib.contextmanager
-    def _observed(self, arrival: _Arrival) -> Iterator[None]:
+    def _observed(self, arrival: Arrival) -> Iterator[None]:
         now = functools.partial(arrival.record, wants_content=self._observers.wants_content)
         self._observers.request_arrived(now)
         try:
@@ -333,7 +249,7 @@ class Engine:
             arrival.end_s = time.monotonic()
             self._observers.request_ended(now())
 
-    async def _prepare(self, arrival: _Arrival, add_special_tokens: bool | None) -> Request:
+    async def _prepare(self, arrival: Arrival, add_special_tokens: bool | None) -> Request:
         """Encode the prompt. Raises a RequestError if the request cannot run, or not any more."""
         self._arrivals[arrival.number] = arrival
         try:
@@ -362,7 +278,7 @@ class Engine:
         finally:
             del self._arrivals[arrival.number]
 
-    def _plan_reply(self, arrival: _Arrival, prompt: str) -> Reply:
+    def _plan_reply(self, arrival: Arrival, prompt: str) -> Reply:
         """prompt: the conversation as text."""
         assert isinstance(arrival.prompt, Chat)
         reply = plan_reply(
@@ -397,7 +313,7 @@ class Engine:
         if num_waiting >= self._max_waiting:
             raise Overloaded(self._max_waiting)
 
-    def _make_request(self, arrival: _Arrival, token_ids: list[int]) -> Request:
+    def _make_request(self, arrival: Arrival, token_ids: list[int]) -> Request:
         params = arrival.params
         if len(token_ids) + (params.max_tokens != 0) > self.model.max_context_tokens:
             raise ContextLengthExceeded(len(token_ids), self.model.max_context_tokens)
@@ -424,6 +340,7 @@ class Engine:
             cache_salt=arrival.cache_salt,
             skip_cache_read=arrival.skip_cache_read,
             constraint=arrival.wanted.constraint if arrival.reply is None else arrival.reply.constraint,
+            adapter=self._adapters.guess(arrival.adapter),
         )
 
     async def tokenize(
@@ -458,6 +375,36 @@ class Engine:
         finally:
             del self._checks[number]
 
+    # ------------------------------------------------------------------------------------------- adapters
+
+    @property
+    def adapter_names(self) -> dict[str, AdapterInfo | None]:
+        """What `generate` takes, in order. None = it is in its folder, and was not read yet."""
+        return self._adapters.names()
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether there is an adapter of this name, as far as can be told without reading it."""
+        return self._adapters.has(name)
+
+    async def load_adapter(
+        self, name: str, path: str = "", *, is_pinned: bool = False, may_replace: bool = False
+    ) -> AdapterInfo:
+        """Read an adapter, check it and serve it; see LoadAdapter. Raises a RequestError; then nothing has changed."""
+        self._check_ready()
+        load = functools.partial(LoadAdapter, name=name, path=path, is_pinned=is_pinned, may_replace=may_replace)
+        return await self._adapters.ask(load, AdapterInfo)
+
+    async def unload_adapter(self, name: str, drain_timeout_s: float) -> None:
+        """Serve it no more, and return when its requests have ended. Raises AdapterNotFound or AdapterInUse."""
+        self._check_ready()
+        unload = functools.partial(UnloadAdapter, name=name, drain_timeout_s=drain_timeout_s)
+        await self._adapters.ask(unload, type(None))
+
+    async def list_adapters(self) -> AdapterStats:
+        """All that were read, and what they take."""
+        self._check_ready()
+        return await self._adapters.ask(ListAdapters, AdapterStats)
+
     # ------------------------------------------------------------------------------------------- operator
 
     def cancel(self, label: str) -> int:
@@ -480,14 +427,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot, as of the last step."""
-        num_prompt_tokens, num_drafted = self._prompt_tokens.total, self._drafted_tokens.total
-        return Stats(
-            scheduler=self._core.state.scheduler,
-            prefix_hit_ratio=self._cached_tokens.total / num_prompt_tokens if num_prompt_tokens else 0.0,
-            draft_acceptance_ratio=self._accepted_tokens.total / num_drafted if num_drafted else 0.0,
-            tokens_per_s=self._generated_tokens.total / THROUGHPUT_WINDOW_S,
-            uptime_s=time.monotonic() - self._started_s,
-        )
+        return self._statistics.snapshot(self._core.state.scheduler)
 
     def health(self) -> str | None:
         """None if requests are served; else why not."""
@@ -525,6 +465,8 @@ class Engine:
                     self._answer_reset(num_freed_blocks)
                 case ConstraintCompiled():
                     self._answer_check(event)
+                case AdapterAnswer() | AdaptersServed():
+                    self._adapters.hear(event)
                 case EngineEnded():
                     self._end_all()
                 case StepRecord():
@@ -538,14 +480,10 @@ class Engine:
         try:
             match event:
                 case RequestStarted():
-                    self._prompt_tokens.add(len(stream.request.prompt_token_ids))
-                    self._cached_tokens.add(event.num_cached_tokens)
+                    self._statistics.add_prompt(len(stream.request.prompt_token_ids), event.num_cached_tokens)
                     stream.start(event)
                 case SequenceOutput():
-                    self._generated_tokens.add(len(event.token_ids))
-                    if event.draft is not None:
-                        self._drafted_tokens.add(event.draft.num_drafted)
-                        self._accepted_tokens.add(event.draft.num_accepted)
+                    self._statistics.add_output(len(event.token_ids), event.draft)
                     if stream.push(event):
                         self._core.post(Abort(event.request_id, event.index))
                 case RequestFailed(reason=Failure.DEADLINE):
@@ -582,6 +520,7 @@ class Engine:
     def _end_all(self) -> None:
         """Nobody must wait for a core that is gone."""
         self._has_ended.set()
+        self._adapters.end()
         for number in self._checks:
             self._answer_check(ConstraintCompiled(number, EngineFailure()))
         for stream in self._streams.values():

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 
 from nanoserve.config import SchedulerConfig
 from nanoserve.constraint.compiler import CompiledConstraint, waited_too_long
+from nanoserve.engine.adapters import ServedAdapters
 from nanoserve.engine.sequence import Sequence
 from nanoserve.engine.step_notes import StepNotes
-from nanoserve.errors import Rejection
+from nanoserve.errors import AdapterNotFound, Rejection
 from nanoserve.kv_cache.block_pool import BlockNames, BlockPool
 from nanoserve.request import (
     Admission,
-    DraftCounts,
     Event,
     Failure,
     FinishReason,
@@ -69,11 +69,16 @@ class Scheduler:
         block_size: int,
         max_context_tokens: int,
         cache_identity: str,
+        adapters: ServedAdapters | None = None,
     ) -> None:
-        """A sequence of max_context_tokens must fit the pool; cache_identity names model and weights."""
+        """A sequence of max_context_tokens must fit the pool; cache_identity names model and weights.
+
+        adapters: None = there are none.
+        """
         assert max_context_tokens <= pool.num_blocks * block_size
         assert config.max_num_seqs <= config.max_num_batched_tokens
         self.pool = pool
+        self.adapters = adapters
         # Each step's events end with its StepRecord.
         self.is_observed = False
         self._config = config
@@ -83,7 +88,7 @@ class Scheduler:
         # Live sequences of each request. Those of index > 0 wait outside of `_waiting` until the first has computed
         # the prompt, and then take its blocks from the pool.
         self._requests: dict[str, list[Sequence]] = {}
-        # In order of rank.
+        # In order of rank. Those whose adapter has no slot wait in its AdapterState alone.
         self._waiting: list[Sequence] = []
         # Sequences whose constraint is compiled, which they wait for outside of `_waiting`, and until when.
         self._compiling: dict[Sequence, tuple[Future[CompiledConstraint], float]] = {}
@@ -111,9 +116,14 @@ class Scheduler:
         return bool(self._waiting or self._in_flight) or any(self._running())
 
     @property
-    def is_compiling(self) -> bool:
-        """A request waits for its constraint."""
-        return bool(self._compiling)
+    def is_awaiting(self) -> bool:
+        """A request waits for its constraint or its adapter, or an adapter for its requests to end."""
+        return bool(self._compiling) or (self.adapters is not None and self.adapters.is_awaiting)
+
+    @property
+    def has_news(self) -> bool:
+        """Something has happened since the last report."""
+        return bool(self._events)
 
     @property
     def num_in_flight(self) -> int:
@@ -140,10 +150,21 @@ class Scheduler:
             for index in range(request.params.n)
         ]
         self._requests[request.id] = sequences
+        if request.adapter is not None:
+            try:
+                self._bind_adapter(request.adapter.name, sequences)
+            except AdapterNotFound as error:
+                self._fail(request.id, error)
+                return
         if grammar is None:
             self._enqueue(sequences[0])
         else:
             self.await_grammar(sequences[0], grammar, compile_until_s)
+
+    def _bind_adapter(self, name: str, sequences: list[Sequence]) -> None:
+        if self.adapters is None:
+            raise AdapterNotFound(name)
+        self.adapters.add(name, sequences)
 
     def await_grammar(self, sequence: Sequence, grammar: "Future[CompiledConstraint]", until_s: float) -> None:
         """Queue the sequence, which has no row, when its grammar is there."""
@@ -182,6 +203,7 @@ class Scheduler:
             num_cached_blocks=self.pool.num_cached,
             block_size=self._block_size,
             num_preemptions=self._num_preemptions,
+            adapters=None if self.adapters is None else self.adapters.counts(),
         )
 
     # --------------------------------------------------------------------------------------- schedule
@@ -208,15 +230,21 @@ class Scheduler:
         plan = StepPlan([self._plan_sequence(s, count, self._reserve_drafts(s, count)) for s, count in step.items()])
         if self.is_observed and (step or not self._in_flight):
             self._notes.start_s = now
-            if self._waiting:
-                self._notes.waits(self._waiting[0], wait_reason, self._running(), step)
-            elif self._compiling:
-                head = min(self._compiling, key=lambda s: s.rank)
-                self._notes.waits(head, WaitReason.CONSTRAINT, self._running(), step)
+            self._note_wait(wait_reason, step)
         if step:
             self._in_flight.append(_Step(plan, list(step), self._notes))
             self._notes = StepNotes()
         return plan
+
+    def _note_wait(self, reason: WaitReason, step: dict[Sequence, int]) -> None:
+        """Note who waits, of those who are served first. reason: of those whom nothing but others keeps waiting."""
+        heads = [(sequence, reason) for sequence in self._waiting[:1]]
+        if self.adapters is not None and (sequence := self.adapters.residency.first_waiting()) is not None:
+            heads.append((sequence, WaitReason.ADAPTER))
+        if not heads and self._compiling:
+            heads.append((min(self._compiling, key=lambda s: s.rank), WaitReason.CONSTRAINT))
+        if heads:
+            self._notes.waits(*min(heads, key=lambda head: head[0].rank), self._running(), step)
 
     def _can_go_on(self, sequence: Sequence) -> bool:
         """Whether there is something to compute that does not depend on what a step in flight will draw."""
@@ -265,12 +293,19 @@ class Scheduler:
                 self._preempt(victim, sequence, step)
                 continue
             self._waiting.pop(num_passed)
+            if self.adapters is not None and sequence.adapter is not None:
+                self.adapters.residency.begin(sequence.adapter, sequence)
             if not sequence.has_started:
-                sequence.has_started = True
-                relaxed = sequence.grammar.report.relaxed if sequence.grammar is not None else ()
-                self._events.append(RequestStarted(sequence.request.id, now, sequence.num_computed_tokens, relaxed))
+                self._start(sequence, now)
             self._schedule_running(sequence, step)
         return WaitReason.PREFIX if num_passed else obstacle or WaitReason.TOKENS
+
+    def _start(self, sequence: Sequence, now: float) -> None:
+        """It is the first of its request that runs."""
+        sequence.has_started = True
+        request = sequence.request
+        relaxed = sequence.grammar.report.relaxed if sequence.grammar is not None else ()
+        self._events.append(RequestStarted(request.id, now, sequence.num_computed_tokens, relaxed, request.adapter))
 
     def _admit(self, sequence: Sequence, step: dict[Sequence, int], num_kept_blocks: int) -> WaitReason | None:
         """Give a waiting sequence a row, and the blocks that the cache has of its tokens; or say what it waits for."""
@@ -363,9 +398,12 @@ class Scheduler:
                 token_ids=sequence.token_ids,
                 num_prompt_tokens=len(request.prompt_token_ids),
                 end_token_ids=request.eos_token_ids | request.params.stop_token_ids,
-                owner=request.cache_salt,
+                owner=(request.cache_salt, request.adapter.revision if request.adapter is not None else ""),
                 grammar=sequence.grammar,
+                adapter_slot=sequence.adapter.slot if sequence.adapter is not None else None,
             )
+        if self.adapters is not None and sequence.adapter is not None:
+            self.adapters.residency.compute(sequence.adapter, self._num_steps + len(self._in_flight) + 1)
         num_prompt_logprobs = 0
         if request.params.prompt_logprobs is not None and sequence.index == 0:
             num_prompt_logprobs = max(0, min(count, len(request.prompt_token_ids) - 1 - start))
@@ -386,9 +424,29 @@ class Scheduler:
         )
 
     def keep_time(self, now: float) -> None:
-        """Do what no step is needed for: end what has run out of time, and queue what is compiled by now."""
+        """Do what no step is needed for: end what has run out of time, and queue what need not wait any more."""
         self._expire(now)
         self._enqueue_compiled(now)
+        if self.adapters is not None:
+            self._tend(self.adapters, now)
+
+    def _tend(self, adapters: ServedAdapters, now: float) -> None:
+        """Let adapters come and go, and queue those alone whose adapter is in a slot."""
+        changes = adapters.settle(now)
+        for sequence in changes.moved:
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+            self._enqueue(sequence)
+        for request_id, reason in changes.failures:
+            if request_id in self._requests:
+                self._fail(request_id, reason)
+        for state in adapters.advance(now, self._num_steps):
+            if state.is_queued:
+                for sequence in state.waiting:
+                    bisect.insort(self._waiting, sequence, key=lambda s: s.rank)
+            else:
+                self._waiting = [sequence for sequence in self._waiting if sequence.adapter is not state]
+        self._events += adapters.take_events()
 
     def _enqueue_compiled(self, now: float) -> None:
         """Let those wait with the others whose constraint is compiled, and turn away those whose is wrong."""
@@ -413,9 +471,9 @@ class Scheduler:
                 self._fail(request_id, Failure.DEADLINE)
             elif request.time_limit_s is not None and now >= request.time_limit_s:
                 if not any(s.has_started for s in sequences):
-                    self._events.append(RequestStarted(request_id, now, num_cached_tokens=0))
+                    self._events.append(RequestStarted(request_id, now, num_cached_tokens=0, adapter=request.adapter))
                 for sequence in list(sequences):
-                    self._events.append(self._output(sequence, now, SequenceResult(), FinishReason.TIME_LIMIT))
+                    self._events.append(sequence.output(now, SequenceResult(), FinishReason.TIME_LIMIT))
                     self._remove(sequence)
 
     # ----------------------------------------------------------------------------------------- commit
@@ -473,7 +531,7 @@ class Scheduler:
                     sibling.has_started = True
                     self._enqueue(sibling)
         assert len(outcome.token_ids) <= scheduled.num_drafts + 1
-        kept, reason = self._append(sequence, outcome)
+        kept, reason = sequence.append(outcome, self._max_context_tokens)
         sequence.satisfies = outcome.satisfies and kept == len(outcome.token_ids)
         # The last token that was drawn is still to be computed; those before it were drafts, and right.
         num_right = max(0, kept - 1)
@@ -482,7 +540,7 @@ class Scheduler:
         self._register_full_blocks(sequence, scheduled.start, scheduled.start + scheduled.num_known + num_right)
         output = None
         if kept or reason or outcome.prompt_logprobs:
-            output = self._output(sequence, now, outcome, reason, kept, scheduled.start)
+            output = sequence.output(now, outcome, reason, kept, scheduled.start)
             self._events.append(output)
         if reason:
             self._remove(sequence)
@@ -495,57 +553,6 @@ class Scheduler:
         for i in range(start // self._block_size, num_full):
             self.pool.register(sequence.block_ids[i], sequence.block_hashes[i])
 
-    def _append(self, sequence: Sequence, outcome: SequenceResult) -> tuple[int, FinishReason | None]:
-        """Add sampled tokens up to the one that ends the sequence; returns how many, and why it ended."""
-        request, token_ids = sequence.request, outcome.token_ids
-        if request.params.max_tokens == 0 and token_ids:
-            return 0, FinishReason.LENGTH
-        for kept, token_id in enumerate(token_ids, start=1):
-            sequence.token_ids.append(token_id)
-            if token_id in request.eos_token_ids:
-                return kept, FinishReason.EOS
-            if token_id in request.params.stop_token_ids:
-                return kept, FinishReason.STOP
-            if outcome.is_over and kept == len(token_ids):
-                return kept, FinishReason.COMPLETE
-            if len(sequence.token_ids) - len(request.prompt_token_ids) == request.params.max_tokens:
-                return kept, FinishReason.LENGTH
-            if len(sequence.token_ids) == self._max_context_tokens:
-                return kept, FinishReason.CONTEXT
-        return len(token_ids), None
-
-    def _output(
-        self,
-        sequence: Sequence,
-        now: float,
-        outcome: SequenceResult,
-        reason: FinishReason | None,
-        kept: int = 0,
-        start: int = 0,
-    ) -> SequenceOutput:
-        # A prompt that was preempted is computed again; what was reported of it is not reported again.
-        num_known = max(0, sequence.num_prompt_logprobs - (start + 1))
-        prompt_logprobs = outcome.prompt_logprobs[num_known:]
-        sequence.num_prompt_logprobs += len(prompt_logprobs)
-        ended_by_token = reason in (FinishReason.EOS, FinishReason.STOP)
-        draft = None
-        if outcome.draft_source is not None:
-            num_accepted = min(kept, len(outcome.token_ids) - 1)
-            draft = DraftCounts(outcome.draft_source, outcome.num_drafted, num_accepted)
-        return SequenceOutput(
-            request_id=sequence.request.id,
-            index=sequence.index,
-            time_s=now,
-            token_ids=outcome.token_ids[:kept],
-            logprobs=outcome.logprobs[:kept],
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=reason,
-            stop_token_id=sequence.token_ids[-1] if ended_by_token else None,
-            num_preemptions=sequence.num_preemptions,
-            draft=draft,
-            satisfies=sequence.satisfies,
-        )
-
     # ------------------------------------------------------------------------------------------ parts
 
     def _running(self) -> Iterator[Sequence]:
@@ -555,6 +562,10 @@ class Scheduler:
         return -(-num_tokens // self._block_size)
 
     def _enqueue(self, sequence: Sequence) -> None:
+        if self.adapters is not None and (state := sequence.adapter) is not None:
+            self.adapters.residency.wait(state, sequence)
+            if not state.is_queued:
+                return
         bisect.insort(self._waiting, sequence, key=lambda s: s.rank)
 
     def _fail(self, request_id: str, reason: Failure | Rejection) -> None:
@@ -570,6 +581,8 @@ class Scheduler:
         elif sequence in self._worn:
             self._worn.remove(sequence)
         self._compiling.pop(sequence, None)
+        if self.adapters is not None and sequence.adapter is not None:
+            self.adapters.remove(sequence)
         siblings = self._requests[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:
@@ -586,6 +599,8 @@ class Scheduler:
         sequence.num_drafts = sequence.num_unknown_tokens = 0
         self._rows[sequence.row] = None
         sequence.row = None
+        if self.adapters is not None and sequence.adapter is not None:
+            self.adapters.residency.end(sequence.adapter)
 
     def check_invariants(self) -> None:
         """Raise AssertionError if blocks, rows and sequences do not agree. For tests, between steps."""

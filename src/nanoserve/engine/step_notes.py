@@ -67,6 +67,11 @@ class StepNotes:
                 behind = max(step, key=lambda s: step[s], default=None)
             case WaitReason.ROWS | WaitReason.BATCH:
                 behind = min(running, key=lambda s: s.rank, default=None)
+            case WaitReason.ADAPTER:
+                # If it is not just read: whoever runs in a slot, the first of them.
+                with_adapter = (s for s in running if s.adapter is not None)
+                is_slotless = head.adapter is not None and head.adapter.wants_slot_since_s is not None
+                behind = min(with_adapter, key=lambda s: s.rank, default=None) if is_slotless else None
             case WaitReason.CONSTRAINT:
                 behind = None
         self.wait = Wait(head.request.id, head.index, reason, behind.request.id if behind else "")
@@ -89,4 +94,5 @@ class StepNotes:
             num_owned_blocks=after.num_owned_blocks,
             num_threads=self.num_threads,
             has_failed=has_failed,
+            adapters=after.adapters,
         )

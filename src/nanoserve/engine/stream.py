@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from nanoserve.adapter.vocabulary import Adapter
 from nanoserve.constraint.outcome import Outcome, outcome_of
 from nanoserve.engine.reply import Parts, Reader, Reply
 from nanoserve.engine.text import TextCodec, TextPiece, TextStream
@@ -41,6 +42,8 @@ class Started:
     cached_tokens: int
     # The values in force, the seed included.
     params: SamplingParams
+    # What it is computed with besides the model. None = nothing.
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,8 @@ class RequestStream:
         self._codec = codec
         self.label = label
         self.progress = Progress()
+        # Of the adapter, as soon as it runs; empty = there is none.
+        self.adapter_revision = ""
         self._min_delta_tokens = min_delta_tokens
         params = request.params
         # By sequence. None = not kept.
@@ -186,7 +191,9 @@ class RequestStream:
         if self._relaxed and not self._readers:
             self._checked = [[] for _ in range(self.request.params.n)]
         prompt, params = self.request.prompt_token_ids, self.request.params
-        self._events.append(Started(len(prompt), event.num_cached_tokens, params))
+        if event.adapter is not None:
+            self.adapter_revision = event.adapter.revision
+        self._events.append(Started(len(prompt), event.num_cached_tokens, params, event.adapter))
         if params.prompt_logprobs is not None:
             # Nothing predicts the first token.
             self._events.append(PromptLogprobs([TokenLogprob(prompt[0], None, 0)]))

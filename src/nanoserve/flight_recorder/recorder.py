@@ -215,6 +215,7 @@ class FlightRecorder(Observer):
             preemptions=sum(preemption.index == index for _, preemption in request.preemptions),
             draft_tokens=num_drafted,
             accepted_draft_tokens=num_accepted,
+            adapter=request.adapter,
         )
 
     def explain(self, request_id: str) -> list[admin_pb2.RequestTimeline]:

@@ -16,6 +16,8 @@ from nanoserve.step_record import Preemption, Wait, WaitReason
 
 # Shorter waits are those for the step that was running.
 MIN_WAIT_S = 0.0005
+# Of an adapter's revision: enough to tell two apart.
+REVISION_CHARS = 12
 
 WAIT_REASONS = {reason: admin_pb2.WaitReason.Value(f"WAIT_REASON_{reason.name}") for reason in WaitReason}
 # After "waited for".
@@ -115,12 +117,23 @@ def _timeline(request: RequestRecord, end_s: float, entries: list[Entry]) -> adm
         cached_tokens=request.num_cached_tokens,
         completion_tokens=request.num_completion_tokens,
         entries=[entry.message(request.arrival_s) for entry in entries],
-        summary=_summary(entries),
+        summary=" ".join(map(_as_sentence, [*_computed_with(request), *_summary(entries)])),
+        adapter=request.adapter if request.started_s is not None else "",
+        adapter_revision=request.adapter_revision,
     )
 
 
-def _summary(entries: list[Entry]) -> str:
-    """All of it in a few sentences."""
+def _computed_with(request: RequestRecord) -> Iterator[str]:
+    if request.adapter and request.started_s is not None:
+        yield f"computed with adapter {request.adapter}, revision {request.adapter_revision[:REVISION_CHARS]}"
+
+
+def _as_sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _summary(entries: list[Entry]) -> list[str]:
+    """All of it in a few sentences, without what makes them sentences."""
     by_event: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         by_event[str(entry.told.WhichOneof("event"))].append(entry)
@@ -131,8 +144,7 @@ def _summary(entries: list[Entry]) -> str:
         times = "once" if len(preemptions) == 1 else f"{len(preemptions)} times"
         labels = list(filter(None, dict.fromkeys(entry.told.preemption.for_request_id for entry in preemptions)))
         sentences.append(f"preempted {times}" + (f", for {_list(labels)}" if labels else ""))
-    sentences += [entry.told.text for entry in by_event["decode"] + by_event["end"]]
-    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+    return sentences + [entry.told.text for entry in by_event["decode"] + by_event["end"]]
 
 
 def _waited(waits: list[Entry]) -> Iterator[str]:

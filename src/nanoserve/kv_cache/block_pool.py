@@ -46,7 +46,9 @@ class BlockNames:
 
     def extend(self, hashes: list[bytes], request: Request, token_ids: Sequence[int], count: int) -> None:
         """Add hashes of the next blocks of these tokens, of a sequence of the request, until there are `count`."""
-        root = self.cache_identity, request.cache_salt, "" if self.is_cache_enabled else request.id
+        root = [self.cache_identity, request.cache_salt, "" if self.is_cache_enabled else request.id]
+        if request.adapter is not None:
+            root.append(request.adapter.revision)
         for i in range(len(hashes), count):
             block = token_ids[i * self.block_size : (i + 1) * self.block_size]
             assert len(block) == self.block_size, "only a full block has a hash"

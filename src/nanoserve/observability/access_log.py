@@ -34,6 +34,10 @@ def _fields(call: CallRecord) -> Iterator[tuple[str, Any]]:
         yield "preemptions", request.num_preemptions
     if request.finish_reasons:
         yield "finish_reasons", ",".join(reason.value for _, reason in sorted(request.finish_reasons.items()))
+    if request.adapter:
+        yield "adapter", request.adapter
+    if request.adapter_revision:
+        yield "adapter_revision", request.adapter_revision
     if request.constraint:
         yield "constraint", request.constraint
     if request.outcomes:

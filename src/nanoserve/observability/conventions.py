@@ -32,11 +32,14 @@ ERROR_REASON = "nanoserve.error.reason"
 PHASE = "nanoserve.phase"
 # Who guessed: the value of a request.DraftSource.
 DRAFT_SOURCE = "nanoserve.draft_source"
+# Name of the adapter that a request was computed with, and the digest of its content.
+ADAPTER = "nanoserve.adapter"
+ADAPTER_REVISION = "nanoserve.adapter.revision"
 # What an output must be, and whether it is: RequestRecord.constraint, and one of its outcomes.
 CONSTRAINT = "nanoserve.constraint"
 CONSTRAINT_OUTCOME = "nanoserve.constraint.outcome"
 
 
 def of_generation(model: str, *, is_chat: bool) -> dict[str, str]:
-    """What traces and metrics of a request both tell."""
+    """What traces and metrics of a request both tell. model: the adapter's name, if one was asked for."""
     return {OPERATION: "chat" if is_chat else "text_completion", PROVIDER: NANOSERVE, REQUEST_MODEL: model}

@@ -1,8 +1,11 @@
 """Counters, gauges and histograms, through OpenTelemetry: the same instruments reach Prometheus and an OTLP collector.
 
-No label takes a value that a caller chooses, so their number is bounded. docs/observability.md has a table of them.
+No label takes a value that a caller chooses, so their number is bounded: of adapters, which operators name, only the
+first so many have one of their own. docs/observability.md has a table of them.
 """
 
+import time
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 
@@ -12,8 +15,12 @@ from nanoserve.errors import Rejection
 from nanoserve.observability import conventions as names
 from nanoserve.observer import CallRecord, Observer, RequestRecord
 from nanoserve.request import DraftSource, DraftTotals
-from nanoserve.step_record import StepRecord
+from nanoserve.step_record import AdapterCounts, StepRecord
 
+# Adapters that get a label of their own, in order of their first requests; all later ones share OTHER.
+MAX_ADAPTERS = 100
+# OpenTelemetry's word.
+OTHER = "_OTHER"
 # What turns a call away.
 REJECTIONS = frozenset(kind.reason for kind in Rejection.__subclasses__())
 QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -52,6 +59,9 @@ COUNTERS = (
     ("nanoserve.prompt.tokens", "{token}", "Prompt tokens of requests that began to run."),
     ("nanoserve.prompt.cached_tokens", "{token}", "Those of them that the prefix cache had."),
     ("nanoserve.completion.tokens", "{token}", "Tokens that were generated for callers."),
+    ("nanoserve.adapter.completion_tokens", "{token}", "Those of them that an adapter had a part in, by adapter."),
+    ("nanoserve.adapter.loads", "{load}", "Times that the weights of an adapter were read."),
+    ("nanoserve.adapter.evictions", "{eviction}", "Times that an adapter lost its slot to another."),
     ("nanoserve.spec_decode.num_drafts", "{draft}", "Drafts that were checked: each guesses one or several tokens."),
     ("nanoserve.spec_decode.num_draft_tokens", "{token}", "Tokens of these drafts."),
     ("nanoserve.spec_decode.num_accepted_tokens", "{token}", "Those of them that were right."),
@@ -75,6 +85,12 @@ class Metrics(Observer):
         self._startup_s: float | None = None
         self._last_step: StepRecord | None = None
         self._num_threads: int | None = None
+        # Those that have a label of their own.
+        self._adapters: set[str] = set()
+        # Sequences by the label of their adapter and what they do; and what AdapterCounts said last.
+        self._adapter_sequences: Counter[tuple[str, str]] = Counter()
+        self._adapter_counts: AdapterCounts | None = None
+        self._adapter_counts_s = 0.0
         self._histograms = {
             name: meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets)
             for name, unit, buckets, description in HISTOGRAMS
@@ -84,6 +100,8 @@ class Metrics(Observer):
             ("nanoserve.queue.length", "{sequence}", "Sequences that wait for a step."),
             ("nanoserve.sequences.running", "{sequence}", "Sequences that hold KV blocks."),
             ("nanoserve.kv.blocks", "{block}", "Blocks of the KV cache, by state."),
+            ("nanoserve.adapter.sequences", "{sequence}", "Sequences of each adapter, by what they do."),
+            ("nanoserve.lora_requests_info", "", "When it was last so that these adapters ran and waited."),
             ("nanoserve.step.threads", "{thread}", THREADS),
             ("nanoserve.startup.duration", "s", "Time from the begin of the start to ready."),
         ):
@@ -105,6 +123,13 @@ class Metrics(Observer):
                 counts = (step.num_free_blocks, step.num_cached_blocks, step.num_owned_blocks)
                 states = zip(("free", "cached", "owned"), counts, strict=True)
                 return [Observation(count, {"nanoserve.kv.block.state": state}) for state, count in states]
+            case "nanoserve.adapter.sequences":
+                return [
+                    Observation(count, {names.ADAPTER: adapter, names.PHASE: phase})
+                    for (adapter, phase), count in self._adapter_sequences.items()
+                ]
+            case "nanoserve.lora_requests_info" if self._adapter_counts is not None:
+                return [Observation(self._adapter_counts_s, _lora_requests_info(self._adapter_counts))]
         return []
 
     # ---------------------------------------------------------------------------------------- what happens
@@ -120,8 +145,26 @@ class Metrics(Observer):
             tokens = self._histograms["nanoserve.step.tokens"]
             tokens.record(step.num_prompt_tokens, {"gen_ai.token.type": "input"})
             tokens.record(step.num_completion_tokens, {"gen_ai.token.type": "output"})
+        if step.adapters is not None:
+            self._adapters_changed(step.adapters)
         if step.preemptions:
             self._counters["nanoserve.preemptions"].add(len(step.preemptions))
+
+    def _adapters_changed(self, counts: AdapterCounts) -> None:
+        before = self._adapter_counts
+        self._adapter_counts, self._adapter_counts_s = counts, time.time()
+        if before is None or counts.num_loads > before.num_loads:
+            self._counters["nanoserve.adapter.loads"].add(counts.num_loads - (before.num_loads if before else 0))
+        if before is None or counts.num_evictions > before.num_evictions:
+            num_before = before.num_evictions if before else 0
+            self._counters["nanoserve.adapter.evictions"].add(counts.num_evictions - num_before)
+        # What had sequences and has none any more is 0, and not gone.
+        sequences: Counter[tuple[str, str]] = Counter(dict.fromkeys(self._adapter_sequences, 0))
+        for use in counts.uses:
+            label = self._adapter_label(use.name, is_served=True)
+            sequences[label, "running"] += use.num_running
+            sequences[label, "waiting"] += use.num_waiting
+        self._adapter_sequences = sequences
 
     def request_ended(self, request: RequestRecord) -> None:
         if request.started_s is not None:
@@ -129,6 +172,9 @@ class Metrics(Observer):
             self._counters["nanoserve.prompt.tokens"].add(request.num_prompt_tokens)
             self._counters["nanoserve.prompt.cached_tokens"].add(request.num_cached_tokens)
             self._counters["nanoserve.completion.tokens"].add(request.num_completion_tokens)
+            if request.adapter:
+                attributes = {names.ADAPTER: self._adapter_label(request.adapter, is_served=True)}
+                self._counters["nanoserve.adapter.completion_tokens"].add(request.num_completion_tokens, attributes)
         for source, totals in request.drafts.items():
             self._count_drafts(source, totals)
         for reason in request.finish_reasons.values():
@@ -136,6 +182,12 @@ class Metrics(Observer):
         for outcome in request.outcomes:
             attributes = {names.CONSTRAINT: request.constraint, names.CONSTRAINT_OUTCOME: outcome}
             self._counters["nanoserve.sequences.constrained"].add(1, attributes)
+
+    def _adapter_label(self, name: str, *, is_served: bool) -> str:
+        """is_served: else a caller may have made the name up."""
+        if is_served and len(self._adapters) < MAX_ADAPTERS:
+            self._adapters.add(name)
+        return name if name in self._adapters else OTHER
 
     def _count_drafts(self, source: DraftSource, totals: DraftTotals) -> None:
         attributes = {names.DRAFT_SOURCE: source.value}
@@ -168,7 +220,10 @@ class Metrics(Observer):
             self._counters["nanoserve.requests.cancelled"].add(1, {names.RPC_STATUS: call.code})
         if request is None:
             return
-        attributes = names.of_generation(self._model, is_chat=request.is_chat)
+        model = self._model
+        if request.adapter:
+            model = self._adapter_label(request.adapter, is_served=request.started_s is not None)
+        attributes = names.of_generation(model, is_chat=request.is_chat)
         if call.code != "OK":
             attributes[names.ERROR_TYPE] = call.reason or call.code
         self._histograms["gen_ai.server.request.duration"].record(call.end_s - call.start_s, attributes)
@@ -181,3 +236,14 @@ class Metrics(Observer):
             if num_later_tokens > 0:
                 seconds = (request.last_token_s - request.first_token_s) / num_later_tokens
                 self._histograms["gen_ai.server.time_per_output_token"].record(seconds, attributes)
+
+
+def _lora_requests_info(counts: AdapterCounts) -> dict[str, str]:
+    """As vLLM's metric of this name has it, by which routers find a server that has an adapter in a slot."""
+    running = dict.fromkeys(use.name for use in counts.uses if use.num_running)
+    waiting = dict.fromkeys(use.name for use in counts.uses if use.num_waiting)
+    return {
+        "max_lora": str(counts.num_slots),
+        "running_lora_adapters": ",".join(running),
+        "waiting_lora_adapters": ",".join(waiting),
+    }

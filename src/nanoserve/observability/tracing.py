@@ -123,7 +123,7 @@ def _call_attributes(call: CallRecord) -> Iterator[tuple[str, str]]:
 
 def _request_attributes(request: RequestRecord, model: str) -> Iterator[tuple[str, Any]]:
     params = request.params
-    yield from names.of_generation(model, is_chat=request.is_chat).items()
+    yield from names.of_generation(request.adapter or model, is_chat=request.is_chat).items()
     yield "gen_ai.response.model", model
     for name, untold in UNTOLD.items():
         if (value := getattr(params, name)) != untold:
@@ -144,12 +144,20 @@ def _request_attributes(request: RequestRecord, model: str) -> Iterator[tuple[st
         yield names.PHASE, "waiting" if request.started_s is None else "running"
     if request.finish_reasons:
         yield "gen_ai.response.finish_reasons", [reason.value for _, reason in sorted(request.finish_reasons.items())]
+    yield from _adapter_attributes(request)
     yield from _constraint_attributes(request)
     # Opt-in: they hold what callers wrote and read.
     if request.prompt is not None:
         yield "gen_ai.input.messages", json.dumps(_input_messages(request.prompt), ensure_ascii=False)
     if request.texts is not None:
         yield "gen_ai.output.messages", json.dumps(list(_output_messages(request)), ensure_ascii=False)
+
+
+def _adapter_attributes(request: RequestRecord) -> Iterator[tuple[str, Any]]:
+    if request.adapter:
+        yield names.ADAPTER, request.adapter
+    if request.adapter_revision:
+        yield names.ADAPTER_REVISION, request.adapter_revision
 
 
 def _constraint_attributes(request: RequestRecord) -> Iterator[tuple[str, Any]]:

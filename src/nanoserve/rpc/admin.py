@@ -7,6 +7,7 @@ from typing import Protocol
 
 from nanoserve_client.v1 import admin_pb2
 
+from nanoserve.adapter.vocabulary import AdapterStatus, Residency
 from nanoserve.engine.engine import Engine
 from nanoserve.errors import NotRecorded, RequestNotFound
 from nanoserve.rpc import messages, validate
@@ -75,6 +76,29 @@ class AdminService:
         if not timelines:
             raise RequestNotFound(request_id)
         return admin_pb2.ExplainRequestResponse(timelines=timelines)
+
+    async def LoadAdapter(self, request: admin_pb2.LoadAdapterRequest, _call: Call) -> admin_pb2.LoadAdapterResponse:
+        engine = self._engine()
+        validate.adapter_load(request, engine.model)
+        info = await engine.load_adapter(
+            request.name, request.path, is_pinned=request.pinned, may_replace=request.replace
+        )
+        known = {status.info.adapter: status for status in (await engine.list_adapters()).adapters}
+        # Somebody may have unloaded or replaced it meanwhile.
+        status = known.get(info.adapter, AdapterStatus(info, Residency.HOST))
+        return admin_pb2.LoadAdapterResponse(adapter=messages.adapter(status))
+
+    async def UnloadAdapter(
+        self, request: admin_pb2.UnloadAdapterRequest, _call: Call
+    ) -> admin_pb2.UnloadAdapterResponse:
+        engine = self._engine()
+        drain_timeout_s = validate.adapter_unload(request, engine.model)
+        await engine.unload_adapter(request.name, drain_timeout_s)
+        return admin_pb2.UnloadAdapterResponse()
+
+    async def ListAdapters(self, request: admin_pb2.ListAdaptersRequest, _call: Call) -> admin_pb2.ListAdaptersResponse:
+        validate.nothing(request)
+        return messages.adapters(await self._engine().list_adapters())
 
     def _needed_recorder(self) -> Recorder:
         if self._recorder is None:

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from nanoserve_client.transport import MAX_REQUEST_ID_CHARS, REQUEST_ID_CHARS, REQUEST_ID_HEADER
 
-from nanoserve.engine.engine import ServedModel
+from nanoserve.engine.engine import Engine, ServedModel
 from nanoserve.errors import InvalidRequest, Violation
 from nanoserve.observer import CallRecord, Observers
 from nanoserve.rpc.errors import status_of
@@ -123,11 +123,13 @@ class Calls:
         )
 
 
-async def off_loop(convert: Callable[[_Asked, ServedModel], _Wanted], message: _Asked, model: ServedModel) -> _Wanted:
-    """convert(message, model), on a thread if the message is so large that other streams would wait for it."""
+async def off_loop(
+    convert: Callable[[_Asked, ServedModel, Callable[[str], bool]], _Wanted], message: _Asked, engine: Engine
+) -> _Wanted:
+    """What a message asks for; it is converted on a thread if it is so large that other streams would wait for it."""
     if message.ByteSize() < _LARGE_MESSAGE_BYTES:
-        return convert(message, model)
-    return await asyncio.to_thread(convert, message, model)
+        return convert(message, engine.model, engine.has_adapter)
+    return await asyncio.to_thread(convert, message, engine.model, engine.has_adapter)
 
 
 def principal_of(metadata: Metadata) -> str:

@@ -130,6 +130,10 @@ def _details(error: RequestError, limit: int) -> Iterator[Message]:
             yield error_details_pb2.ResourceInfo(
                 resource_type="model", resource_name=_cut(error.name, limit), description="no such served model"
             )
+        case AdapterNotFound():
+            yield error_details_pb2.ResourceInfo(
+                resource_type="adapter", resource_name=_cut(error.name, limit), description="no such adapter"
+            )
         case RequestNotFound():
             name = _cut(error.request_id, limit)
             yield error_details_pb2.ResourceInfo(

@@ -27,7 +27,7 @@ class GenerationService:
     async def Generate(self, request: generation_pb2.GenerateRequest, call: Call) -> None:
         arrival_s = time.time()
         engine = self._engine()
-        asked = await off_loop(validate.generation, request, engine.model)
+        asked = await off_loop(validate.generation, request, engine)
         events = engine.generate(
             asked.prompt,
             asked.params,
@@ -38,6 +38,7 @@ class GenerationService:
             skip_cache_read=request.cache.skip_read,
             add_special_tokens=asked.add_special_tokens,
             wanted=asked.wanted,
+            adapter=asked.adapter,
             min_delta_tokens=request.output.min_delta_tokens,
         )
         async with contextlib.aclosing(events):

@@ -6,8 +6,10 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
+from nanoserve.adapter.vocabulary import AdapterInfo, AdapterStats, AdapterStatus, Residency
 from nanoserve.constraint.outcome import Outcome
-from nanoserve.engine.engine import ServedModel, Stats
+from nanoserve.engine.engine import ServedModel
+from nanoserve.engine.statistics import Stats
 from nanoserve.engine.stream import Delta, Finished, PromptLogprobs, Started
 from nanoserve.request import ConstraintReport, DraftSource, FinishReason, SamplingParams, TokenLogprob, Treatment
 
@@ -20,6 +22,7 @@ MAX_KEYWORD_USES = 1000
 FINISH_REASONS = {reason: generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 DRAFT_SOURCES = {source: generation_pb2.DraftSource.Value(f"DRAFT_SOURCE_{source.name}") for source in DraftSource}
 OUTCOMES = {each: generation_pb2.ConstraintOutcome.Value(f"CONSTRAINT_OUTCOME_{each.name}") for each in Outcome}
+RESIDENCIES = {each: admin_pb2.AdapterResidency.Value(f"ADAPTER_RESIDENCY_{each.name}") for each in Residency}
 KEYWORD_TREATMENTS: dict[Treatment, "model_pb2.KeywordTreatment.ValueType"] = {
     each: model_pb2.KeywordTreatment.Value(f"KEYWORD_TREATMENT_{each.name}")
     for each in Treatment
@@ -40,6 +43,8 @@ def started(event: Started, *, request_id: str, model: str, arrival_s: float) ->
             prompt_tokens=event.prompt_tokens,
             cached_tokens=event.cached_tokens,
             sampling=_sampling(event.params),
+            adapter=event.adapter.name if event.adapter else "",
+            adapter_revision=event.adapter.revision if event.adapter else "",
         )
     )
 
@@ -124,6 +129,37 @@ def model(served: ServedModel) -> model_pb2.Model:
         draft_model=served.draft_model,
         reasoning_parser=served.dialect.reasoning.names[0] if served.dialect.reasoning else "",
         tool_call_parser=served.dialect.calls.names[0] if served.dialect.calls else "",
+    )
+
+
+def adapter_model(served: ServedModel, name: str, info: AdapterInfo | None) -> model_pb2.Model:
+    """An adapter, among the models. info: None = it was not read yet."""
+    message = model(served)
+    message.name, message.base_model, message.lora_rank = name, served.name, info.rank if info else 0
+    return message
+
+
+def adapter(status: AdapterStatus) -> admin_pb2.Adapter:
+    info = status.info
+    return admin_pb2.Adapter(
+        name=info.adapter.name,
+        revision=info.adapter.revision,
+        path=info.path,
+        rank=info.rank,
+        bytes=info.num_bytes,
+        residency=RESIDENCIES[status.residency],
+        pinned=info.is_pinned,
+        running=status.num_running,
+        waiting=status.num_waiting,
+    )
+
+
+def adapters(stats: AdapterStats) -> admin_pb2.ListAdaptersResponse:
+    return admin_pb2.ListAdaptersResponse(
+        adapters=map(adapter, stats.adapters),
+        memory_bytes=stats.num_bytes,
+        memory_limit_bytes=stats.max_bytes,
+        slots=stats.num_slots,
     )
 
 

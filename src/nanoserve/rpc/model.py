@@ -26,17 +26,21 @@ class ModelService:
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, _call: Call) -> model_pb2.ListModelsResponse:
         validate.nothing(request)
-        return model_pb2.ListModelsResponse(models=[messages.model(self._engine().model)])
+        engine = self._engine()
+        # It looks into the folder that they lie in.
+        names = await asyncio.to_thread(lambda: engine.adapter_names)
+        adapters = [messages.adapter_model(engine.model, name, info) for name, info in names.items()]
+        return model_pb2.ListModelsResponse(models=[messages.model(engine.model), *adapters])
 
     async def Tokenize(self, request: model_pb2.TokenizeRequest, _call: Call) -> model_pb2.TokenizeResponse:
         engine = self._engine()
-        prompt, add_special_tokens = await off_loop(validate.tokenization, request, engine.model)
+        prompt, add_special_tokens = await off_loop(validate.tokenization, request, engine)
         token_ids, text = await engine.tokenize(prompt, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(_tokenized, engine.codec, token_ids, text)
 
     async def Detokenize(self, request: model_pb2.DetokenizeRequest, _call: Call) -> model_pb2.DetokenizeResponse:
         engine = self._engine()
-        token_ids = await off_loop(validate.detokenization, request, engine.model)
+        token_ids = await off_loop(validate.detokenization, request, engine)
         text = await asyncio.to_thread(
             engine.codec.decode, token_ids, skip_special_tokens=not request.keep_special_tokens
         )
@@ -46,7 +50,7 @@ class ModelService:
         self, request: model_pb2.CheckConstraintRequest, _call: Call
     ) -> model_pb2.CheckConstraintResponse:
         engine = self._engine()
-        constraint = await off_loop(validate.constraint_check, request, engine.model)
+        constraint = await off_loop(validate.constraint_check, request, engine)
         return messages.constraint_check(await engine.compile_constraint(constraint))
 
 

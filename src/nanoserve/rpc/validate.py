@@ -8,7 +8,7 @@ client without a word, and the caller would believe that it had counted. message
 import contextlib
 import dataclasses
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from nanoserve_client.v1 import admin_pb2, generation_pb2, model_pb2
 
+from nanoserve.adapter.folders import name_problem
 from nanoserve.dialect.tools import NAME as TOOL_NAME
 from nanoserve.dialect.tools import Choosing, Tool, ToolChoice, ToolUse
 from nanoserve.engine.chat_template import Chat
@@ -41,10 +42,22 @@ DRAFT_TOKENS_RANGE = Range(0, 64)
 # Of WatchEngine's snapshots, in seconds.
 INTERVAL_RANGE_S = Range(0.05, 60)
 DEFAULT_INTERVAL_S = 1.0
+# How long the requests of an adapter that is unloaded may take, in seconds.
+DRAIN_RANGE_S = Range(0, 3600)
+DEFAULT_DRAIN_S = 30.0
+MAX_PATH_CHARS = 4096
 
 CHOOSING = {generation_pb2.ToolChoiceMode.Value(f"TOOL_CHOICE_MODE_{each.name}"): each for each in Choosing}
 # As chat templates know them. 0 is ROLE_UNSPECIFIED.
 ROLES = {value: name.removeprefix("ROLE_").lower() for name, value in generation_pb2.Role.items() if value != 0}
+
+
+# Whether there is an adapter of a name.
+IsAdapter = Callable[[str], bool]
+
+
+def _is_none(_name: str) -> bool:
+    return False
 
 
 class Violations:
@@ -73,6 +86,10 @@ class Violations:
     def required(self, path: str, value: str) -> None:
         if not value:
             self.add(path, "is required")
+
+    def adapter_name(self, path: str, name: str, model: ServedModel) -> None:
+        if (problem := name_problem(name, model.name)) is not None:
+            self.add(path, problem)
 
     def count(self, path: str, values: Collection[Any], most: int) -> bool:
         """Whether there are at most `most`, so that each is worth a look."""
@@ -122,12 +139,18 @@ class Asked:
     add_special_tokens: bool | None
     # The constraint in it was only checked for its form.
     wanted: Wanted
+    # Name of one, which may not exist. Empty = none.
+    adapter: str
 
 
-def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> Asked:
-    """The rest holds as the message has it. Raises ModelNotFound, else InvalidRequest with every violation."""
-    check_model(request.model, model)
+def generation(request: generation_pb2.GenerateRequest, model: ServedModel, is_adapter: IsAdapter = _is_none) -> Asked:
+    """The rest holds as the message has it. is_adapter: whether there is one of a name.
+
+    Raises ModelNotFound, else InvalidRequest with every violation.
+    """
+    check_model(request.model, model, is_adapter)
     violations = Violations(request)
+    adapter = _adapter(request, model, violations)
     prompt = _prompt(request, model, violations)
     n = request.n if request.HasField("n") else 1
     violations.number("n", n, SEQUENCES_RANGE)
@@ -148,12 +171,14 @@ def generation(request: generation_pb2.GenerateRequest, model: ServedModel) -> A
     }
     wanted = _wanted(request, violations)
     violations.raise_if_any()
-    return Asked(prompt, dataclasses.replace(model.default_params, **changes), add_special_tokens, wanted)
+    return Asked(prompt, dataclasses.replace(model.default_params, **changes), add_special_tokens, wanted, adapter)
 
 
-def tokenization(request: model_pb2.TokenizeRequest, model: ServedModel) -> tuple[str | Chat, bool | None]:
+def tokenization(
+    request: model_pb2.TokenizeRequest, model: ServedModel, is_adapter: IsAdapter = _is_none
+) -> tuple[str | Chat, bool | None]:
     """What is to be tokenized, and add_special_tokens. Raises as generation() does."""
-    check_model(request.model, model)
+    check_model(request.model, model, is_adapter)
     violations = Violations(request)
     prompt: str | Chat = request.text
     if request.HasField("chat"):
@@ -164,18 +189,22 @@ def tokenization(request: model_pb2.TokenizeRequest, model: ServedModel) -> tupl
     return prompt, _if_set(request, "add_special_tokens")
 
 
-def detokenization(request: model_pb2.DetokenizeRequest, model: ServedModel) -> list[int]:
+def detokenization(
+    request: model_pb2.DetokenizeRequest, model: ServedModel, is_adapter: IsAdapter = _is_none
+) -> list[int]:
     """The token ids. Raises as generation() does."""
-    check_model(request.model, model)
+    check_model(request.model, model, is_adapter)
     violations = Violations(request)
     violations.token_ids("token_ids", request.token_ids, model.vocab_size)
     violations.raise_if_any()
     return list(request.token_ids)
 
 
-def constraint_check(request: model_pb2.CheckConstraintRequest, model: ServedModel) -> Constraint:
+def constraint_check(
+    request: model_pb2.CheckConstraintRequest, model: ServedModel, is_adapter: IsAdapter = _is_none
+) -> Constraint:
     """The constraint, of which only the form is checked. Raises as generation() does."""
-    check_model(request.model, model)
+    check_model(request.model, model, is_adapter)
     violations = Violations(request)
     constraint = _constraint(request.constraint, violations)
     violations.raise_if_any()
@@ -202,18 +231,50 @@ def watch(request: admin_pb2.WatchEngineRequest) -> float:
     return interval_s
 
 
+def adapter_load(request: admin_pb2.LoadAdapterRequest, model: ServedModel) -> None:
+    """The message holds as it is. Raises InvalidRequest."""
+    violations = Violations(request)
+    violations.adapter_name("name", request.name, model)
+    if len(request.path) > MAX_PATH_CHARS or not request.path.isprintable():
+        violations.add("path", f"must have at most {MAX_PATH_CHARS} printable characters")
+    violations.raise_if_any()
+
+
+def adapter_unload(request: admin_pb2.UnloadAdapterRequest, model: ServedModel) -> float:
+    """How long running requests may take, in seconds. Raises InvalidRequest."""
+    violations = Violations(request)
+    violations.adapter_name("name", request.name, model)
+    given = _if_set(request, "drain_timeout")
+    drain_s = DEFAULT_DRAIN_S if given is None else violations.seconds("drain_timeout", given)
+    if drain_s is not None:
+        violations.number("drain_timeout", drain_s, DRAIN_RANGE_S)
+    violations.raise_if_any()
+    assert drain_s is not None
+    return drain_s
+
+
 def nothing(request: Message) -> None:
     """For a message without fields. Raises InvalidRequest."""
     Violations(request).raise_if_any()
 
 
-def check_model(name: str, model: ServedModel) -> None:
-    """Empty = the default model. Raises ModelNotFound."""
-    if name not in ("", model.name):
+def check_model(name: str, model: ServedModel, is_adapter: IsAdapter) -> None:
+    """Empty = the default model. An adapter's name is that of a model too. Raises ModelNotFound."""
+    if name not in ("", model.name) and not is_adapter(name):
         raise ModelNotFound(name, [model.name])
 
 
 # ---------------------------------------------------------------------------------------------- the parts
+
+
+def _adapter(request: generation_pb2.GenerateRequest, model: ServedModel, violations: Violations) -> str:
+    """The name of the adapter that `adapter` or `model` gives; empty = none."""
+    named_as_model = "" if request.model == model.name else request.model
+    if request.adapter:
+        violations.adapter_name("adapter", request.adapter, model)
+        if named_as_model not in ("", request.adapter):
+            violations.add("adapter", f"must be that of `model`, {named_as_model!r}, which is an adapter too")
+    return request.adapter or named_as_model
 
 
 def _prompt(

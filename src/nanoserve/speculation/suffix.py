@@ -4,7 +4,7 @@ A simple form of suffix decoding, https://arxiv.org/abs/2411.04975, with context
 of a tree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from nanoserve.request import DraftSource
 from nanoserve.speculation.drafter import MAX_EVIDENCE, Draft
@@ -23,12 +23,12 @@ class SuffixCounts:
     def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
         self._max_contexts = max_contexts
         # (owner, context) -> next token -> count.
-        self._followers: dict[tuple[str, tuple[int, ...]], dict[int, int]] = {}
+        self._followers: dict[tuple[Hashable, tuple[int, ...]], dict[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._followers)
 
-    def add(self, owner: str, context: tuple[int, ...], token_id: int) -> None:
+    def add(self, owner: Hashable, context: tuple[int, ...], token_id: int) -> None:
         key = owner, context
         if (counts := self._followers.get(key)) is None:
             if len(self._followers) >= self._max_contexts:
@@ -36,7 +36,7 @@ class SuffixCounts:
             counts = self._followers[key] = {}
         counts[token_id] = counts.get(token_id, 0) + 1
 
-    def best(self, owner: str, context: tuple[int, ...]) -> tuple[int, float] | None:
+    def best(self, owner: Hashable, context: tuple[int, ...]) -> tuple[int, float] | None:
         """The token that followed most often, and its share of all that did."""
         if (counts := self._followers.get((owner, context))) is None:
             return None
@@ -49,7 +49,7 @@ class SuffixCounts:
 class SuffixDrafter:
     """Reads and writes the counts of one owner."""
 
-    def __init__(self, counts: SuffixCounts, owner: str, token_ids: Sequence[int]) -> None:
+    def __init__(self, counts: SuffixCounts, owner: Hashable, token_ids: Sequence[int]) -> None:
         """token_ids: the text so far, which the model has not said and is not counted."""
         self._counts = counts
         self._owner = owner

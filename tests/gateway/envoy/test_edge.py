@@ -213,6 +213,29 @@ def test_nobody_watches_through_the_edge(server, envoy, method):
     assert server.script.requests == []
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/v1/load_lora_adapter/",
+        "/v1/load_lora_adapter?x=1",
+        "//v1//load_lora_adapter",
+        "/v1/models/../load_lora_adapter",
+        "/v1/%6coad_lora_adapter",
+        "/v1/load%5Flora_adapter",
+        "/v1/%2e/load_lora_adapter",
+        "/v1%2fload_lora_adapter",
+    ],
+)
+def test_nobody_loads_adapters_through_the_edge(envoy, module, path):
+    connection = http.client.HTTPConnection("127.0.0.1", envoy.port, timeout=TIMEOUT_S)
+    connection.request("POST", path, body='{"lora_name": "a"}')
+    assert connection.getresponse().status in (403, 404)
+    connection.close()
+    assert module.seen == []
+
+
 @pytest.mark.parametrize("path", ["/", "/live/events", "/live/explain?id=x", "/live/page.js", "/v1/../live/events"])
 def test_the_live_view_is_not_served_at_the_edge(envoy, path):
     connection = http.client.HTTPConnection("127.0.0.1", envoy.port, timeout=TIMEOUT_S)

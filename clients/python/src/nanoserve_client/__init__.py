@@ -36,6 +36,9 @@ from nanoserve_client.requests import (
     ToolCall,
 )
 from nanoserve_client.results import (
+    Adapter,
+    AdapterResidency,
+    Adapters,
     CallPiece,
     Completion,
     ConstraintCheck,
@@ -79,6 +82,9 @@ from nanoserve_client.watching import (
 )
 
 __all__ = [
+    "Adapter",
+    "AdapterResidency",
+    "Adapters",
     "AsyncClient",
     "AsyncEngineWatch",
     "AsyncGenerateStream",

@@ -9,7 +9,7 @@ import grpc
 from nanoserve_client.calls import Account, Calls, GenerateReading, Reading, Unary
 from nanoserve_client.progress import Progress
 from nanoserve_client.requests import CheckOptions, Messages, TokenizeOptions
-from nanoserve_client.results import ConstraintCheck, Delta, Model, Result, Started, Stats, Tokens
+from nanoserve_client.results import Adapter, Adapters, ConstraintCheck, Delta, Model, Result, Started, Stats, Tokens
 from nanoserve_client.transport import CallOptions, Envelope
 from nanoserve_client.v1 import admin_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
@@ -53,7 +53,7 @@ class AsyncClient(Calls["AsyncGenerateStream", "AsyncEngineWatch"]):
         return await _wait(self._check_constraint(options))
 
     async def list_models(self, **options: Unpack[CallOptions]) -> list[Model]:
-        """The served models, in order of their names."""
+        """The served model, and behind it its adapters, in order of their names."""
         return await _wait(self._list_models(options))
 
     async def cancel(self, request_id: str, /, **options: Unpack[CallOptions]) -> int:
@@ -71,6 +71,29 @@ class AsyncClient(Calls["AsyncGenerateStream", "AsyncEngineWatch"]):
     async def explain_request(self, request_id: str, /, **options: Unpack[CallOptions]) -> list[Timeline]:
         """What happened to the requests with this id. See Client.explain_request."""
         return await _wait(self._explain_request(request_id, options))
+
+    async def load_adapter(
+        self,
+        name: str,
+        /,
+        path: str = "",
+        *,
+        pinned: bool = False,
+        replace: bool = False,
+        **options: Unpack[CallOptions],
+    ) -> Adapter:
+        """Read a LoRA adapter, check it whole, and serve it under a name. See Client.load_adapter."""
+        return await _wait(self._load_adapter(name, path, pinned, replace, options))
+
+    async def unload_adapter(
+        self, name: str, /, *, drain_timeout: float | None = None, **options: Unpack[CallOptions]
+    ) -> None:
+        """Stop to serve an adapter, and free its memory. See Client.unload_adapter."""
+        await _wait(self._unload_adapter(name, drain_timeout, options))
+
+    async def list_adapters(self, **options: Unpack[CallOptions]) -> Adapters:
+        """The adapters that were loaded. See Client.list_adapters."""
+        return await _wait(self._list_adapters(options))
 
     async def close(self) -> None:
         """Close the connection, for good. Calls that are running end with Cancelled."""

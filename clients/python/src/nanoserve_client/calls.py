@@ -16,7 +16,7 @@ from nanoserve_client import requests, transport
 from nanoserve_client.errors import Metadata, NanoserveError
 from nanoserve_client.progress import Progress
 from nanoserve_client.requests import ChatGenerateOptions, CheckOptions, GenerateOptions, Messages, TokenizeOptions
-from nanoserve_client.results import ConstraintCheck, Model, Started, Stats, TokenLogprob, Tokens
+from nanoserve_client.results import Adapter, Adapters, ConstraintCheck, Model, Started, Stats, TokenLogprob, Tokens
 from nanoserve_client.transport import CallOptions, Envelope, Tls
 from nanoserve_client.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from nanoserve_client.v1 import generation_pb2 as pb
@@ -166,6 +166,20 @@ class Calls(abc.ABC, Generic[_Stream, _Watch]):
 
         request = admin_pb2.ExplainRequestRequest(request_id=request_id)
         return self._unary(self._admin.ExplainRequest, request, options, read)
+
+    def _load_adapter(self, name: str, path: str, pinned: bool, replace: bool, options: CallOptions) -> Unary[Adapter]:
+        def read(response: admin_pb2.LoadAdapterResponse) -> Adapter:
+            return Adapter.of(response.adapter)
+
+        request = admin_pb2.LoadAdapterRequest(name=name, path=path, pinned=pinned, replace=replace)
+        return self._unary(self._admin.LoadAdapter, request, options, read)
+
+    def _unload_adapter(self, name: str, drain_timeout: float | None, options: CallOptions) -> Unary[None]:
+        request = requests.unload_adapter_request(name, drain_timeout)
+        return self._unary(self._admin.UnloadAdapter, request, options, lambda _: None)
+
+    def _list_adapters(self, options: CallOptions) -> Unary[Adapters]:
+        return self._unary(self._admin.ListAdapters, admin_pb2.ListAdaptersRequest(), options, Adapters.of)
 
     def _unary(
         self,

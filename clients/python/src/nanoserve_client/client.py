@@ -9,7 +9,7 @@ from nanoserve_client.calls import Calls, GenerateReading, Reading, Unary
 from nanoserve_client.errors import Metadata
 from nanoserve_client.progress import Progress
 from nanoserve_client.requests import CheckOptions, Messages, TokenizeOptions
-from nanoserve_client.results import ConstraintCheck, Delta, Model, Result, Stats, Tokens
+from nanoserve_client.results import Adapter, Adapters, ConstraintCheck, Delta, Model, Result, Stats, Tokens
 from nanoserve_client.transport import CallOptions, Envelope
 from nanoserve_client.v1 import admin_pb2
 from nanoserve_client.v1 import generation_pb2 as pb
@@ -77,7 +77,7 @@ class Client(Calls["GenerateStream", "EngineWatch"]):
         return _wait(self._check_constraint(options))
 
     def list_models(self, **options: Unpack[CallOptions]) -> list[Model]:
-        """The served models, in order of their names."""
+        """The served model, and behind it its adapters, in order of their names."""
         return _wait(self._list_models(options))
 
     def cancel(self, request_id: str, /, **options: Unpack[CallOptions]) -> int:
@@ -115,6 +115,56 @@ class Client(Calls["GenerateStream", "EngineWatch"]):
             NotFound: No request with this id is known, or not any more.
         """
         return _wait(self._explain_request(request_id, options))
+
+    def load_adapter(
+        self,
+        name: str,
+        /,
+        path: str = "",
+        *,
+        pinned: bool = False,
+        replace: bool = False,
+        **options: Unpack[CallOptions],
+    ) -> Adapter:
+        """Read a LoRA adapter, check it whole, and serve it under a name. For operators.
+
+        Args:
+            name: What callers will call it: 1 to 128 characters.
+            path: A PEFT folder on the server, under its --adapters folder. Default: the subfolder called like the
+                adapter.
+            pinned: It keeps its slot, also when nobody asks for it.
+            replace: A name that has other weights gets these: running requests end with theirs, new ones get the new.
+            **options: See CallOptions.
+
+        Raises:
+            InvalidRequest: It cannot be served. `violations` has all that is wrong with the folder.
+            NotFound: There is no such folder.
+            NanoserveError: With code FAILED_PRECONDITION: the name has other weights, and `replace` is not set.
+            Overloaded: There is no memory for it.
+        """
+        return _wait(self._load_adapter(name, path, pinned, replace, options))
+
+    def unload_adapter(
+        self, name: str, /, *, drain_timeout: float | None = None, **options: Unpack[CallOptions]
+    ) -> None:
+        """Stop to serve an adapter, and free its memory. For operators.
+
+        New requests for it are refused at once.
+
+        Args:
+            name: As `list_adapters` gives it.
+            drain_timeout: Seconds that running requests may take to end, 0 to 3600. Default: 30.
+            **options: See CallOptions.
+
+        Raises:
+            NotFound: There is no such adapter.
+            NanoserveError: With code FAILED_PRECONDITION: requests still ran after the time; it is served on.
+        """
+        _wait(self._unload_adapter(name, drain_timeout, options))
+
+    def list_adapters(self, **options: Unpack[CallOptions]) -> Adapters:
+        """The adapters that were loaded, where their weights are, and who uses them. For operators."""
+        return _wait(self._list_adapters(options))
 
     def close(self) -> None:
         """Close the connection, for good. Calls that are running end with Cancelled."""

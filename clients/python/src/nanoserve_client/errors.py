@@ -68,11 +68,11 @@ class PermissionDenied(NanoserveError):
 
 
 class NotFound(NanoserveError):
-    """NOT_FOUND: no served model has this name, or no request that is known has this id."""
+    """NOT_FOUND: no served model and no adapter has this name, or no request that is known has this id."""
 
 
 class Overloaded(NanoserveError):
-    """RESOURCE_EXHAUSTED: the server's queue is full, and stayed full through every retry."""
+    """RESOURCE_EXHAUSTED: the server's queue or its memory for adapters is full, and stayed so through every retry."""
 
 
 class Unavailable(NanoserveError):

@@ -140,7 +140,8 @@ class GenerateOptions(CallOptions, ConstraintOptions, total=False):
     model's own, which `list_models` shows and `Started.sampling` reports.
 
     Attributes:
-        model: Name of a served model. Default: the server's.
+        model: Name of a served model, or of an adapter. Default: the server's.
+        adapter: Name of a LoRA adapter. Default: none, the model as it is.
         n: Completions (sequences) of the one prompt, 1 to 128. Default 1.
         priority: -100 to 100, default 0. Higher runs first, and may preempt lower.
 
@@ -186,6 +187,7 @@ class GenerateOptions(CallOptions, ConstraintOptions, total=False):
     """
 
     model: str | None
+    adapter: str | None
     n: int | None
     priority: int | None
 
@@ -527,6 +529,14 @@ def parser(options: Mapping[str, Any]) -> Callable[[str], Any] | None:
 
 def _schema_of(value: "Mapping[str, Any] | type[PydanticModel]") -> Mapping[str, Any]:
     return value.model_json_schema() if isinstance(value, type) else value
+
+
+def unload_adapter_request(name: str, drain_timeout: float | None) -> admin_pb2.UnloadAdapterRequest:
+    """drain_timeout: seconds; None = the server's default."""
+    request = admin_pb2.UnloadAdapterRequest(name=name)
+    if drain_timeout is not None:
+        request.drain_timeout.FromNanoseconds(round(drain_timeout * 1e9))
+    return request
 
 
 def watch_request(interval: float | None) -> admin_pb2.WatchEngineRequest:

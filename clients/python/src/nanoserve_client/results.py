@@ -98,6 +98,9 @@ class Started:
     cached_tokens: int
     # The values in force, seed too, so that the run can be repeated. Floats have 32 bits.
     sampling: Sampling
+    # The adapter that it is computed with, and the digest of its content. Empty = none.
+    adapter: str
+    adapter_revision: str
 
     @classmethod
     def of(cls, message: pb.Started) -> Self:
@@ -391,10 +394,12 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model."""
+    """A served model, or an adapter of it."""
 
     name: str
-    # When it was loaded.
+    # Of an adapter: the model that it changes. Empty = it is that model.
+    base_model: str
+    # When it was loaded; of an adapter, when its model was.
     create_time: datetime
     # Most tokens of prompt and completion together.
     max_context_tokens: int
@@ -413,6 +418,8 @@ class Model:
     # How it writes its reasoning, such as "deepseek_r1", and calls of tools, such as "hermes". Empty = not known.
     reasoning_parser: str
     tool_call_parser: str
+    # Of an adapter: the largest rank of its layers; 0 = it is no adapter, or was not read yet.
+    lora_rank: int
 
     @classmethod
     def of(cls, message: model_pb2.Model) -> Self:
@@ -532,3 +539,62 @@ class Stats:
     @classmethod
     def of(cls, message: admin_pb2.GetStatsResponse) -> Self:
         return cls(**same_fields(cls, message, "uptime_s"), uptime_s=message.uptime.ToTimedelta().total_seconds())
+
+
+class AdapterResidency(enum.Enum):
+    """Where an adapter's weights are."""
+
+    # In its folder alone: they are read again when a request asks for them.
+    DISK = "disk"
+    # In main memory.
+    HOST = "host"
+    # In a slot, ready for the next step.
+    ACTIVE = "active"
+    # A place that a newer server knows, and this client does not.
+    UNKNOWN = "unknown"
+
+
+_RESIDENCIES = by_number(AdapterResidency, admin_pb2.AdapterResidency, "ADAPTER_RESIDENCY_")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter that was loaded."""
+
+    name: str
+    # Digest of its content, as in Started.adapter_revision.
+    revision: str
+    # The folder on the server that it was read from.
+    path: str
+    # The largest of its layers.
+    rank: int
+    # Of its weights in memory.
+    bytes: int
+    residency: AdapterResidency
+    # It keeps its slot, also when nobody asks for it.
+    pinned: bool
+    # Sequences that run with it, and that wait.
+    running: int
+    waiting: int
+
+    @classmethod
+    def of(cls, message: admin_pb2.Adapter) -> Self:
+        residency = _RESIDENCIES.get(message.residency, AdapterResidency.UNKNOWN)
+        return cls(**same_fields(cls, message, "residency"), residency=residency)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """The adapters that were loaded, and what they take."""
+
+    # By name. Those in the server's folder that nobody asked for yet are not among them; `list_models` has them.
+    adapters: tuple[Adapter, ...]
+    # Of all weights in main memory, and the most that they may take.
+    memory_bytes: int
+    memory_limit_bytes: int
+    # Adapters that can be computed with in one step.
+    slots: int
+
+    @classmethod
+    def of(cls, message: admin_pb2.ListAdaptersResponse) -> Self:
+        return cls(**same_fields(cls, message, "adapters"), adapters=tuple(map(Adapter.of, message.adapters)))

@@ -43,6 +43,8 @@ class WaitReason(enum.Enum):
     PREFIX = "prefix"
     # Its constraint is compiled.
     CONSTRAINT = "constraint"
+    # Its adapter is read, or waits for a slot; others pass meanwhile.
+    ADAPTER = "adapter"
     # One that a newer server knows, and this client does not.
     UNKNOWN = "unknown"
 
@@ -77,6 +79,8 @@ class SequenceSnapshot:
     # Tokens that were guessed for it, and those of them that were right.
     draft_tokens: int
     accepted_draft_tokens: int
+    # Name of the adapter that it is computed with. Empty = none.
+    adapter: str
 
     @classmethod
     def of(cls, message: pb.SequenceSnapshot) -> Self:
@@ -337,6 +341,9 @@ class Timeline:
     entries: tuple[TimelineEntry, ...]
     # All of it in a few sentences.
     summary: str
+    # The adapter that it was computed with, and the digest of its content. Empty = none, or it was refused before.
+    adapter: str
+    adapter_revision: str
 
     @classmethod
     def of(cls, message: pb.RequestTimeline) -> Self:

@@ -171,6 +171,11 @@ def stream_rules(fields: Mapping[str, Any]) -> Sequence[tuple[bool, str, str]]:
     )
 
 
+def model_of(started: Started) -> str:
+    """What serves a request, by the name that its caller may have called it by: an adapter is a model of its own."""
+    return started.adapter or started.model
+
+
 def new_id(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
 
@@ -204,7 +209,7 @@ class Chunks:
 
     def begin(self, starts: Sequence[Started]) -> None:
         """From now on they name the model that serves."""
-        self._head["model"] = starts[0].model
+        self._head["model"] = model_of(starts[0])
         self._prompt_tokens = sum(started.prompt_tokens for started in starts)
         self._cached_tokens = sum(started.cached_tokens for started in starts)
 

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from nanoserve_gateway import live, pages, pieces, tracing
@@ -37,7 +37,16 @@ from nanoserve_gateway.conversations import Conversations
 from nanoserve_gateway.edge import Pages, RequestIds
 from nanoserve_gateway.errors import Problem, Refused, bad_request, is_own, names_of_prompt, problem_of, refused
 from nanoserve_gateway.exchange import Incoming, json_answer, parse_query
-from nanoserve_gateway.fields import CHAT, COMPLETIONS, DETOKENIZE, NO_QUERY, QUERIES, TOKENIZE
+from nanoserve_gateway.fields import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    LOAD_ADAPTER,
+    NO_QUERY,
+    QUERIES,
+    TOKENIZE,
+    UNLOAD_ADAPTER,
+)
 from nanoserve_gateway.refusals import Refusals
 from nanoserve_gateway.schema import BadRequest, Schema, Violation
 from nanoserve_gateway.streaming import EventStream, Generation, all_of, unless_gone
@@ -46,6 +55,8 @@ from nanoserve_gateway.tools import Tools
 # Of an answer. A thousand take some 5 ms.
 LARGE_NUM_LOGPROBS = 2000
 HEALTH_TIMEOUT_S = 2.0
+# What the contract calls otherwise than those who load adapters.
+ADAPTER_NAMES = {"name": "lora_name", "path": "lora_path", "replace": "load_inplace"}
 HEALTH_SERVICE = "nanoserve.v1.GenerationService"
 
 if TYPE_CHECKING:
@@ -132,6 +143,8 @@ class Gateway:
             route("GET", "/v1/models/{name:path}", self.get_model),
             route("POST", "/tokenize", self.tokenize),
             route("POST", "/detokenize", self.detokenize),
+            route("POST", "/v1/load_lora_adapter", self.load_adapter),
+            route("POST", "/v1/unload_lora_adapter", self.unload_adapter),
             route("GET", "/health", self.health),
             route("GET", "/version", self.version),
             route("GET", "/docs", self.docs),
@@ -244,6 +257,28 @@ class Gateway:
             raise refused(error, {"token_ids": "tokens"}) from error
         return JSONResponse({"prompt": text})
 
+    # ------------------------------------------------------------------------------------------- adapters
+
+    async def load_adapter(self, request: Request) -> Response:
+        """Asked and answered as vLLM's is."""
+        fields = await self._incoming.fields(request, LOAD_ADAPTER)
+        name, path = fields["lora_name"], fields.get("lora_path", "")
+        call, replace = self._incoming.call_options(request), fields.get("load_inplace", False)
+        try:
+            await self._client.load_adapter(name, path, replace=replace, **call)
+        except NanoserveError as error:
+            raise refused(error, ADAPTER_NAMES) from error
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload_adapter(self, request: Request) -> Response:
+        """Asked and answered as vLLM's is."""
+        name = (await self._incoming.fields(request, UNLOAD_ADAPTER))["lora_name"]
+        try:
+            await self._client.unload_adapter(name, **self._incoming.call_options(request))
+        except NanoserveError as error:
+            raise refused(error, ADAPTER_NAMES) from error
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
     # ------------------------------------------------------------------------------------------- the gateway itself
 
     async def health(self, _request: Request) -> Response:
@@ -284,7 +319,12 @@ def _model(model: ServedModel) -> dict[str, Any]:
         "group": None,
         "is_blocking": False,
     }
-    more = {"root": model.name, "parent": None, "max_model_len": model.max_context_tokens, "permission": [permission]}
+    more = {
+        "root": model.name,
+        "parent": model.base_model or None,
+        "max_model_len": model.max_context_tokens,
+        "permission": [permission],
+    }
     return {**named.to_dict(), **more}
 
 

@@ -17,6 +17,7 @@ from nanoserve_gateway.answer import (
     check,
     error_frame,
     finish_reason,
+    model_of,
     naming,
     new_id,
     now,
@@ -149,7 +150,7 @@ class CompletionAnswer:
             id=self._id,
             object="text_completion",
             created=self._created,
-            model=results[0].started.model,
+            model=model_of(results[0].started),
             choices=choices,
             usage=usage_of(results),
         )

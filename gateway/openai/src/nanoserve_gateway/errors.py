@@ -62,6 +62,7 @@ class _Row:
 # OpenAI's clients repeat 408, 409, 429 and whatever is 500 or above, unless told otherwise.
 _TABLE = {
     grpc.StatusCode.INVALID_ARGUMENT: _Row(400, "invalid_request_error"),
+    grpc.StatusCode.FAILED_PRECONDITION: _Row(400, "invalid_request_error"),
     grpc.StatusCode.UNAUTHENTICATED: _Row(401, "authentication_error", "invalid_api_key"),
     grpc.StatusCode.PERMISSION_DENIED: _Row(403, "permission_error"),
     grpc.StatusCode.NOT_FOUND: _Row(404, "invalid_request_error"),
@@ -80,6 +81,9 @@ _NAMES = {
     "text": "prompt",
     "output.prompt_logprobs": "logprobs",
     "chat.messages": "messages",
+    "adapter": "model",
+    # Of an adapter that is read when it is first asked for.
+    "path": "model",
     "chat.template_kwargs_json": "chat_template_kwargs",
 }
 # Within a message.
@@ -109,7 +113,8 @@ def problem_of(error: Exception, names: Mapping[str, str] | None = None, num_pro
         # However often it is tried again.
         return bad_request("prompt", f"has {num_prompts} prompts; the server lets {most} requests wait (--max-waiting)")
     row = _TABLE.get(error.code, _Row(500, "server_error"))
-    code = row.code or (error.reason or error.code.name).lower()
+    is_of_adapter = (error.reason or "").startswith("ADAPTER_")  # OpenAI has no names for those
+    code = row.code if row.code and not is_of_adapter else (error.reason or error.code.name).lower()
     return Problem(row.status, row.type, code, error.message or error.code.name.lower(), headers=_headers(error, row))
 
 

@@ -78,7 +78,8 @@ LABEL = "A label; it changes no token."
 # meaning, or know them for some requests alone, and then they have lines of their own below; or REST has none of them.
 _OTHERWISE = CallOptions.__optional_keys__ | ConstraintOptions.__optional_keys__
 _OTHERWISE |= {
-    *("model", "n", "max_tokens", "stop", "logprobs", "prompt_logprobs", "add_special_tokens"),
+    # An adapter is a `model`.
+    *("model", "adapter", "n", "max_tokens", "stop", "logprobs", "prompt_logprobs", "add_special_tokens"),
     *("keep_special_tokens", "include_stop"),
     *("time_limit", "omit_text", "min_delta_tokens", "skip_cache_read", "prediction"),
     # Of a conversation.
@@ -108,7 +109,7 @@ def _passed_on(params: type) -> Iterator[Line]:
 
 # What all three APIs have besides.
 _COMMON = (
-    served("model", "Name of a served model. Default: the server's.", str),
+    served("model", "Name of a served model, or of an adapter. Default: the server's model.", str),
     label("user", LABEL),
     served("stream", "Server-sent events.", bool),
     served("skip_special_tokens", "Extension. Special tokens are left out of the text. Default true.", bool),
@@ -355,7 +356,7 @@ RESPONSES = Schema(
     },
 )
 
-_MODEL = served("model", "Name of a served model. Default: the server's.", str)
+_MODEL = served("model", "Name of a served model, or of an adapter. Default: the server's model.", str)
 TOKENIZE = Schema(
     "TokenizeRequest",
     None,
@@ -386,6 +387,19 @@ INPUT_TOKENS = Schema(
     _OF_CONVERSATION,
 )
 DETOKENIZE = Schema("DetokenizeRequest", None, (_MODEL, served("tokens", "Token ids.", Required[list[TokenId]])))
+_ADAPTER_NAME = served("lora_name", "What callers call it, as a `model`.", Required[str])
+LOAD_ADAPTER = Schema(
+    "LoadAdapterRequest",
+    None,
+    (
+        _ADAPTER_NAME,
+        served("lora_path", "Folder under the server's --adapters. Default: the one called like the adapter.", str),
+        served("load_inplace", "In place of other weights of this name. Default false: these are refused.", bool),
+    ),
+)
+UNLOAD_ADAPTER = Schema(
+    "UnloadAdapterRequest", None, (_ADAPTER_NAME, refused("lora_int_id", "adapters have names, and no numbers"))
+)
 SCHEMAS = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETIONS,
@@ -393,6 +407,8 @@ SCHEMAS = {
     "/v1/responses/input_tokens": INPUT_TOKENS,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
+    "/v1/load_lora_adapter": LOAD_ADAPTER,
+    "/v1/unload_lora_adapter": UNLOAD_ADAPTER,
 }
 
 # Parameters of a query are texts.

@@ -41,6 +41,7 @@ from nanoserve_gateway.answer import (
     effort_rules,
     frame,
     is_parsed,
+    model_of,
     new_id,
     options,
     unchecked,
@@ -141,11 +142,11 @@ class ResponseAnswer:
 
     def begun(self, started: Started) -> Response:
         """What is kept of it until it has ended, in the background."""
-        self._model = started.model
+        self._model = model_of(started)
         return self.snapshot("in_progress")
 
     def begin(self, starts: Sequence[Started]) -> Iterator[bytes]:
-        self._model = starts[0].model
+        self._model = model_of(starts[0])
         if not self.is_background:
             yield self._event(ResponseCreatedEvent, response=self.snapshot("in_progress"))
         yield self._event(ResponseInProgressEvent, response=self.snapshot("in_progress"))
@@ -167,7 +168,7 @@ class ResponseAnswer:
         self._output.take_whole(results[0].completions[0])
         for _ in self._output.finish(_status(results[0])):
             pass
-        self._model = results[0].started.model
+        self._model = model_of(results[0].started)
         return self._finish(results[0])
 
     def remembered(self, response: Response) -> Remembered:

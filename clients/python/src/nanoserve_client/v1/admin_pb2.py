@@ -27,19 +27,19 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from nanoserve_client.v1 import generation_pb2 as nanoserve_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18nanoserve/v1/admin.proto\x12\x0cnanoserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dnanoserve/v1/generation.proto\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\r\"\x13\n\x11ResetCacheRequest\"*\n\x12ResetCacheResponse\x12\x14\n\x0c\x66reed_blocks\x18\x01 \x01(\r\"\x11\n\x0fGetStatsRequest\"\xad\x02\n\x10GetStatsResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x05 \x01(\r\x12\x17\n\x0fkv_block_tokens\x18\x06 \x01(\r\x12\x18\n\x10prefix_hit_ratio\x18\x07 \x01(\x01\x12\x1e\n\x16\x64raft_acceptance_ratio\x18\x08 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\t \x01(\x01\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\"A\n\x12WatchEngineRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd0\x01\n\x13WatchEngineResponse\x12-\n\x05stats\x18\x01 \x01(\x0b\x32\x1e.nanoserve.v1.GetStatsResponse\x12\x31\n\tsequences\x18\x02 \x03(\x0b\x32\x1e.nanoserve.v1.SequenceSnapshot\x12\x18\n\x10\x63\x61\x63hed_block_ids\x18\x03 \x03(\r\x12)\n\x05steps\x18\x04 \x03(\x0b\x32\x1a.nanoserve.v1.StepSnapshot\x12\x12\n\nlost_steps\x18\x05 \x01(\x04\"\xff\x02\n\x10SequenceSnapshot\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12*\n\x05phase\x18\x04 \x01(\x0e\x32\x1b.nanoserve.v1.SequencePhase\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x07 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\r\x12\x1d\n\x15max_completion_tokens\x18\t \x01(\r\x12\x11\n\tblock_ids\x18\n \x03(\r\x12&\n\x03\x61ge\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bpreemptions\x18\x0c \x01(\r\x12\x14\n\x0c\x64raft_tokens\x18\r \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x0e \x01(\r\"\xaa\x02\n\x0cStepSnapshot\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x05parts\x18\x03 \x03(\x0b\x32\x16.nanoserve.v1.StepPart\x12\x31\n\x0bpreemptions\x18\x04 \x03(\x0b\x32\x1c.nanoserve.v1.StepPreemption\x12%\n\x04wait\x18\x05 \x01(\x0b\x32\x17.nanoserve.v1.QueueWait\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x14\n\x0ctaken_blocks\x18\x08 \x01(\r\x12\x14\n\x0c\x66reed_blocks\x18\t \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\n \x01(\x08\"\xad\x01\n\x08StepPart\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x0f\n\x07sampled\x18\x06 \x01(\x08\x12\x14\n\x0c\x64raft_tokens\x18\x07 \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x08 \x01(\r\"S\n\x0eStepPreemption\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x1a\n\x12\x66or_request_number\x18\x03 \x01(\x04\"\x89\x01\n\tQueueWait\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.nanoserve.v1.WaitReason\x12\x1d\n\x15\x62\x65hind_request_number\x18\x04 \x01(\x04\x12\x0c\n\x04text\x18\x05 \x01(\t\"+\n\x15\x45xplainRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"J\n\x16\x45xplainRequestResponse\x12\x30\n\ttimelines\x18\x01 \x03(\x0b\x32\x1d.nanoserve.v1.RequestTimeline\"\xb2\x02\n\x0fRequestTimeline\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0erequest_number\x18\x02 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65nded\x18\x05 \x01(\x08\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\r\x12,\n\x07\x65ntries\x18\t \x03(\x0b\x32\x1b.nanoserve.v1.TimelineEntry\x12\x0f\n\x07summary\x18\n \x01(\t\"\xa2\x03\n\rTimelineEntry\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04text\x18\x03 \x01(\t\x12*\n\x04wait\x18\x04 \x01(\x0b\x32\x1a.nanoserve.v1.TimelineWaitH\x00\x12\x33\n\tcache_hit\x18\x05 \x01(\x0b\x32\x1e.nanoserve.v1.TimelineCacheHitH\x00\x12\x30\n\x07prefill\x18\x06 \x01(\x0b\x32\x1d.nanoserve.v1.TimelinePrefillH\x00\x12\x36\n\npreemption\x18\x07 \x01(\x0b\x32 .nanoserve.v1.TimelinePreemptionH\x00\x12.\n\x06\x64\x65\x63ode\x18\x08 \x01(\x0b\x32\x1c.nanoserve.v1.TimelineDecodeH\x00\x12(\n\x03\x65nd\x18\t \x01(\x0b\x32\x19.nanoserve.v1.TimelineEndH\x00\x42\x07\n\x05\x65vent\"{\n\x0cTimelineWait\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.nanoserve.v1.WaitReason\x12\r\n\x05index\x18\x02 \x01(\r\x12\x19\n\x11\x62\x65hind_request_id\x18\x03 \x01(\t\x12\x17\n\x0frequests_before\x18\x04 \x01(\r\"@\n\x10TimelineCacheHit\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"Z\n\x0fTimelinePrefill\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x03 \x01(\r\x12\x18\n\x10\x61\x66ter_preemption\x18\x04 \x01(\x08\";\n\x12TimelinePreemption\x12\r\n\x05index\x18\x01 \x01(\r\x12\x16\n\x0e\x66or_request_id\x18\x02 \x01(\t\"`\n\x0eTimelineDecode\x12\x19\n\x11\x63ompletion_tokens\x18\x01 \x01(\r\x12\x14\n\x0c\x64raft_tokens\x18\x02 \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x03 \x01(\r\"d\n\x0bTimelineEnd\x12\x32\n\x0e\x66inish_reasons\x18\x01 \x03(\x0e\x32\x1a.nanoserve.v1.FinishReason\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\tabandoned\x18\x03 \x01(\x08\"Q\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x0f\n\x07replace\x18\x04 \x01(\x08\"=\n\x13LoadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.nanoserve.v1.Adapter\"V\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\rdrain_timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x17\n\x15UnloadAdapterResponse\"\x15\n\x13ListAdaptersRequest\"\x80\x01\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.nanoserve.v1.Adapter\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12memory_limit_bytes\x18\x03 \x01(\x04\x12\r\n\x05slots\x18\x04 \x01(\r\"\xb9\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x31\n\tresidency\x18\x06 \x01(\x0e\x32\x1e.nanoserve.v1.AdapterResidency\x12\x0e\n\x06pinned\x18\x07 \x01(\x08\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0f\n\x07waiting\x18\t \x01(\r*\xba\x01\n\rSequencePhase\x12\x1e\n\x1aSEQUENCE_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEQUENCE_PHASE_WAITING\x10\x01\x12\x1a\n\x16SEQUENCE_PHASE_PREFILL\x10\x02\x12\x19\n\x15SEQUENCE_PHASE_DECODE\x10\x03\x12\x1c\n\x18SEQUENCE_PHASE_PREEMPTED\x10\x04\x12\x18\n\x14SEQUENCE_PHASE_ENDED\x10\x05*\xd3\x01\n\nWaitReason\x12\x1b\n\x17WAIT_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12WAIT_REASON_BLOCKS\x10\x01\x12\x14\n\x10WAIT_REASON_ROWS\x10\x02\x12\x16\n\x12WAIT_REASON_TOKENS\x10\x03\x12\x15\n\x11WAIT_REASON_BATCH\x10\x04\x12\x16\n\x12WAIT_REASON_PREFIX\x10\x05\x12\x1a\n\x16WAIT_REASON_CONSTRAINT\x10\x06\x12\x17\n\x13WAIT_REASON_ADAPTER\x10\x07*\x8b\x01\n\x10\x41\x64\x61pterResidency\x12!\n\x1d\x41\x44\x41PTER_RESIDENCY_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_DISK\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_HOST\x10\x02\x12\x1c\n\x18\x41\x44\x41PTER_RESIDENCY_ACTIVE\x10\x03\x32\xa7\x05\n\x0c\x41\x64minService\x12\x43\n\x06\x43\x61ncel\x12\x1b.nanoserve.v1.CancelRequest\x1a\x1c.nanoserve.v1.CancelResponse\x12O\n\nResetCache\x12\x1f.nanoserve.v1.ResetCacheRequest\x1a .nanoserve.v1.ResetCacheResponse\x12I\n\x08GetStats\x12\x1d.nanoserve.v1.GetStatsRequest\x1a\x1e.nanoserve.v1.GetStatsResponse\x12T\n\x0bWatchEngine\x12 .nanoserve.v1.WatchEngineRequest\x1a!.nanoserve.v1.WatchEngineResponse0\x01\x12[\n\x0e\x45xplainRequest\x12#.nanoserve.v1.ExplainRequestRequest\x1a$.nanoserve.v1.ExplainRequestResponse\x12R\n\x0bLoadAdapter\x12 .nanoserve.v1.LoadAdapterRequest\x1a!.nanoserve.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".nanoserve.v1.UnloadAdapterRequest\x1a#.nanoserve.v1.UnloadAdapterResponse\x12U\n\x0cListAdapters\x12!.nanoserve.v1.ListAdaptersRequest\x1a\".nanoserve.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18nanoserve/v1/admin.proto\x12\x0cnanoserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dnanoserve/v1/generation.proto\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\r\"\x13\n\x11ResetCacheRequest\"*\n\x12ResetCacheResponse\x12\x14\n\x0c\x66reed_blocks\x18\x01 \x01(\r\"\x11\n\x0fGetStatsRequest\"\xad\x02\n\x10GetStatsResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x05 \x01(\r\x12\x17\n\x0fkv_block_tokens\x18\x06 \x01(\r\x12\x18\n\x10prefix_hit_ratio\x18\x07 \x01(\x01\x12\x1e\n\x16\x64raft_acceptance_ratio\x18\x08 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\t \x01(\x01\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\"A\n\x12WatchEngineRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd0\x01\n\x13WatchEngineResponse\x12-\n\x05stats\x18\x01 \x01(\x0b\x32\x1e.nanoserve.v1.GetStatsResponse\x12\x31\n\tsequences\x18\x02 \x03(\x0b\x32\x1e.nanoserve.v1.SequenceSnapshot\x12\x18\n\x10\x63\x61\x63hed_block_ids\x18\x03 \x03(\r\x12)\n\x05steps\x18\x04 \x03(\x0b\x32\x1a.nanoserve.v1.StepSnapshot\x12\x12\n\nlost_steps\x18\x05 \x01(\x04\"\x90\x03\n\x10SequenceSnapshot\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12*\n\x05phase\x18\x04 \x01(\x0e\x32\x1b.nanoserve.v1.SequencePhase\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x07 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\r\x12\x1d\n\x15max_completion_tokens\x18\t \x01(\r\x12\x11\n\tblock_ids\x18\n \x03(\r\x12&\n\x03\x61ge\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bpreemptions\x18\x0c \x01(\r\x12\x14\n\x0c\x64raft_tokens\x18\r \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x0e \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x0f \x01(\t\"\xaa\x02\n\x0cStepSnapshot\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x05parts\x18\x03 \x03(\x0b\x32\x16.nanoserve.v1.StepPart\x12\x31\n\x0bpreemptions\x18\x04 \x03(\x0b\x32\x1c.nanoserve.v1.StepPreemption\x12%\n\x04wait\x18\x05 \x01(\x0b\x32\x17.nanoserve.v1.QueueWait\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x14\n\x0ctaken_blocks\x18\x08 \x01(\r\x12\x14\n\x0c\x66reed_blocks\x18\t \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\n \x01(\x08\"\xad\x01\n\x08StepPart\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x0f\n\x07sampled\x18\x06 \x01(\x08\x12\x14\n\x0c\x64raft_tokens\x18\x07 \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x08 \x01(\r\"S\n\x0eStepPreemption\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x1a\n\x12\x66or_request_number\x18\x03 \x01(\x04\"\x89\x01\n\tQueueWait\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.nanoserve.v1.WaitReason\x12\x1d\n\x15\x62\x65hind_request_number\x18\x04 \x01(\x04\x12\x0c\n\x04text\x18\x05 \x01(\t\"+\n\x15\x45xplainRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"J\n\x16\x45xplainRequestResponse\x12\x30\n\ttimelines\x18\x01 \x03(\x0b\x32\x1d.nanoserve.v1.RequestTimeline\"\xdd\x02\n\x0fRequestTimeline\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0erequest_number\x18\x02 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65nded\x18\x05 \x01(\x08\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\r\x12,\n\x07\x65ntries\x18\t \x03(\x0b\x32\x1b.nanoserve.v1.TimelineEntry\x12\x0f\n\x07summary\x18\n \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x0b \x01(\t\x12\x18\n\x10\x61\x64\x61pter_revision\x18\x0c \x01(\t\"\xa2\x03\n\rTimelineEntry\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04text\x18\x03 \x01(\t\x12*\n\x04wait\x18\x04 \x01(\x0b\x32\x1a.nanoserve.v1.TimelineWaitH\x00\x12\x33\n\tcache_hit\x18\x05 \x01(\x0b\x32\x1e.nanoserve.v1.TimelineCacheHitH\x00\x12\x30\n\x07prefill\x18\x06 \x01(\x0b\x32\x1d.nanoserve.v1.TimelinePrefillH\x00\x12\x36\n\npreemption\x18\x07 \x01(\x0b\x32 .nanoserve.v1.TimelinePreemptionH\x00\x12.\n\x06\x64\x65\x63ode\x18\x08 \x01(\x0b\x32\x1c.nanoserve.v1.TimelineDecodeH\x00\x12(\n\x03\x65nd\x18\t \x01(\x0b\x32\x19.nanoserve.v1.TimelineEndH\x00\x42\x07\n\x05\x65vent\"{\n\x0cTimelineWait\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.nanoserve.v1.WaitReason\x12\r\n\x05index\x18\x02 \x01(\r\x12\x19\n\x11\x62\x65hind_request_id\x18\x03 \x01(\t\x12\x17\n\x0frequests_before\x18\x04 \x01(\r\"@\n\x10TimelineCacheHit\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"Z\n\x0fTimelinePrefill\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x03 \x01(\r\x12\x18\n\x10\x61\x66ter_preemption\x18\x04 \x01(\x08\";\n\x12TimelinePreemption\x12\r\n\x05index\x18\x01 \x01(\r\x12\x16\n\x0e\x66or_request_id\x18\x02 \x01(\t\"`\n\x0eTimelineDecode\x12\x19\n\x11\x63ompletion_tokens\x18\x01 \x01(\r\x12\x14\n\x0c\x64raft_tokens\x18\x02 \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x03 \x01(\r\"d\n\x0bTimelineEnd\x12\x32\n\x0e\x66inish_reasons\x18\x01 \x03(\x0e\x32\x1a.nanoserve.v1.FinishReason\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\tabandoned\x18\x03 \x01(\x08\"Q\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x0f\n\x07replace\x18\x04 \x01(\x08\"=\n\x13LoadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.nanoserve.v1.Adapter\"V\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\rdrain_timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x17\n\x15UnloadAdapterResponse\"\x15\n\x13ListAdaptersRequest\"\x80\x01\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.nanoserve.v1.Adapter\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12memory_limit_bytes\x18\x03 \x01(\x04\x12\r\n\x05slots\x18\x04 \x01(\r\"\xb9\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x31\n\tresidency\x18\x06 \x01(\x0e\x32\x1e.nanoserve.v1.AdapterResidency\x12\x0e\n\x06pinned\x18\x07 \x01(\x08\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0f\n\x07waiting\x18\t \x01(\r*\xba\x01\n\rSequencePhase\x12\x1e\n\x1aSEQUENCE_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEQUENCE_PHASE_WAITING\x10\x01\x12\x1a\n\x16SEQUENCE_PHASE_PREFILL\x10\x02\x12\x19\n\x15SEQUENCE_PHASE_DECODE\x10\x03\x12\x1c\n\x18SEQUENCE_PHASE_PREEMPTED\x10\x04\x12\x18\n\x14SEQUENCE_PHASE_ENDED\x10\x05*\xd3\x01\n\nWaitReason\x12\x1b\n\x17WAIT_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12WAIT_REASON_BLOCKS\x10\x01\x12\x14\n\x10WAIT_REASON_ROWS\x10\x02\x12\x16\n\x12WAIT_REASON_TOKENS\x10\x03\x12\x15\n\x11WAIT_REASON_BATCH\x10\x04\x12\x16\n\x12WAIT_REASON_PREFIX\x10\x05\x12\x1a\n\x16WAIT_REASON_CONSTRAINT\x10\x06\x12\x17\n\x13WAIT_REASON_ADAPTER\x10\x07*\x8b\x01\n\x10\x41\x64\x61pterResidency\x12!\n\x1d\x41\x44\x41PTER_RESIDENCY_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_DISK\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_HOST\x10\x02\x12\x1c\n\x18\x41\x44\x41PTER_RESIDENCY_ACTIVE\x10\x03\x32\xa7\x05\n\x0c\x41\x64minService\x12\x43\n\x06\x43\x61ncel\x12\x1b.nanoserve.v1.CancelRequest\x1a\x1c.nanoserve.v1.CancelResponse\x12O\n\nResetCache\x12\x1f.nanoserve.v1.ResetCacheRequest\x1a .nanoserve.v1.ResetCacheResponse\x12I\n\x08GetStats\x12\x1d.nanoserve.v1.GetStatsRequest\x1a\x1e.nanoserve.v1.GetStatsResponse\x12T\n\x0bWatchEngine\x12 .nanoserve.v1.WatchEngineRequest\x1a!.nanoserve.v1.WatchEngineResponse0\x01\x12[\n\x0e\x45xplainRequest\x12#.nanoserve.v1.ExplainRequestRequest\x1a$.nanoserve.v1.ExplainRequestResponse\x12R\n\x0bLoadAdapter\x12 .nanoserve.v1.LoadAdapterRequest\x1a!.nanoserve.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".nanoserve.v1.UnloadAdapterRequest\x1a#.nanoserve.v1.UnloadAdapterResponse\x12U\n\x0cListAdapters\x12!.nanoserve.v1.ListAdaptersRequest\x1a\".nanoserve.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'nanoserve_client.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEQUENCEPHASE']._serialized_start=3963
-  _globals['_SEQUENCEPHASE']._serialized_end=4149
-  _globals['_WAITREASON']._serialized_start=4152
-  _globals['_WAITREASON']._serialized_end=4363
-  _globals['_ADAPTERRESIDENCY']._serialized_start=4366
-  _globals['_ADAPTERRESIDENCY']._serialized_end=4505
+  _globals['_SEQUENCEPHASE']._serialized_start=4023
+  _globals['_SEQUENCEPHASE']._serialized_end=4209
+  _globals['_WAITREASON']._serialized_start=4212
+  _globals['_WAITREASON']._serialized_end=4423
+  _globals['_ADAPTERRESIDENCY']._serialized_start=4426
+  _globals['_ADAPTERRESIDENCY']._serialized_end=4565
   _globals['_CANCELREQUEST']._serialized_start=138
   _globals['_CANCELREQUEST']._serialized_end=173
   _globals['_CANCELRESPONSE']._serialized_start=175
@@ -57,49 +57,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHENGINERESPONSE']._serialized_start=668
   _globals['_WATCHENGINERESPONSE']._serialized_end=876
   _globals['_SEQUENCESNAPSHOT']._serialized_start=879
-  _globals['_SEQUENCESNAPSHOT']._serialized_end=1262
-  _globals['_STEPSNAPSHOT']._serialized_start=1265
-  _globals['_STEPSNAPSHOT']._serialized_end=1563
-  _globals['_STEPPART']._serialized_start=1566
-  _globals['_STEPPART']._serialized_end=1739
-  _globals['_STEPPREEMPTION']._serialized_start=1741
-  _globals['_STEPPREEMPTION']._serialized_end=1824
-  _globals['_QUEUEWAIT']._serialized_start=1827
-  _globals['_QUEUEWAIT']._serialized_end=1964
-  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=1966
-  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=2009
-  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=2011
-  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=2085
-  _globals['_REQUESTTIMELINE']._serialized_start=2088
-  _globals['_REQUESTTIMELINE']._serialized_end=2394
-  _globals['_TIMELINEENTRY']._serialized_start=2397
-  _globals['_TIMELINEENTRY']._serialized_end=2815
-  _globals['_TIMELINEWAIT']._serialized_start=2817
-  _globals['_TIMELINEWAIT']._serialized_end=2940
-  _globals['_TIMELINECACHEHIT']._serialized_start=2942
-  _globals['_TIMELINECACHEHIT']._serialized_end=3006
-  _globals['_TIMELINEPREFILL']._serialized_start=3008
-  _globals['_TIMELINEPREFILL']._serialized_end=3098
-  _globals['_TIMELINEPREEMPTION']._serialized_start=3100
-  _globals['_TIMELINEPREEMPTION']._serialized_end=3159
-  _globals['_TIMELINEDECODE']._serialized_start=3161
-  _globals['_TIMELINEDECODE']._serialized_end=3257
-  _globals['_TIMELINEEND']._serialized_start=3259
-  _globals['_TIMELINEEND']._serialized_end=3359
-  _globals['_LOADADAPTERREQUEST']._serialized_start=3361
-  _globals['_LOADADAPTERREQUEST']._serialized_end=3442
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=3444
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=3505
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=3507
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=3593
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=3595
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=3618
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=3620
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=3641
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=3644
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=3772
-  _globals['_ADAPTER']._serialized_start=3775
-  _globals['_ADAPTER']._serialized_end=3960
-  _globals['_ADMINSERVICE']._serialized_start=4508
-  _globals['_ADMINSERVICE']._serialized_end=5187
+  _globals['_SEQUENCESNAPSHOT']._serialized_end=1279
+  _globals['_STEPSNAPSHOT']._serialized_start=1282
+  _globals['_STEPSNAPSHOT']._serialized_end=1580
+  _globals['_STEPPART']._serialized_start=1583
+  _globals['_STEPPART']._serialized_end=1756
+  _globals['_STEPPREEMPTION']._serialized_start=1758
+  _globals['_STEPPREEMPTION']._serialized_end=1841
+  _globals['_QUEUEWAIT']._serialized_start=1844
+  _globals['_QUEUEWAIT']._serialized_end=1981
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=1983
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=2026
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=2028
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=2102
+  _globals['_REQUESTTIMELINE']._serialized_start=2105
+  _globals['_REQUESTTIMELINE']._serialized_end=2454
+  _globals['_TIMELINEENTRY']._serialized_start=2457
+  _globals['_TIMELINEENTRY']._serialized_end=2875
+  _globals['_TIMELINEWAIT']._serialized_start=2877
+  _globals['_TIMELINEWAIT']._serialized_end=3000
+  _globals['_TIMELINECACHEHIT']._serialized_start=3002
+  _globals['_TIMELINECACHEHIT']._serialized_end=3066
+  _globals['_TIMELINEPREFILL']._serialized_start=3068
+  _globals['_TIMELINEPREFILL']._serialized_end=3158
+  _globals['_TIMELINEPREEMPTION']._serialized_start=3160
+  _globals['_TIMELINEPREEMPTION']._serialized_end=3219
+  _globals['_TIMELINEDECODE']._serialized_start=3221
+  _globals['_TIMELINEDECODE']._serialized_end=3317
+  _globals['_TIMELINEEND']._serialized_start=3319
+  _globals['_TIMELINEEND']._serialized_end=3419
+  _globals['_LOADADAPTERREQUEST']._serialized_start=3421
+  _globals['_LOADADAPTERREQUEST']._serialized_end=3502
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=3504
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=3565
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=3567
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=3653
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=3655
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=3678
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=3680
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=3701
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=3704
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=3832
+  _globals['_ADAPTER']._serialized_start=3835
+  _globals['_ADAPTER']._serialized_end=4020
+  _globals['_ADMINSERVICE']._serialized_start=4568
+  _globals['_ADMINSERVICE']._serialized_end=5247
 # @@protoc_insertion_point(module_scope)

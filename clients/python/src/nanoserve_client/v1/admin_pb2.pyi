@@ -388,6 +388,7 @@ class SequenceSnapshot(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     request_number: _builtins.int
     """The engine's own number of the request, unique since the server's start; steps name requests by it. 0 = it has none
     yet: its prompt is being encoded.
@@ -414,6 +415,8 @@ class SequenceSnapshot(_message.Message):
     """Tokens that were guessed for it so far, and checked."""
     accepted_draft_tokens: _builtins.int
     """Those of them that were right: a part of completion_tokens."""
+    adapter: _builtins.str
+    """Name of the adapter that it is computed with. Empty = none."""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The KV blocks of its tokens, in their order. A block may be in several sequences' lists: a shared prefix."""
@@ -439,10 +442,11 @@ class SequenceSnapshot(_message.Message):
         preemptions: _builtins.int = ...,
         draft_tokens: _builtins.int = ...,
         accepted_draft_tokens: _builtins.int = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "age", b"age", "block_ids", b"block_ids", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "draft_tokens", b"draft_tokens", "index", b"index", "max_completion_tokens", b"max_completion_tokens", "phase", b"phase", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "request_number", b"request_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "adapter", b"adapter", "age", b"age", "block_ids", b"block_ids", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "draft_tokens", b"draft_tokens", "index", b"index", "max_completion_tokens", b"max_completion_tokens", "phase", b"phase", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "request_number", b"request_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -698,6 +702,8 @@ class RequestTimeline(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    ADAPTER_REVISION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """As in the question."""
     request_number: _builtins.int
@@ -714,6 +720,10 @@ class RequestTimeline(_message.Message):
     """All of it in a few plain sentences, such as "Waited 120 ms for KV blocks behind request order-17. Prefilled in 3
     chunks. Preempted once, for request order-18."
     """
+    adapter: _builtins.str
+    """The adapter that it was computed with, and the digest of its content. Empty = none, or it was refused before."""
+    adapter_revision: _builtins.str
+    """As Started.adapter_revision."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it arrived."""
@@ -739,10 +749,12 @@ class RequestTimeline(_message.Message):
         completion_tokens: _builtins.int = ...,
         entries: _abc.Iterable[Global___TimelineEntry] | None = ...,
         summary: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        adapter_revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "create_time", b"create_time", "duration", b"duration", "ended", b"ended", "entries", b"entries", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "request_number", b"request_number", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_revision", b"adapter_revision", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "create_time", b"create_time", "duration", b"duration", "ended", b"ended", "entries", b"entries", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "request_number", b"request_number", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1143,8 +1155,9 @@ class ListAdaptersResponse(_message.Message):
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
-    """Bytes of all weights in main memory, and the most that they may take (--adapter-memory)."""
+    """Bytes of all weights in main memory."""
     memory_limit_bytes: _builtins.int
+    """The most that they may take (--adapter-memory)."""
     slots: _builtins.int
     """Adapters that can be computed with in one step (--adapter-slots)."""
     @_builtins.property

@@ -76,7 +76,7 @@ class ListModelsResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """In order of their names."""
+        """The model itself, and behind it its adapters, in order of their names."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Model(_message.Message):
     """How the model writes calls of tools (--tool-call-parser), such as "hermes". Empty = that is not known."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was loaded."""
+        """When it was loaded; of an adapter, when its model was."""
 
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -182,7 +182,7 @@ class TokenizeRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of a served model. Empty = the server's default model."""
+    """Name of a served model, or of an adapter, which has the same tokenizer. Empty = the server's default model."""
     text: _builtins.str
     """Plain text."""
     add_special_tokens: _builtins.bool
@@ -258,7 +258,7 @@ class DetokenizeRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     KEEP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of a served model. Empty = the server's default model."""
+    """Name of a served model, or of an adapter, which has the same tokenizer. Empty = the server's default model."""
     keep_special_tokens: _builtins.bool
     """Keeps special tokens (such as EOS) in the text."""
     @_builtins.property
@@ -311,7 +311,7 @@ class CheckConstraintRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CONSTRAINT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of a served model. Empty = the server's default model."""
+    """Name of a served model, or of an adapter, which has the same tokenizer. Empty = the server's default model."""
     @_builtins.property
     def constraint(self) -> _generation_pb2.Constraint:
         """Required."""

@@ -170,6 +170,7 @@ def _sequence(sequence: SequenceSnapshot) -> dict[str, Any]:
         "blocks": sequence.block_ids,
         "age_s": round(sequence.age_s, 3),
         "preemptions": sequence.preemptions,
+        "adapter": sequence.adapter,
     }
 
 

@@ -177,7 +177,7 @@ function join(laneKey, step) {
   const sequence = step.sequences.get(laneKey) ?? { id: "", prompt: 0 };
   const [number, index] = laneKey.split("/").map(Number);
   const lane = {
-    key: laneKey, number, index, id: sequence.id, prompt: sequence.prompt, cached: 0, isMine: mine.has(sequence.id),
+    key: laneKey, number, index, id: sequence.id, adapter: sequence.adapter ?? "", prompt: sequence.prompt, cached: 0, isMine: mine.has(sequence.id),
     firstStep: step.number, lastStep: step.number, computed: 0, completion: 0, chunks: [], accepted: [], blocks: [], isOver: false, phase: "running",
   };
   const free = view.lanes.findIndex((each) => each === null || (each.isOver && step.number - each.lastStep > LINGER_STEPS));
@@ -233,13 +233,15 @@ function showQueue({ sequences, steps, stats }) {
     ...waiting.slice(0, 100).map((sequence) => {
       const name = element("b", sequence.id || "…");
       const what = sequence.phase === "preempted" ? "preempted" : sequence.number ? `${sequence.prompt} tokens` : "being encoded";
-      return element("li", name, element("span", `${what}, ${sequence.age_s.toFixed(1)} s`));
+      return element("li", name, element("span", `${what}${ofAdapter(sequence)}, ${sequence.age_s.toFixed(1)} s`));
     }),
   );
   const wait = steps.at(-1)?.wait;
   const reason = wait ? `The first waits for ${wait}.` : "";
   $("queue-reason").textContent = stats.waiting ? reason : "Nobody waits.";
 }
+
+const ofAdapter = ({ adapter }) => (adapter ? `, adapter ${adapter}` : "");
 
 function element(name, ...children) {
   const made = document.createElement(name);
@@ -296,7 +298,7 @@ $("lanes").addEventListener("mousemove", (event) => {
   const { lane, step } = pointed(event);
   const lines = [];
   if (lane) {
-    lines.push(`${lane.id || "…"}: ${lane.prompt} prompt tokens, ${lane.cached} tokens from the cache, ${lane.completion} generated`);
+    lines.push(`${lane.id || "…"}${ofAdapter(lane)}: ${lane.prompt} prompt tokens, ${lane.cached} tokens from the cache, ${lane.completion} generated`);
     if (step) lines.push(partText(step.parts.get(lane.key), step.preempted.has(lane.key)));
   }
   if (step) lines.push(`step ${step.number}: ${step.tokens + step.accepted} tokens in ${step.ms} ms`);
