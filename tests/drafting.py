@@ -13,7 +13,7 @@ from nanoserve.kv_cache.block_pool import BlockPool
 from nanoserve.kv_cache.paged_kv_cache import PagedKVCache
 from nanoserve.model.runner import ModelRunner
 from nanoserve.model.sampler import Sampler
-from nanoserve.request import DraftSource, Request, RequestFailed, SamplingParams, SequenceOutput
+from nanoserve.request import DraftSource, Request, RequestFailed, RequestStarted, SamplingParams, SequenceOutput
 
 BLOCK = 4
 MAX_CONTEXT = 72
@@ -43,7 +43,8 @@ class Outcome:
 class Engine:
     """A scheduler and a runner, stepped by hand. Counts steps, drafts, and those that were right."""
 
-    def __init__(self, model, speculator=None, *, draft_model=None, num_blocks=90):
+    def __init__(self, model, speculator=None, *, draft_model=None, num_blocks=90, adapters=None, slots=None):
+        """adapters: those that are served, and slots of the model for them."""
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(
             SchedulerConfig(max_num_seqs=NUM_ROWS, max_num_batched_tokens=64),
@@ -51,15 +52,20 @@ class Engine:
             block_size=BLOCK,
             max_context_tokens=MAX_CONTEXT,
             cache_identity="model",
+            adapters=adapters,
         )
         cache = PagedKVCache(model.kv_specs, num_blocks, BLOCK, model.device)
         sampler = Sampler(model.facts.vocab_size, model.device)
         draft = None
         if draft_model is not None:
             draft = draft_model, PagedKVCache(draft_model.kv_specs, num_blocks, BLOCK, model.device)
-        self.runner = ModelRunner(model, cache, sampler, NUM_ROWS, 64, MAX_CONTEXT, speculator=speculator, draft=draft)
+        self.runner = ModelRunner(
+            *(model, cache, sampler, NUM_ROWS, 64, MAX_CONTEXT), speculator=speculator, draft=draft, adapters=slots
+        )
         self.num_steps = self.num_drafted = self.num_right = 0
         self.failures = {}
+        # Tokens of prompts whose blocks were there.
+        self.num_cached = 0
         self.num_worn = 0
 
     def step(self):
@@ -97,11 +103,13 @@ class Engine:
             self.scheduler.add(request, grammar, 1e9)
         self.compile()
         outcomes: dict[tuple[str, int], Outcome] = {}
-        while self.scheduler.has_work:
+        while self.scheduler.has_work or self.scheduler.is_awaiting:
             before_step(self.num_steps)
             for event in self.step():
                 if isinstance(event, RequestFailed):
                     self.failures[event.request_id] = event.reason
+                if isinstance(event, RequestStarted):
+                    self.num_cached += event.num_cached_tokens
                 if isinstance(event, SequenceOutput):
                     outcome = outcomes.setdefault((event.request_id, event.index), Outcome())
                     outcome.add(event)
