@@ -33,7 +33,7 @@ def options(speculate="auto", **model):
     return Options(
         ModelOptions(device="cpu", compile=False, **model),
         CacheOptions(kv_memory_bytes=8 << 20),
-        SchedulerConfig(speculate=speculate),
+        scheduler=SchedulerConfig(speculate=speculate),
     )
 
 

@@ -77,6 +77,8 @@ def test_a_stage_that_fails_or_hangs_is_recorded_with_its_last_lines_and_the_nex
     assert late["rows"] == []
 
 
+# Where other tests have imported distutils.
+@pytest.mark.filterwarnings("ignore:Setuptools is replacing distutils")
 def test_what_is_lacking_is_said_by_name(monkeypatch):
     gpu_packages = importlib.import_module("gpu_packages")
     asked = [gpu_packages.Requirement(text) for text in ("torch>=1", "transformers>=99", "no-such-package")]
