@@ -127,9 +127,11 @@ async def test_unload_waits_for_the_last_stream(tmp_path):
     async with serving(tmp_path) as bench:
         await bench.collect(request=of("a"))
         permits = bench.executor.count_steps()
+        permits.release(1)
         stream = asyncio.create_task(bench.collect(request=of("a")))
-        while not bench.engine.stats().scheduler.num_running:
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(SECONDS):
+            while not bench.engine.stats().scheduler.num_running:
+                await asyncio.sleep(0.005)
         unload = asyncio.create_task(bench.engine.unload_adapter("a", SECONDS))
         await asyncio.sleep(0.02)
         assert not unload.done()
@@ -142,12 +144,14 @@ async def test_unload_waits_for_the_last_stream(tmp_path):
 async def test_an_unload_that_takes_too_long_is_answered_although_nothing_runs(tmp_path):
     async with serving(tmp_path) as bench:
         await bench.collect(request=of("a"))
-        bench.executor.count_steps().release(1)
+        permits = bench.executor.count_steps()
+        permits.release(1)
         stream = asyncio.create_task(bench.collect(request=of("a")))
-        while not bench.engine.stats().scheduler.num_running:
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(SECONDS):
+            while not bench.engine.stats().scheduler.num_running:
+                await asyncio.sleep(0.005)
         unload = asyncio.create_task(bench.engine.unload_adapter("a", 0))
-        bench.executor._permits.release(100)
+        permits.release(100)
         with pytest.raises(AdapterInUse):
             await unload
         assert token_ids(await stream) == expected("a1")
