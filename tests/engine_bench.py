@@ -34,8 +34,8 @@ def two_right_drafts(token_ids, seed):
 class GatedExecutor(FakeExecutor):
     """Waits before each step while the gate is shut; raises on demand."""
 
-    def __init__(self):
-        super().__init__(BLOCK, VOCAB)
+    def __init__(self, slots=None):
+        super().__init__(BLOCK, VOCAB, slots=slots)
         self.gate = threading.Event()
         self.gate.set()
         self.is_broken = False
@@ -76,8 +76,12 @@ class Bench:
         eos=(),
         step_timeout_s=60.0,
         observers=None,
+        adapters=None,
+        slots=None,
+        adapter_folders=None,
     ):
-        self.executor = GatedExecutor()
+        """adapters: a ServedAdapters that writes into slots, and reads from adapter_folders."""
+        self.executor = GatedExecutor(slots)
         self.pool = BlockPool(num_blocks)
         max_context_tokens = min(128, num_blocks * BLOCK)
         self.scheduler = Scheduler(
@@ -88,6 +92,7 @@ class Bench:
             block_size=BLOCK,
             max_context_tokens=max_context_tokens,
             cache_identity="model",
+            adapters=adapters,
         )
         self.codec = byte_codec()
         self.compiler = ConstraintCompiler(lambda: self.codec.vocabulary(VOCAB, eos))
@@ -104,6 +109,7 @@ class Bench:
             draft_sources=(),
             draft_model="",
             dialect=Dialect(reasoning_format("qwen3"), call_format("hermes")),
+            adapter_folders=adapter_folders,
         )
         limits = {"max_waiting": max_waiting, "step_timeout_s": step_timeout_s}
         self.engine = Engine(self.core, self.codec, model, **limits, observers=observers)

@@ -98,7 +98,7 @@ class Target:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(Path(BUILTIN_MODEL) / name, folder)
         model = ModelOptions(path=str(folder), device="cpu", max_context_tokens=MAX_CONTEXT_TOKENS, compile=False)
-        self._engine = build_engine(Options(model, CACHE, SCHEDULER))
+        self._engine = build_engine(Options(model, CACHE, scheduler=SCHEDULER))
         self._loop = asyncio.new_event_loop()
         self._loop.run_until_complete(self._start(self._engine))
         call_details: Any = SimpleNamespace(method=f"/{SERVICE.full_name}/Generate")

@@ -2,14 +2,23 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from nanoserve import build
-from nanoserve.config import BUILTIN_MODEL, CacheOptions, ConfigError, ModelOptions, Options, SchedulerConfig
-from nanoserve.request import DraftSource
+from nanoserve.config import (
+    BUILTIN_MODEL,
+    AdapterOptions,
+    CacheOptions,
+    ConfigError,
+    ModelOptions,
+    Options,
+    SchedulerConfig,
+)
+from nanoserve.request import DraftSource, Fact
 
 
 @pytest.mark.parametrize(
@@ -29,11 +38,12 @@ def test_a_completion_ends_with_the_checkpoints_eos_and_the_tokenizers(of_checkp
     assert build._eos_token_ids(model, SimpleNamespace(eos_token_id=of_tokenizer)) == want
 
 
-def options(speculate="auto", **model):
+def options(speculate="auto", adapters=None, **model):
     return Options(
         ModelOptions(device="cpu", compile=False, **model),
         CacheOptions(kv_memory_bytes=8 << 20),
-        scheduler=SchedulerConfig(speculate=speculate),
+        AdapterOptions(**(adapters or {})),
+        SchedulerConfig(speculate=speculate),
     )
 
 
@@ -73,3 +83,38 @@ def test_the_served_model_says_how_it_guesses():
     served = build.build_core(options("draft:5", draft_model="builtin")).model
     assert served.draft_sources == (DraftSource.DRAFT_MODEL,)
     assert (served.max_draft_tokens, served.draft_model) == (5, "builtin")
+
+
+def test_without_adapters_the_model_has_none():
+    built = build.build_core(options())
+    assert built.model.adapter_folders is None
+    assert built.core._scheduler.adapters is None
+
+
+def test_adapters_of_the_start_are_read_then(tmp_path):
+    adapter = BUILTIN_MODEL / "adapters" / "json"
+    shutil.copytree(adapter, tmp_path / "lazy")
+    told = []
+    wanted = {"adapter": f"eager={adapter}", "adapters": tmp_path, "adapter_slots": 3}
+    built = build.build_core(options(adapters=wanted), report=told.append)
+    [info] = built.model.adapters
+    assert (info.adapter.name, info.path) == ("eager", str(adapter))
+    assert list(built.model.adapter_folders.names()) == ["lazy"]
+    [line] = [fact.value for fact in told if isinstance(fact, Fact) and fact.name == "adapters"]
+    assert line == f"3 slots; at most 2 GiB; read: eager (rank {info.rank}); 1 in {tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "problem"),
+    [
+        ({"adapter": "a=/no/where,b=/nor/there"}, r"--adapter: .*'a'.*'b'"),
+        ({"adapter": "a"}, "--adapter: 'a' is not NAME=PATH"),
+        ({"adapter": f"nanoserve-builtin={BUILTIN_MODEL}"}, "the model's own name"),
+        ({"adapters": "/no/where"}, "--adapters: there is no folder '/no/where'"),
+    ],
+)
+def test_adapters_that_cannot_be_served_refuse_the_start_and_all_are_told(wanted, problem):
+    if "adapters" in wanted:
+        wanted = {"adapters": Path(wanted["adapters"])}
+    with pytest.raises(ConfigError, match=problem):
+        build.build_core(options(adapters=wanted))

@@ -157,12 +157,16 @@ def build_adapters(
     options: Options, model: LoadedModel, slots: AdapterSlots, report: Report
 ) -> tuple[AdapterFolders, ServedAdapters]:
     """The adapters, those of --adapter read. Raises ConfigError with all that is wrong with them."""
-    wanted, name = options.adapters, served_name(options)
+    wanted = options.adapters
     if wanted.root is not None and not wanted.root.is_dir():
         raise ConfigError(f"--adapters: there is no folder {str(wanted.root)!r}")
-    folders = AdapterFolders(wanted.root, name)
+    folders = AdapterFolders(wanted.root, served_name(options))
     read = functools.partial(
-        read_adapter, targets=slots.targets, dtype=model.dtype, max_bytes=wanted.adapter_memory_bytes, base_model=name
+        read_adapter,
+        targets=slots.targets,
+        dtype=model.dtype,
+        max_bytes=wanted.adapter_memory_bytes,
+        base_model=options.model.path,
     )
     store = AdapterStore(read, slots.write, wanted.adapter_memory_bytes, slots.num_slots)
     adapters = ServedAdapters(store, folders)

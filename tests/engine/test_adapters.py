@@ -90,6 +90,7 @@ def test_a_pinned_adapter_takes_a_slot_and_keeps_it():
         bench.add(f"{i}", PROMPT, name)
         bench.run()
     assert bench.residency() == {"a1": "active", "b1": "active", "c1": "host"}
+    assert bench.slots.num_writes == 4, "of a once, and of each of the others as its turn came"
     [violation] = bench.settled(bench.load("c", is_pinned=True)).violations
     assert violation.field == "pinned"
     assert not bench.settled(bench.load("a")).is_pinned
@@ -234,6 +235,22 @@ def test_the_old_weights_may_come_back_while_streams_still_have_them():
     bench.run()
     assert bench.revision("again") == "a1"
     assert bench.residency() == {"a1": "active"}
+
+
+def test_the_old_weights_are_kept_in_main_memory_for_whom_they_are_all_there_is():
+    bench = AdapterBench(num_slots=1, memory=2)
+    bench.add("old", PROMPT, "a", max_tokens=30)
+    for _ in range(5):
+        bench.step()
+    bench.disk.revisions["a"] = "a2"
+    bench.settled(bench.load("a", may_replace=True))
+    [sequence] = bench.scheduler._running()
+    bench.scheduler._preempt(sequence, sequence, {})
+    for name in "bcd":
+        bench.add(name, PROMPT, name, priority=1)
+    bench.run()
+    bench.expect("old", PROMPT, 30)
+    assert bench.revision("old") == "a1"
 
 
 def test_two_loads_of_one_name_are_done_in_their_order():
