@@ -77,7 +77,7 @@ async def answer(client: AsyncClient, adapter: str | None, tokens: int = NUM_TOK
     """Seconds to the first token."""
     start_s, first_s = time.perf_counter(), 0.0
     options: dict[str, Any] = {"ignore_eos": True, "temperature": 0.8, "seed": next(numbers)}
-    async for delta in client.chat(f"{PROMPT} {next(numbers)}", adapter=adapter, max_tokens=tokens, **options):
+    async for delta in client.generate(f"{PROMPT} {next(numbers)}", adapter=adapter, max_tokens=tokens, **options):
         if delta.token_ids and not first_s:
             first_s = time.perf_counter() - start_s
     return first_s
@@ -93,7 +93,7 @@ async def together(client: AsyncClient, adapters: Sequence[str | None]) -> float
 @contextlib.contextmanager
 def server(arguments: argparse.Namespace, root: Path | None, slots: int = 32) -> Iterator[str]:
     options = ["--speculate", "off", "--max-num-seqs", "32", "--max-context-tokens", str(MAX_CONTEXT)]
-    options += ["--kv-memory", "2GiB"]
+    options += ["--kv-memory", "2GiB", "--http-port", "0"]
     if root is not None:
         options += ["--adapters", str(root), "--adapter-slots", str(slots), "--adapter-memory", "8GiB"]
     with serving([str(arguments.folder), *options], wait_until_fast=True) as (_, target):

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from nanoserve import build
@@ -102,6 +104,17 @@ def test_adapters_of_the_start_are_read_then(tmp_path):
     assert list(built.model.adapter_folders.names()) == ["lazy"]
     [line] = [fact.value for fact in told if isinstance(fact, Fact) and fact.name == "adapters"]
     assert line == f"3 slots; at most 2 GiB; read: eager (rank {info.rank}); 1 in {tmp_path}"
+
+
+def test_what_reads_adapters_has_no_threads_to_help_it():
+    """They would make those of each step sleep: see release_threads."""
+    store = build.build_core(options(adapters={"adapters": "builtin"})).core._scheduler.adapters.store
+    told, woken = [], threading.Event()
+    store.wake = woken.set
+    store.submit(torch.get_num_threads, told.append)
+    assert woken.wait(10)
+    store.settle()
+    assert told == [1]
 
 
 @pytest.mark.parametrize(

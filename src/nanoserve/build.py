@@ -168,7 +168,14 @@ def build_adapters(
         max_bytes=wanted.adapter_memory_bytes,
         base_model=options.model.path,
     )
-    store = AdapterStore(read, slots.write, wanted.adapter_memory_bytes, slots.num_slots)
+    store = AdapterStore(
+        read,
+        slots.write,
+        wanted.adapter_memory_bytes,
+        slots.num_slots,
+        # More would be helpers that the step's threads are not to have beside them: see release_threads.
+        prepare_thread=functools.partial(torch.set_num_threads, 1),
+    )
     adapters = ServedAdapters(store, folders)
     problems = []
     try:

@@ -39,9 +39,14 @@ class AdapterStore:
     """Weights by adapter, within max_bytes. Engine thread only, but for the jobs."""
 
     def __init__(
-        self, read: Reader, write: "Callable[[int, AdapterWeights], None]", max_bytes: int, num_slots: int
+        self,
+        read: Reader,
+        write: "Callable[[int, AdapterWeights], None]",
+        max_bytes: int,
+        num_slots: int,
+        prepare_thread: Callable[[], None] = lambda: None,
     ) -> None:
-        """write: puts weights into a slot of the model side."""
+        """write: puts weights into a slot of the model side. prepare_thread: called on the thread of the jobs."""
         self.max_bytes = max_bytes
         self.num_slots = num_slots
         self.num_bytes = 0
@@ -51,7 +56,7 @@ class AdapterStore:
         self._write = write
         # Least recently used first.
         self._weights: OrderedDict[Adapter, AdapterWeights] = OrderedDict()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanoserve-adapters")
+        self._thread = ThreadPoolExecutor(1, "nanoserve-adapters", prepare_thread)
         # What is to be called on the engine thread.
         self._done: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 

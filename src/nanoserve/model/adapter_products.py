@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nanoserve.model.formulas import NUM_SEQUENCES, WIDTH, Formula, Place, random_numbers
+from nanoserve.model.formulas import Formula, Place, random_numbers
 
 # A run is short up to so many tokens; and short ones are together as long as they have so many columns.
 SHORT = 8
 MAX_COLUMNS = 256
 # Columns that add_few adds at a time: unrolled, because a loop over them would be made a gather of single numbers.
 PIECE = 16
+# What it is tried with: enough that the compiler spreads the tokens over threads.
+TRIAL_TOKENS, TRIAL_IN, TRIAL_OUT = 9, 1037, 1553
 
 # Type of the weights -> add_few, compiled. Filled while the server runs, by compiled.py.
 kernels: dict[torch.dtype, Callable[..., Tensor]] = {}
@@ -55,7 +57,7 @@ class Group:
 
     def add(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """x: [num_tokens, in_features], of the step. Returns [tokens, out_features]."""
-        x = x[self.tokens]
+        x = x[self.tokens] if self.tokens != slice(0, len(x)) else x
         if self.foreign is None:
             return functional.linear(x, a[self.columns]) @ b[self.columns]
         if (kernel := kernels.get(b.dtype)) is not None:
@@ -111,25 +113,22 @@ def add_few(x: Tensor, a: Tensor, b: Tensor, columns: Tensor, own: Tensor) -> Te
 
     To be compiled for any sizes. As it stands, it makes large tensors.
     """
-    wide = x.float()
-    inner = [(wide * a[column].float()).sum(-1) for column in columns.unbind(1)]  # each [tokens]
-    parts = [
-        torch.where(mine, each, 0.0)[:, None] * b[column].float()
-        for mine, each, column in zip(own.unbind(1), inner, columns.unbind(1), strict=True)
-    ]
-    return sum(parts[1:], parts[0]).to(x.dtype)
+    inner = (x.float()[:, None] * a[columns].float()).sum(-1)  # [tokens, PIECE]
+    inner = torch.where(own, inner, 0.0)
+    first, *others = (inner[:, i, None] * b[columns[:, i]].float() for i in range(PIECE))
+    return sum(others, first).to(x.dtype)
 
 
 def formulas(dtype: torch.dtype) -> Iterator[tuple[str, Formula, Place]]:
     """To be compiled for a model of this type: name, formula, and where Group looks for it."""
     random = random_numbers()
-    num_columns = 2 * PIECE
-    columns = torch.arange(NUM_SEQUENCES)[:, None] * 5 + torch.arange(PIECE)
+    tokens = torch.arange(TRIAL_TOKENS)[:, None]
+    num_columns = TRIAL_TOKENS * PIECE
     trial = (
-        random(NUM_SEQUENCES, WIDTH, dtype=dtype),
-        random(num_columns, WIDTH, dtype=dtype),
-        random(num_columns, WIDTH + 4, dtype=dtype),
-        columns,
-        torch.arange(PIECE) < torch.tensor([[PIECE], [3], [9]]),
+        random(TRIAL_TOKENS, TRIAL_IN, dtype=dtype) / TRIAL_IN**0.5,
+        random(num_columns, TRIAL_IN, dtype=dtype),
+        random(num_columns, TRIAL_OUT, dtype=dtype),
+        tokens * PIECE + torch.arange(PIECE),
+        torch.arange(PIECE) <= tokens,
     )
     yield "adapters", Formula(add_few, trial, ((0, 1), (0, 1), (0, 1), (0,), (0,))), (kernels, dtype)

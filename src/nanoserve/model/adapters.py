@@ -186,13 +186,17 @@ class _Step:
             first = end
         # Most layers have the same places, and so the same groups.
         self._groups: dict[tuple[Columns | None, ...], list[Group]] = {}
+        # Of each layer, and the stack for which they are so.
+        self._of_layers: list[tuple[_Stack, list[Group]] | None] = [None] * len(stacks)
 
     def add(self, index: int, x: Tensor, out_features: int) -> Tensor:
         """An Addition."""
-        stack = self._stacks[index]
-        groups = self._groups.get(stack.places)
-        if groups is None:
-            groups = self._groups[stack.places] = self._group(stack)
+        stack, known = self._stacks[index], self._of_layers[index]
+        if known is None or known[0] is not stack:
+            if stack.places not in self._groups:
+                self._groups[stack.places] = self._group(stack)
+            known = self._of_layers[index] = stack, self._groups[stack.places]
+        groups = known[1]
         x, shape = x.reshape(self.num_tokens, -1), (*x.shape[:-1], out_features)
         if len(groups) == 1 and groups[0].tokens == slice(0, self.num_tokens):
             return groups[0].add(x, stack.a, stack.b).view(shape)

@@ -90,6 +90,7 @@ class _Trial:
         for name, module in self.layer.named_modules():
             constants = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | None)}
             constants.pop("layer_idx", None)
+            constants.pop("adapted", None)  # None, where no adapter may change it
             facts.append((name, type(module).__name__, sorted(constants.items(), key=repr)))
         facts += [(name, tuple(p.shape)) for name, p in self.layer.named_parameters()]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
