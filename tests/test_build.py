@@ -108,7 +108,7 @@ def test_adapters_of_the_start_are_read_then(tmp_path):
 
 def test_what_reads_adapters_has_no_threads_to_help_it():
     """They would make those of each step sleep: see release_threads."""
-    store = build.build_core(options(adapters={"adapters": "builtin"})).core._scheduler.adapters.store
+    store = build.build_core(options(adapters={"adapters": Path("builtin")})).core._scheduler.adapters.store
     told, woken = [], threading.Event()
     store.wake = woken.set
     store.submit(torch.get_num_threads, told.append)
