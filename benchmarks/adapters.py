@@ -9,8 +9,8 @@ random, as PEFT writes them, in all linear layers of each block, or in q_proj an
     rows     1, 8 and 32 callers at once, without adapters and then each with another one, in turn: tokens/s of all
     unused   the same callers without adapters, on a server with 32 in its slots, and on one that knows none, in turn
     load     LoadAdapter of one that was never read, and its unload: seconds
-    zipf     16 callers who ask for one of 64 adapters, few of them often, with 8 slots and with 64: the time to the
-             first token
+    zipf     8 and 16 callers who ask for one of 64 adapters, few of them often, with 8 slots and with 64: the time to
+             the first token
 
 --vllm: `rows` on vLLM too, by its Python in benchmarks/venvs, of `make bench-peers`. Measured with nothing beside.
 """
@@ -45,7 +45,7 @@ NUM_TOKENS = 64
 MAX_CONTEXT = 512
 PROMPT = "Write down what you know of the lighthouses of the northern coast, one after the other."
 ZIPF_ADAPTERS = 64
-ZIPF_CALLERS = 16
+ZIPF_CALLERS = (8, 16)
 numbers = itertools.count()
 
 
@@ -149,11 +149,13 @@ async def zipf(target: str, slots: int, rounds: int) -> None:
     async with AsyncClient(target) as client:
         for i in range(ZIPF_ADAPTERS):  # each is read once before
             await answer(client, f"a{i}", tokens=1)
-        firsts.clear()
-        await asyncio.gather(*(caller(client, 4 * rounds) for _ in range(ZIPF_CALLERS)))
-    at = sorted(firsts)
-    p50, p99 = at[len(at) // 2], at[int(0.99 * len(at))]
-    print(f"zipf      {slots:3} slots: first token p50 {p50:.3f}, p99 {p99:.3f}, worst {at[-1]:.3f} s", flush=True)
+        for count in ZIPF_CALLERS:
+            firsts.clear()
+            await asyncio.gather(*(caller(client, 4 * rounds) for _ in range(count)))
+            at = sorted(firsts)
+            p50, p99 = at[len(at) // 2], at[int(0.99 * len(at))]
+            what = f"zipf      {slots:3} slots, {count:2} callers"
+            print(f"{what}: first token p50 {p50:.3f}, p99 {p99:.3f}, worst {at[-1]:.3f} s", flush=True)
 
 
 def vllm(python: str, arguments: argparse.Namespace, root: Path) -> None:
