@@ -64,6 +64,7 @@ class Adapted:
         self.model = load_model(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
         self.slots = AdapterSlots(self.model, NUM_ROWS)
         self.feeder = Feeder(self.model, LONGEST, monkeypatch, NUM_ROWS, self.slots)
+        self._theirs = theirs
         self.want: list[Tensor] = []
         targets = dict(self.slots.targets)
         for row, rank in enumerate(RANKS):
@@ -84,6 +85,18 @@ class Adapted:
         for row in (0, 1, 3, 2, 5, 4):
             self.feeder.step(PROMPTS, {row: 1})
         return max(self._error(row) for row in range(NUM_ROWS))
+
+    def error_after_writing_anew(self) -> float:
+        """Of a row whose slot is written between two steps of one token, both its own."""
+        row = 2
+        self.feeder.step(PROMPTS, {row: 1})
+        weights = random_weights(dict(self.slots.targets), 7, seed=99)
+        self.slots.write(self.feeder.adapter_slots[row], weights)
+        self.want[row] = logits_with(self._theirs, weights, PROMPTS[row])
+        self.feeder.logits, self.feeder.num_fed[row] = {}, 0
+        for _ in range(3):
+            self.feeder.step(PROMPTS, {row: 1})
+        return self._error(row)
 
     def _error(self, row: int) -> float:
         num_fed = self.feeder.num_fed[row]
@@ -111,4 +124,4 @@ def error_of_compiled(folder: Path, kind: str) -> float:
         assert compiler._num_used == len(compiler._job.parts)
         assert sum("adapters" in name for name in compiler._job.parts) == (3 if kind == "narrow" else 2)
         assert adapter_products.kernels
-        return adapted.largest_error()
+        return max(adapted.largest_error(), adapted.error_after_writing_anew())

@@ -149,7 +149,6 @@ class AdapterInUse(Rejection):
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"adapter {name!r} {why}")
         self.name = name
-        self.why = why
         self.facts = {"adapter": name}
 
 
@@ -176,7 +175,7 @@ class Overloaded(Rejection):
     def __init__(self, max_waiting: int, retry_after_s: float | None = 1.0, why: str = "") -> None:
         """why: what is told instead of the number of those that wait."""
         super().__init__(f"{why or f'the queue is full ({max_waiting} requests wait)'}; retry later")
-        self.max_waiting, self.why = max_waiting, why
+        self.max_waiting = max_waiting
         self.retry_after_s = retry_after_s
         # A caller who sends more at once than may wait learns that another attempt is of no use.
         self.facts = {"max_waiting": max_waiting}

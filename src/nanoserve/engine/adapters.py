@@ -356,7 +356,7 @@ class ServedAdapters:
         """The folder has other content now, and the one that was served is nowhere any more: who has begun with it
         cannot go on. Others get the new one, which is read when its turn comes."""
         assert state.info is not None
-        why = f"{found.folder} has changed since its weights were read, and they are needed again"
+        why = "its folder has changed since its weights were read, and they are needed again"
         if state.is_served:
             logger.warning("adapter %r has changed: new requests get what is in %s now", state.name, found.folder)
             info = dataclasses.replace(found.info, is_pinned=state.info.is_pinned)

@@ -11,7 +11,6 @@ A LayerAdapters stands behind each layer, and calls an operator, as layers do fo
 can; `adapting` opens a step.
 """
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -233,7 +232,6 @@ class AdapterSlots:
             self._stacks.append(_Stack(a, b, (None,) * num_slots))
             self._adapted.append(LayerAdapters(index, Pair(a, b)))
             layer.adapted = self._adapted[-1]
-        self._writing = threading.Lock()
 
     @staticmethod
     def _size(layer: ServedLinear) -> tuple[int, int]:
@@ -244,7 +242,7 @@ class AdapterSlots:
         return {path: self._size(layer) for path, layer in self._layers.items()}
 
     def write(self, slot: int, weights: AdapterWeights) -> None:
-        with self._writing, torch.inference_mode():
+        with torch.inference_mode():
             for i, path in enumerate(self._layers):
                 self._stacks[i] = self._stacks[i].with_pair(slot, weights.pairs.get(path))
             self._single = None

@@ -67,7 +67,7 @@ class Adapted(Protocol):
     """Stands behind a linear layer."""
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
-        """x: [..., in_features], of all tokens of the step; out: [..., out_features], the product, which it may take.
+        """x: [..., in_features], of all tokens of the step; out: [..., out_features], the product.
 
         Returns what adapters make of the product.
         """
